@@ -1,0 +1,5109 @@
+"""Use local QVAC models from Python: one file, no dependencies, copy it into your project.
+
+It starts `qvac serve --openai` when it is first needed, shares one warm serve among all processes
+that want the same models, keeps it alive while anybody uses it, brings it back when it dies, and
+stops it when nobody is left.
+
+    import qvac_managed
+
+    with qvac_managed.create_qvac("managed", models=["qwen3.5-2b"]) as qvac:
+        print(qvac.chat("Say hello in five words."))
+
+Who is who; every `====` is the border of a process:
+
+    caller (your program)            runner (one per serve)             serve (`qvac serve`)
+    ====================  spawns  ===========================  spawns  =======================
+    create_qvac()         ------> this very file, re-executed  ------> HTTP on 127.0.0.1:PORT
+      marker, record, lock          writes and owns the record           its own process group,
+      open() ------------------------- HTTP, bearer key -------------->  with its `bare` worker
+    ====================          detached: outlives caller            ends with its runner
+
+A caller registers a marker, reads the record and attaches; if there is no live serve, it takes the
+spawn lock and starts a runner. The runner starts the serve, publishes the record, restarts a serve
+that dies in use, and reaps it once nobody has used it for the idle timeout. A second caller with
+the same models (from Python or from the JavaScript provider, npm @qvac/ai-sdk-provider) finds the
+record and shares the serve.
+
+File under ~/.qvac/managed-serves/ ($QVAC_MANAGED_DIR)   who writes it     who deletes it
+KEY.json                    the record of a running serve  its runner      its runner, a sweep
+KEY.consumers/PID.RAND      marker of one live consumer    the consumer    the consumer; whoever
+                                                                           finds it dead
+KEY.lock                    spawn lock                     spawner, runner the same; a stealer
+KEY.error                   why the last spawn failed      runner          the next spawner
+KEY.PID.RAND.runner-params.json  hand-off to the runner    spawner         runner, a sweep
+KEY.RAND.d/                 serve's config and key file    spawner, runner runner, a sweep
+KEY.log                     output of serve and runner     serve, runner   a sweep, when old
+registry.guard              held for short sections        anybody         nobody
+
+Index: create_qvac create_qvac_async Qvac ManagedQvac ManagedModel Progress ECHO
+       list_serves stop_serve sweep_serves serve_info ServeInfo find_cli
+       QVAC_CATALOG find_catalog_entry is_catalog_id resolve_model_constant all_models
+       catalog_entries_with_unknown_constant, the errors (section 3), main
+
+Sections: 1 header, 2 constants, 3 errors, 4 catalog and model specs, 5 serve config and fleet key,
+6 platform, 7 registry, 8 spawn lock and guard, 9 HTTP, 10 serve process, 11 runner, 12 clients and
+public verbs, 13 echo serve, 14 command line, 15 model table, 16 main guard. Each uses only what
+stands above it (the generated model table aside, which is read at run time).
+
+Heavy modules (urllib, json, subprocess ...) are imported inside the functions that need them:
+importing this file has to stay cheap, and the runner, which lives long, has to stay small.
+"""
+# SPDX-License-Identifier: Apache-2.0
+# Copyright qvac_managed contributors. Licence: https://www.apache.org/licenses/LICENSE-2.0
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from _thread import allocate_lock
+from collections import namedtuple
+
+TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
+if TYPE_CHECKING:
+    import asyncio
+    import socket
+    from typing import (
+        Any,
+        BinaryIO,
+        Callable,
+        Dict,
+        Iterator,
+        List,
+        Mapping,
+        Optional,
+        Sequence,
+        Set,
+        Tuple,
+        Union,
+    )
+
+__version__ = "0.1.0"
+VERSION = __version__
+
+__all__ = [
+    # starting and using
+    "create_qvac", "create_qvac_async", "Qvac", "ManagedQvac", "ManagedModel", "Progress", "ECHO",
+    # looking after serves
+    "list_serves", "stop_serve", "sweep_serves", "serve_info", "ServeInfo", "find_cli",
+    # the catalog
+    "QVAC_CATALOG", "find_catalog_entry", "is_catalog_id", "resolve_model_constant", "all_models",
+    "catalog_entries_with_unknown_constant",
+    # errors
+    "QvacManagedModeError", "UnknownManagedModelError", "DuplicateManagedModelError",
+    "MultipleDefaultManagedModelsError", "InvalidManagedModelError", "CliNotFoundError",
+    "ServeSpawnFailedError", "ServeStartTimeoutError", "ServeExitedError",
+    "PortAllocationFailedError", "ModelLoadFailedError", "RegistryError", "ServeHTTPError",
+    # the command line
+    "main",
+]  # fmt: skip
+
+
+# ==================================================================================================
+# 2. Constants
+# ==================================================================================================
+
+DEFAULT_BASE_URL = "http://127.0.0.1:11434/v1"  # where `qvac serve --openai` listens by default
+DEFAULT_API_KEY = "qvac"  # external mode: OpenAI-shaped clients want some key
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_START_TIMEOUT = 180.0  # seconds without progress: a cold model may load for minutes
+DEFAULT_IDLE_TIMEOUT = 300.0  # seconds a serve outlives its last user, so that the next finds it warm
+ECHO = "qvac-managed:echo"  # as serve_bin_path: the built-in echo serve (section 13)
+
+FLEET_PROTOCOL_VERSION = 2  # the provider's; in every fleet key
+NEVER_MS = 2**53 - 1  # idleTimeoutMs for "until stopped": the largest integer of a JSON double
+MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
+MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
+MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
+TAIL_CHARS = 4000  # how much of the log goes into an error
+
+HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means busy, not dead
+CLOSING_WAIT = 10.0  # seconds a live serve may refuse connections (its end or restart) before it is a miss
+CLIENT_MARGIN = 10.0  # seconds a client waits beyond the runner's own start timeout
+GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so its holder is stopped
+LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
+LOCK_REREAD = 0.25  # seconds after which a provider that stole the same lock has shown itself
+HEARTBEAT = 20.0  # seconds between touches of lock and record: other namespaces see only these
+FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
+PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
+LEFTOVER_STALE = 3600.0  # seconds after which folders, temp files and errors without owner are swept
+LOG_STALE = 7 * 24 * 3600.0  # seconds a log outlives its serve
+CLOCK_SLACK = 2 * 3600.0  # seconds the wall clock may have been set by, when file times must do
+
+RUNNER_TICK = 0.5  # seconds between looks at the consumers: bounds how late a reap can be
+PARENT_TICK = 1.0  # seconds between looks at the parent for close_on_parent_exit
+STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL, the provider's own
+GROUP_GRACE = 1.0  # seconds the serve's worker gets to follow it; the real one needs 0.05
+WITHDRAW_PAUSE = 0.15  # seconds between withdrawing a record and the last look for provider clients
+RESTART_BACKOFF = (0.0, 0.25, 1.0, 3.0)  # seconds before the 1st, 2nd ... restart of a crash loop
+STABLE_AFTER = 60.0  # seconds of service after which a crash starts a new loop
+PORT_ATTEMPTS = 3  # ports tried when another program takes the chosen one
+
+
+# ==================================================================================================
+# 3. Errors
+# ==================================================================================================
+
+
+class QvacManagedModeError(Exception):
+    """Base of every error of this module. `code` is stable; facts are attributes."""
+
+    code = "QVAC_MANAGED"
+
+
+class UnknownManagedModelError(QvacManagedModeError):
+    """Model names that are neither catalog ids nor constants: all of them in `unknown_models`."""
+
+    code = "UNKNOWN_MODEL"
+
+    def __init__(self, unknown_models: Sequence[str], hints: Mapping[str, Sequence[str]] = {}) -> None:
+        super().__init__(list(unknown_models), dict(hints))
+        self.unknown_models = list(unknown_models)
+        self.hints = {name: list(names) for name, names in hints.items()}
+
+    def __str__(self) -> str:
+        if not self.unknown_models:
+            return "No models given: name at least one, such as models=['qwen3.5-2b']."
+        shown = []
+        for name in self.unknown_models:
+            near = self.hints.get(name)
+            shown.append(_shorten(repr(name), 120) + (" (did you mean %s?)" % " or ".join(near) if near else ""))
+        return "Unknown QVAC model%s: %s. `python -m qvac_managed models` lists what there is." % (
+            "s" if len(shown) > 1 else "", ", ".join(shown))  # fmt: skip
+
+
+class DuplicateManagedModelError(QvacManagedModeError):
+    """The same name twice: each name becomes one alias of the serve. See `duplicate_models`."""
+
+    code = "DUPLICATE_MODEL"
+
+    def __init__(self, duplicate_models: Sequence[str]) -> None:
+        super().__init__(list(duplicate_models))
+        self.duplicate_models = list(duplicate_models)
+
+    def __str__(self) -> str:
+        return "Duplicate model name: %s. List each name once; to load a model twice, give one a custom `name`." % (
+            ", ".join(self.duplicate_models))  # fmt: skip
+
+
+class MultipleDefaultManagedModelsError(QvacManagedModeError):
+    """More than one model with `default: True`. See `default_models`."""
+
+    code = "MULTIPLE_DEFAULTS"
+
+    def __init__(self, default_models: Sequence[str]) -> None:
+        super().__init__(list(default_models))
+        self.default_models = list(default_models)
+
+    def __str__(self) -> str:
+        return "More than one default model: %s. Mark one, or none and the first is the default." % (
+            ", ".join(self.default_models))  # fmt: skip
+
+
+class InvalidManagedModelError(QvacManagedModeError):
+    """A model spec or an option of the wrong shape, or a value that JSON cannot carry."""
+
+    code = "INVALID_MODEL"
+
+
+class CliNotFoundError(QvacManagedModeError):
+    """No `qvac` command. `looked_in` lists where it was looked for."""
+
+    code = "CLI_NOT_FOUND"
+
+    def __init__(self, message: str, looked_in: Sequence[str] = ()) -> None:
+        super().__init__(message, list(looked_in))
+        self.looked_in = list(looked_in)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ServeSpawnFailedError(QvacManagedModeError):
+    """The serve or its runner could not be started, or what was started is no QVAC serve."""
+
+    code = "SERVE_SPAWN_FAILED"
+
+
+class ServeStartTimeoutError(QvacManagedModeError):
+    """The serve was not ready in time. Raise serve_start_timeout for a large model."""
+
+    code = "SERVE_START_TIMEOUT"
+
+
+class ServeExitedError(QvacManagedModeError):
+    """The serve ended before it was ready, or again and again: `exit_code`, `signal`, `tail` (of its log)."""
+
+    code = "SERVE_EXITED"
+
+    def __init__(self, exit_code: Optional[int], signal: Optional[int], tail: str, what: str = "") -> None:
+        super().__init__(exit_code, signal, tail, what)
+        self.exit_code, self.signal, self.tail, self.what = exit_code, signal, tail, what
+
+    def __str__(self) -> str:
+        how = "by signal %d" % self.signal if self.signal else "with exit code %s" % self.exit_code
+        text = "%s %s." % (self.what or "qvac serve ended before it was ready,", how)
+        return text + ("\n--- its output ---\n" + self.tail if self.tail else " It printed nothing.")
+
+
+class PortAllocationFailedError(QvacManagedModeError):
+    """No free port, or the pinned one is taken by another program."""
+
+    code = "PORT_ALLOCATION_FAILED"
+
+
+class ModelLoadFailedError(QvacManagedModeError):
+    """The serve listens, but could not load the default model. `model`, `reason` (from the serve's log)."""
+
+    code = "MODEL_LOAD_FAILED"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model, self.reason = model, reason
+
+    def __str__(self) -> str:
+        return "Model %s failed to load: %s" % (self.model, self.reason)
+
+
+class RegistryError(QvacManagedModeError):
+    """The folder of managed serves cannot be used: not ours, not writable, or something in the way."""
+
+    code = "REGISTRY"
+
+
+class ServeHTTPError(QvacManagedModeError):
+    """The serve answered a request with an error: `status`, `message` (its own words), `body`."""
+
+    code = "SERVE_HTTP"
+
+    def __init__(self, status: int, message: str, body: bytes = b"") -> None:
+        super().__init__(status, message, body)
+        self.status, self.message, self.body = status, message, body
+
+    def __str__(self) -> str:
+        return "The serve answered %d: %s" % (self.status, self.message)
+
+
+class _Cancelled(QvacManagedModeError):
+    """close() or a cancelled task ended a resolution: never seen outside this module."""
+
+    code = "CANCELLED"
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _error_to_json(error: BaseException) -> Dict[str, Any]:
+    """What the runner sends of an error to the client that started it: class and arguments."""
+    name = type(error).__name__
+    if isinstance(error, QvacManagedModeError) and name in globals():
+        return {"error": name, "args": list(error.args)}
+    return {"error": "ServeSpawnFailedError", "args": ["The runner failed: %s: %s" % (name, error)]}
+
+
+def _error_from_json(data: Mapping[str, Any]) -> QvacManagedModeError:
+    found = globals().get(str(data.get("error")))
+    try:
+        if isinstance(found, type) and issubclass(found, QvacManagedModeError):
+            return found(*data["args"])
+    except (KeyError, TypeError):
+        pass
+    return ServeSpawnFailedError("The runner failed: %s" % (data,))
+
+
+# ==================================================================================================
+# 4. Catalog and model specs
+# ==================================================================================================
+
+CatalogEntry = namedtuple("CatalogEntry", ["id", "constant", "name"])
+ModelInfo = namedtuple("ModelInfo", ["name", "endpoint", "size", "params", "quantization"])
+
+# Friendly ids, the provider's. The drift test holds them against the model table.
+QVAC_CATALOG = (
+    CatalogEntry("qwen3.5-0.8b", "QWEN3_5_0_8B_MULTIMODAL_Q4_K_M", "Qwen3.5 0.8B"),
+    CatalogEntry("qwen3.5-2b", "QWEN3_5_2B_MULTIMODAL_Q4_K_M", "Qwen3.5 2B"),
+    CatalogEntry("qwen3.5-4b", "QWEN3_5_4B_MULTIMODAL_Q4_K_M", "Qwen3.5 4B"),
+    CatalogEntry("qwen3.5-9b", "QWEN3_5_9B_MULTIMODAL_Q4_K_M", "Qwen3.5 9B"),
+    CatalogEntry("qwen3.6-27b", "QWEN3_6_27B_MULTIMODAL_Q4_K_XL", "Qwen3.6 27B"),
+    CatalogEntry("qwen3.6-35b-a3b", "QWEN3_6_35B_A3B_MULTIMODAL_Q4_K_M", "Qwen3.6 35B A3B"),
+    CatalogEntry("gpt-oss-20b", "GPT_OSS_20B_INST_Q4_K_M", "GPT-OSS 20B"),
+    CatalogEntry("gemma4-31b", "GEMMA4_31B_MULTIMODAL_Q4_K_M", "Gemma4 31B"),
+)
+
+_DEFAULT_GGUF_TYPE = "llamacpp-completion"
+_SPEC_FIELDS = ("name", "config", "preload", "default", "model", "src", "type")
+
+
+class ManagedModel(Dict[str, Any] if TYPE_CHECKING else dict):  # type: ignore[misc]
+    """A model spec. Any mapping with the same keys will do.
+
+    `name` is the alias the serve answers to: a catalog id, a constant, or, with `model` or `src`,
+    any name. `config` goes to the engine as it is (`ctx_size`, `temp` ...). `preload` loads the model
+    before the serve is ready; without it the first request does. `default` marks the model that is
+    used when none is named. `model` is a constant or catalog id behind a custom alias; `src` a model
+    file of one's own (absolute path or URL) and `type` its engine, which a `.gguf` need not name.
+    """
+
+    def __init__(self, name: str, *, config: Optional[Mapping[str, Any]] = None, preload: bool = True,
+                 default: Optional[bool] = None, model: Optional[str] = None, src: Optional[str] = None,
+                 type: Optional[str] = None) -> None:  # fmt: skip
+        given = {"name": name, "config": config, "preload": preload, "default": default,
+                 "model": model, "src": src, "type": type}  # fmt: skip
+        super().__init__({field: value for field, value in given.items() if value is not None})
+
+
+def find_catalog_entry(id_or_constant: str) -> Optional[CatalogEntry]:
+    """The catalog entry of a friendly id or of its constant; None if there is none."""
+    for entry in QVAC_CATALOG:
+        if id_or_constant in (entry.id, entry.constant):
+            return entry
+    return None
+
+
+def is_catalog_id(name: str) -> bool:
+    """True for a friendly id such as `qwen3.5-9b`, not for a constant."""
+    return any(entry.id == name for entry in QVAC_CATALOG)
+
+
+def resolve_model_constant(id_or_constant: str) -> str:
+    """The constant behind a friendly id; anything else comes back unchanged."""
+    entry = find_catalog_entry(id_or_constant)
+    return entry.constant if entry else id_or_constant
+
+
+def all_models() -> List[ModelInfo]:
+    """Every model a serve can load by name: `(name, endpoint, size, params, quantization)`.
+
+    `endpoint` is `chat`, `embedding`, `transcription` ...; `size` is in bytes; what the CLI does not
+    say is None. Taken from the CLI release in MODEL_TABLE_SOURCE; a newer one may know more.
+    """
+    models = []
+    for line in _MODEL_TABLE.splitlines():
+        name, endpoint, size, params, quantization = (None if field == "-" else field for field in line.split(" "))
+        models.append(ModelInfo(name, endpoint, int(size) if size else None, params, quantization))
+    return models
+
+
+def catalog_entries_with_unknown_constant() -> List[CatalogEntry]:
+    """Catalog entries whose constant the model table lacks: empty unless the catalog has drifted."""
+    return [entry for entry in QVAC_CATALOG if not _in_model_table(entry.constant)]
+
+
+def close_matches(name: str) -> List[str]:
+    """Up to three known names that resemble this one, best first."""
+    import difflib
+
+    known = {entry.id.lower(): entry.id for entry in QVAC_CATALOG}
+    known.update((line.split(" ", 1)[0].lower(), line.split(" ", 1)[0]) for line in _MODEL_TABLE.splitlines())
+    wanted = _shorten(name, 80).lower()
+    near = difflib.get_close_matches(wanted, list(known), n=3, cutoff=0.6)
+    near += [low for low in known if len(wanted) >= 4 and wanted.replace("-", "_") in low and low not in near]
+    return [known[low] for low in near[:3]]
+
+
+def _in_model_table(constant: str) -> bool:
+    return bool(constant) and " " not in constant and ("\n" + _MODEL_TABLE).find("\n" + constant + " ") >= 0
+
+
+def _in_installed_sdk(constant: str, serve_bin_path: Optional[str]) -> bool:
+    """True if the SDK beside the CLI knows a constant that the model table lacks.
+
+    One look into the SDK's registry file (1 MB), so that a newer CLI's models can be used before the
+    table is. False when the CLI or that file is not where npm puts it.
+    """
+    if not constant or not all(c.isupper() or c.isdigit() or c == "_" for c in constant):
+        return False
+    try:
+        entry_point = os.path.realpath(find_cli(serve_bin_path)[-1])
+    except CliNotFoundError:
+        return False
+    folder, inside = os.path.dirname(entry_point), ("@qvac", "inference", "dist", "models", "registry", "models.js")
+    while folder != os.path.dirname(folder):
+        for modules in (folder, os.path.join(folder, "node_modules")):
+            try:
+                with open(os.path.join(modules, *inside), "rb") as file:
+                    return ('"%s"' % constant).encode() in file.read(16 * MAX_BODY_BYTES).replace(b"'", b'"')
+            except OSError:
+                pass
+        folder = os.path.dirname(folder)
+    return False
+
+
+def _normalize_model(model: Any) -> Dict[str, Any]:
+    """A model in any accepted form as a dict of the given fields; raises InvalidManagedModelError."""
+    if isinstance(model, str):
+        return {"name": model}
+    try:
+        spec = {field: value for field, value in dict(model).items() if value is not None}
+    except (TypeError, ValueError):
+        raise InvalidManagedModelError(
+            "A model is a name or a mapping with a `name`, not %s." % _shorten(repr(model), 80)) from None  # fmt: skip
+    if not isinstance(spec.get("name"), str):
+        raise InvalidManagedModelError("A model spec needs a `name` (a string): %s." % _shorten(repr(model), 120))
+    _check_spec_fields(spec)
+    return spec
+
+
+def _check_spec_fields(spec: Mapping[str, Any]) -> None:
+    def refuse(what: str) -> InvalidManagedModelError:
+        return InvalidManagedModelError("Model %s: %s." % (_shorten(repr(spec["name"]), 80), what))
+
+    unknown = [_shorten(repr(field), 40) for field in spec if field not in _SPEC_FIELDS]
+    if unknown:
+        raise refuse("unknown field %s (a spec has %s)" % (", ".join(unknown), ", ".join(_SPEC_FIELDS)))
+    for field in ("preload", "default"):
+        if not isinstance(spec.get(field, False), bool):
+            raise refuse("`%s` is True or False" % field)
+    for field in ("model", "src", "type"):
+        if not isinstance(spec.get(field, "x"), str) or not spec.get(field, "x"):
+            raise refuse("`%s` is a non-empty string" % field)
+    if "config" in spec and not isinstance(spec["config"], dict):
+        raise refuse("`config` is a dict")
+    if "src" in spec and "model" in spec:
+        raise refuse("give `model` or `src`, not both")
+    if "type" in spec and "src" not in spec:
+        raise refuse("`type` goes with `src`")
+    if ("src" in spec or "model" in spec) and not _is_sane_alias(spec["name"]):
+        raise refuse("a custom name is 1 to 128 printable characters without spaces at its ends")
+    if "src" in spec:
+        _check_source(spec, refuse)
+
+
+def _check_source(spec: Mapping[str, Any], refuse: Callable[[str], InvalidManagedModelError]) -> None:
+    src = spec["src"]
+    is_url = "://" in src
+    if "type" not in spec and not src.lower().split("?")[0].endswith(".gguf"):
+        raise refuse("`src` is no .gguf, so it needs a `type` such as %r" % _DEFAULT_GGUF_TYPE)
+    if not all(c.isprintable() for c in src) or src != src.strip():
+        raise refuse("`src` has characters that no path or URL has")
+    if is_url:
+        return
+    if not os.path.isabs(src):
+        raise refuse("`src` is an absolute path or a URL; for a relative path use os.path.abspath()")
+    if os.path.isdir(src):
+        raise refuse("`src` is a folder, not a model file: %s" % src)
+    if not os.path.exists(src):
+        raise refuse("`src` does not exist: %s" % src)
+
+
+def _is_sane_alias(name: str) -> bool:
+    return 0 < len(name) <= 128 and name == name.strip() and name.isprintable() and name != "__proto__"
+
+
+# ==================================================================================================
+# 5. Serve config and fleet key
+# ==================================================================================================
+
+
+def synthesize_serve_config(models: Sequence[Any], serve_bin_path: Optional[str] = None) -> Dict[str, Any]:
+    """The serve's config for a list of models: `{"serve": {"models": {alias: entry}}}`, the provider's.
+
+    Pure but for a look for `src` files and for constants newer than the model table. Raises
+    UnknownManagedModelError (naming all unknown ones), DuplicateManagedModelError,
+    MultipleDefaultManagedModelsError, InvalidManagedModelError.
+    """
+    if isinstance(models, (str, bytes)) or not hasattr(models, "__iter__") or isinstance(models, dict):
+        raise InvalidManagedModelError("`models` is a list of names or specs, such as ['qwen3.5-2b'].")
+    specs = [_normalize_model(model) for model in models]
+    if not specs:
+        raise UnknownManagedModelError([])
+    _refuse_unknown(specs, serve_bin_path)
+    names = [spec["name"] for spec in specs]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise DuplicateManagedModelError(duplicates)
+    defaults = [spec["name"] for spec in specs if spec.get("default")]
+    if len(defaults) > 1:
+        raise MultipleDefaultManagedModelsError(defaults)
+    entries = {}
+    for index, spec in enumerate(specs):
+        # The provider's rule, fleet keys depend on it: an explicit `default: false` on the first
+        # model leaves the serve without a default.
+        is_default = spec.get("default", not defaults and index == 0)
+        entries[spec["name"]] = _config_entry(spec, is_default)
+    return {"serve": {"models": entries}}
+
+
+def _refuse_unknown(specs: Sequence[Mapping[str, Any]], serve_bin_path: Optional[str]) -> None:
+    unknown = []
+    for spec in specs:
+        constant = resolve_model_constant(spec.get("model", spec["name"]))
+        if "src" not in spec and not _in_model_table(constant) and not _in_installed_sdk(constant, serve_bin_path):
+            unknown.append(str(spec.get("model", spec["name"])))
+    if unknown:
+        raise UnknownManagedModelError(unknown, {name: close_matches(name) for name in unknown})
+
+
+def _config_entry(spec: Mapping[str, Any], is_default: bool) -> Dict[str, Any]:
+    if "src" in spec:
+        entry: Dict[str, Any] = {"src": spec["src"], "type": spec.get("type", _DEFAULT_GGUF_TYPE)}
+    else:
+        entry = {"model": resolve_model_constant(spec.get("model", spec["name"]))}
+    entry["preload"] = spec.get("preload", True)
+    if is_default:
+        entry["default"] = True
+    if "config" in spec:
+        entry["config"] = _checked_json(spec["config"], "config of model %s" % spec["name"])
+    return entry
+
+
+def _checked_json(value: Any, where: str, depth: int = 0) -> Any:
+    """The value as plain JSON types; InvalidManagedModelError for what JSON cannot carry."""
+    if depth > 100:
+        raise InvalidManagedModelError("The %s is nested more than 100 levels deep, or contains itself." % where)
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        if not abs(value) < 1.7976931348623158e308:  # false for NaN too
+            raise InvalidManagedModelError("JSON cannot carry the number %s in the %s." % (
+                _shorten(repr(value) if isinstance(value, float) else hex(value), 40), where))  # fmt: skip
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_checked_json(item, where, depth + 1) for item in value]
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise InvalidManagedModelError("JSON has only strings as keys: see the %s." % where)
+        return {key: _checked_json(item, where, depth + 1) for key, item in value.items()}
+    raise InvalidManagedModelError("JSON cannot carry a %s in the %s." % (type(value).__name__, where))
+
+
+def compute_fleet_key(
+    config: Mapping[str, Any], host: str, serve_bin_path: Optional[str] = None, serve_port: Optional[int] = None
+) -> str:
+    """The 16 hex digits that name a serve; equal keys share one. Byte for byte the provider's.
+
+    It hashes exactly what the serve was asked to be: the models and their config, the host, and, if
+    given, the binary and the pinned port.
+    """
+    import hashlib
+
+    models = config["serve"]["models"]
+    canonical = [[alias, _js_json(models[alias], sort=True)] for alias in sorted(models, key=_utf16)]
+    payload = _js_json(
+        {
+            "protocolVersion": FLEET_PROTOCOL_VERSION,
+            "host": host,
+            "serveBinPath": serve_bin_path,
+            "servePort": serve_port,
+            "models": canonical,
+        }
+    )
+    return hashlib.sha256(payload.encode("utf-8")).hexdigest()[:16]
+
+
+def is_valid_fleet_key(text: str) -> bool:
+    """True for `HEX16` and for a private serve's `HEX16-priv-PID-HEX8`: nothing else is a file name here."""
+
+    def is_hex(part: str, length: int) -> bool:
+        return len(part) == length and all(c in "0123456789abcdef" for c in part)
+
+    parts = text.split("-")
+    if len(parts) == 1:
+        return is_hex(text, 16)
+    return (len(parts) == 4 and is_hex(parts[0], 16) and parts[1] == "priv" and is_hex(parts[3], 8)
+            and 0 < len(parts[2]) < 20 and all(c in "0123456789" for c in parts[2]))  # fmt: skip
+
+
+def _utf16(text: str) -> bytes:
+    """Sorts as JavaScript does, by UTF-16 code unit: U+1F600 comes before U+FB01 there."""
+    return text.encode("utf-16-be", "surrogatepass")
+
+
+def _js_json(value: Any, sort: bool = False) -> str:
+    """The text that JavaScript's JSON.stringify gives (ECMA-262, 25.5.2), keys sorted on request."""
+    if isinstance(value, str):
+        return _js_string(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return _js_number(float(value))
+    if isinstance(value, (list, tuple)):
+        return "[%s]" % ",".join(_js_json(item, sort) for item in value)
+    keys = sorted(value, key=_utf16) if sort else list(value)
+    return "{%s}" % ",".join("%s:%s" % (_js_string(key), _js_json(value[key], sort)) for key in keys)
+
+
+def _js_string(text: str) -> str:
+    import json
+
+    # A Python string may hold a surrogate pair as two characters, which in JavaScript is one; what is
+    # left alone after pairing is escaped, as JSON.stringify has done since ES2019.
+    paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    quoted = json.dumps(paired, ensure_ascii=False)
+    return "".join("\\u%04x" % ord(c) if "\ud800" <= c <= "\udfff" else c for c in quoted)
+
+
+def _js_number(number: float) -> str:
+    """A double as JavaScript writes it (ECMA-262, Number::toString): the same digits, another layout."""
+    if number == 0:
+        return "0"
+    mantissa, _, exponent = ("%r" % abs(number)).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    digits = (whole + fraction).lstrip("0")
+    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))  # value = 0.DIGITS * 10**point
+    digits = digits.rstrip("0")
+    sign = "-" if number < 0 else ""
+    if len(digits) <= point <= 21:
+        return sign + digits + "0" * (point - len(digits))
+    if 0 < point <= 21:
+        return sign + digits[:point] + "." + digits[point:]
+    if -6 < point <= 0:
+        return sign + "0." + "0" * -point + digits
+    scientific = digits[0] + ("." + digits[1:] if len(digits) > 1 else "")
+    return "%s%se%s%d" % (sign, scientific, "+" if point > 0 else "-", abs(point - 1))
+
+
+# ==================================================================================================
+# 6. Platform: all that differs between systems. Same names in every bank; nothing below asks which.
+# ==================================================================================================
+
+OURS, STRANGER, NOBODY, UNKNOWN = "ours", "stranger", "nobody", "unknown"  # who listens on a port
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+BINARY = getattr(os, "O_BINARY", 0)
+
+# What the runner's interpreter executes: `-I` keeps a `json.py` beside this file out of its imports,
+# and importing by name (not running by path) takes the compiled file from __pycache__. What the top
+# of this file imports is imported first, so that this folder need not be on the path for long.
+_BOOT = (
+    "import sys,os,collections;%s;sys.path.insert(0,sys.argv[1]);m=__import__(sys.argv[2]);"
+    "del sys.path[0];sys.exit(m._reexecuted(sys.argv[3:]))"
+)
+
+
+def _machine_id() -> str:
+    """Tells machines apart that share a home: host name and machine id, as a short hash."""
+    import binascii
+
+    return "%08x" % binascii.crc32((host_name() + _read_text("/etc/machine-id")).encode("utf-8", "replace"))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read(4096).strip()
+    except OSError:
+        return ""
+
+
+def _netstat_rows(text: str, port: int) -> List[Tuple[str, str, str]]:
+    """`(state, remote, last column)` of each TCP row of `netstat` output whose local port is `port`."""
+    rows = []
+    for line in text.splitlines():
+        fields = line.split()
+        if len(fields) < 4 or not fields[0].lower().startswith("tcp"):
+            continue
+        # macOS: tcp4 0 0 127.0.0.1.8080 127.0.0.1.51000 ESTABLISHED; Windows: TCP local remote STATE pid
+        local, remote, state = (fields[3:6] if len(fields) > 5 else fields[1:4]) + [""] * (3 if len(fields) < 4 else 0)
+        if local.replace(":", ".").rpartition(".")[2] == str(port):
+            rows.append((state, remote, fields[-1]))
+    return rows
+
+
+if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests with injected calls
+    _BOOT_DETACH = "0"
+    _QUERY, _SYNCHRONIZE, _TERMINATE = 0x1000, 0x100000, 0x0001  # PROCESS_* access rights (winnt.h)
+    _STILL_ACTIVE = 259
+
+    def _kernel32() -> Any:
+        import ctypes
+
+        return ctypes.WinDLL("kernel32", use_last_error=True)
+
+    def this_place() -> str:
+        return "%s:0:0" % _machine_id()
+
+    def process_start(pid: int) -> Optional[str]:
+        """A token that tells this process from a later one with its pid; None: dead; "": cannot tell."""
+        import ctypes
+        from ctypes import wintypes
+
+        kernel32 = _kernel32()
+        kernel32.OpenProcess.restype = wintypes.HANDLE
+        handle = kernel32.OpenProcess(_QUERY, False, pid)
+        if not handle:
+            return "" if ctypes.get_last_error() == 5 else None  # ERROR_ACCESS_DENIED: it exists
+        try:
+            code = wintypes.DWORD()
+            if kernel32.GetExitCodeProcess(wintypes.HANDLE(handle), ctypes.byref(code)) and code.value != _STILL_ACTIVE:
+                return None
+            times = [wintypes.FILETIME() for _ in range(4)]
+            if not kernel32.GetProcessTimes(wintypes.HANDLE(handle), *[ctypes.byref(t) for t in times]):
+                return ""
+            return "%d" % ((times[0].dwHighDateTime << 32) + times[0].dwLowDateTime)
+        finally:
+            kernel32.CloseHandle(wintypes.HANDLE(handle))
+
+    def process_started_at(pid: int) -> Optional[float]:
+        start = process_start(pid)
+        return int(start) / 1e7 - 11644473600.0 if start else None  # FILETIME counts 100 ns from 1601
+
+    def host_name() -> str:
+        return os.environ.get("COMPUTERNAME", "")
+
+    def home_folder() -> str:
+        return os.path.expanduser("~")
+
+    def process_uid(pid: int) -> Optional[int]:
+        return None
+
+    def parent_of(pid: int) -> Optional[int]:
+        return None
+
+    def is_thread_id(pid: int) -> bool:
+        return False
+
+    def is_ours(status: os.stat_result) -> bool:
+        return True  # the profile folder is private to its user by its access list
+
+    def lock_file(fd: int) -> bool:
+        import msvcrt
+
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK):
+                return False
+            raise
+
+    def unlock_file(fd: int) -> None:
+        import msvcrt
+
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+    class RunnerChannel:
+        """The client's end of a starting runner: what it reports, line by line, and whether it lives."""
+
+        def __init__(self, argv: Sequence[str], log_fd: int) -> None:
+            import subprocess
+            import threading
+
+            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+            self._child = subprocess.Popen(
+                list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_fd, creationflags=flags,
+                env=runner_environ())  # fmt: skip
+            self._data, self._ended = b"", threading.Event()
+            self._thread = threading.Thread(target=self._drain, daemon=True)
+            self._thread.start()
+
+        def _drain(self) -> None:
+            assert self._child.stdout is not None
+            with self._child.stdout as pipe:
+                for line in pipe:
+                    self._data += line
+            self._ended.set()
+
+        def read(self, timeout: float) -> Tuple[bytes, bool]:
+            self._ended.wait(timeout if not self._data else 0)
+            data, self._data = self._data, b""
+            return data, self._ended.is_set()
+
+        def close(self) -> Optional[int]:
+            code = self._child.poll()
+            if code is None:
+                self._child.returncode = 0  # it outlives us on purpose: no ResourceWarning
+            return code
+
+    def report_channel() -> int:
+        """The runner's end of the channel: its standard output, which becomes the null device."""
+        fd = os.dup(1)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        os.close(null)
+        return fd
+
+    class ServeProcess:
+        """The serve and, through a job object that ends with this runner, all that it starts."""
+
+        def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
+            import subprocess
+
+            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+            self._job = _kill_on_close_job()
+            self._child = subprocess.Popen(
+                list(argv), stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, creationflags=flags,
+                env=dict(environ), cwd=folder)  # fmt: skip
+            self.pid = self._child.pid
+            _kernel32().AssignProcessToJobObject(self._job, int(self._child._handle))  # type: ignore[attr-defined]
+
+        def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
+            code = self._child.poll()
+            return None if code is None else (code, None)
+
+        def terminate(self) -> None:
+            import signal
+
+            # A console-less child cannot be sent Ctrl-C; Ctrl-Break reaches a process group of its own.
+            try:
+                self._child.send_signal(signal.CTRL_BREAK_EVENT)
+            except OSError:
+                self._child.terminate()
+
+        def group_is_empty(self) -> bool:
+            return self._child.poll() is not None
+
+        def kill_group(self) -> None:
+            _kernel32().TerminateJobObject(self._job, 1)
+
+        def check_guard(self) -> None:
+            """The job object needs no looking after."""
+
+        def reap(self) -> None:
+            self._child.wait()
+            _kernel32().CloseHandle(self._job)
+
+    def _kill_on_close_job() -> Any:
+        import ctypes
+        from ctypes import wintypes
+
+        kernel32 = _kernel32()
+        kernel32.CreateJobObjectW.restype = wintypes.HANDLE
+        job = wintypes.HANDLE(kernel32.CreateJobObjectW(None, None))
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, class 9; LimitFlags is its third field (offset 16), and
+        # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE is 0x2000.
+        size = 144 if ctypes.sizeof(ctypes.c_void_p) == 8 else 112
+        info = ctypes.create_string_buffer(size)
+        ctypes.c_uint32.from_buffer(info, 16).value = 0x2000
+        kernel32.SetInformationJobObject(job, 9, info, size)
+        return job
+
+    def watch_signals() -> None:
+        import signal
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
+            signal.signal(number, _note_stop)
+
+    def wait_for_event(timeout: float) -> None:
+        time.sleep(min(timeout, 0.1))
+
+    def ask_to_stop(pid: int, folder: str) -> None:
+        """Windows has no SIGTERM: a file in the serve's folder asks the runner to stop."""
+        with open(os.path.join(folder, "stop"), "w"):
+            pass
+
+    def terminate_process(pid: int) -> None:
+        os.kill(pid, 15)  # TerminateProcess: there is nothing gentler
+
+    kill_process = terminate_process
+
+    def was_asked_to_stop(folder: str) -> bool:
+        return _stop_signals != [] or os.path.exists(os.path.join(folder, "stop"))
+
+    def group_members(pgid: int) -> List[int]:
+        return [pgid] if process_start(pgid) is not None else []
+
+    def kill_group_of(pgid: int) -> None:
+        import subprocess
+
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(pgid)], stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+
+    def rss_bytes(pids: Sequence[int]) -> Optional[int]:
+        return None
+
+    def _netstat() -> str:
+        import subprocess
+
+        flags = subprocess.CREATE_NO_WINDOW
+        done = subprocess.run(["netstat", "-ano"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                              creationflags=flags, timeout=10, check=False)  # fmt: skip
+        return done.stdout.decode("ascii", "replace")
+
+    def who_listens(host: str, port: int, pid: int) -> str:
+        if not _accepts_connections(host, port):
+            return NOBODY
+        rows = [row for row in _netstat_rows(_netstat(), port) if row[0] == "LISTENING"]
+        # The listener may be a child of PID (a .cmd wrapper), which netstat cannot say.
+        return OURS if all(row[2] == str(pid) for row in rows) else UNKNOWN
+
+    def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
+        rows = _netstat_rows(_netstat(), port)
+        return (sum(row[0] == "ESTABLISHED" for row in rows), {row[1] for row in rows if row[0] == "TIME_WAIT"})
+
+    def reserve_port(host: str, port: int) -> Tuple[Any, int]:
+        import socket
+
+        with _bound_socket(socket.socket, host, port) as sock:
+            return None, int(sock.getsockname()[1])
+
+    def parent_handle() -> Any:
+        """A handle on the parent, opened while it lives: a pid alone may later be another process."""
+        kernel32 = _kernel32()
+        return kernel32.OpenProcess(_SYNCHRONIZE, False, os.getppid())
+
+    def parent_has_gone(handle: Any) -> bool:
+        return bool(_kernel32().WaitForSingleObject(handle, 0) == 0)
+
+    def command_for(path: str) -> List[str]:
+        """How to start a found CLI: npm's .cmd shims cannot be started safely, so their script is."""
+        shims = os.path.dirname(os.path.abspath(path))
+        for modules in (os.path.join(shims, "node_modules"), os.path.dirname(shims)):
+            script = os.path.join(modules, "@qvac", "cli", "dist", "index.js")
+            if path.lower().endswith((".cmd", ".ps1")) and os.path.exists(script):
+                return ["node", script]
+        return [path]
+
+    CLI_NAMES = ("qvac.cmd", "qvac.exe")
+
+else:
+    import fcntl
+
+    _BOOT_DETACH = "os.fork()and os._exit(0);os.setsid()"
+    _SIGTERM, _SIGKILL = 15, 9
+
+    def host_name() -> str:
+        return os.uname().nodename
+
+    def home_folder() -> str:
+        """$HOME, as Node.js sees it too; without it, what the user database says."""
+        import pwd
+
+        return os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+
+    def process_uid(pid: int) -> Optional[int]:
+        try:
+            return os.stat("/proc/%d" % pid).st_uid
+        except OSError:
+            return None
+
+    def is_ours(status: os.stat_result) -> bool:
+        return status.st_uid == os.geteuid()
+
+    def lock_file(fd: int) -> bool:
+        """Take the lock if it is free. A file system without flock has no guard: the lock file must do."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR)
+        return True
+
+    def unlock_file(fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # not left to close(): a forked child shares the open file
+        except OSError:
+            pass
+
+    class RunnerChannel:
+        """The client's end of a starting runner: what it reports, line by line, and whether it lives.
+
+        The channel is a pipe in the place of the runner's standard input. Its end is the runner's end
+        or its word that it needs no client any more. The runner itself is a grandchild: the child
+        forks and exits at once, so that no zombie of it is left while this client lives.
+        """
+
+        def __init__(self, argv: Sequence[str], log_fd: int) -> None:
+            import select
+
+            self._fd, write_end = os.pipe()
+            ends = [write_end]
+            try:
+                # Above 2, lest a program with a closed standard stream sees them overwritten.
+                ends += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (write_end, log_fd)]
+                actions = [(os.POSIX_SPAWN_DUP2, ends[1], 0), (os.POSIX_SPAWN_DUP2, ends[2], 1),
+                           (os.POSIX_SPAWN_DUP2, ends[2], 2)]  # fmt: skip
+                self._child = os.posix_spawn(argv[0], list(argv), runner_environ(), file_actions=actions)
+            except BaseException:
+                os.close(self._fd)
+                raise
+            finally:
+                for fd in ends:
+                    os.close(fd)
+            self._code: Optional[int] = None
+            self._poll = select.poll()
+            self._poll.register(self._fd, select.POLLIN | select.POLLHUP)
+
+        def read(self, timeout: float) -> Tuple[bytes, bool]:
+            """`(bytes, ended)`; no bytes and not ended when nothing came within `timeout` seconds."""
+            if not self._poll.poll(timeout * 1000):
+                return b"", False
+            data = os.read(self._fd, 65536)
+            return data, not data
+
+        def close(self) -> Optional[int]:
+            """Let go of the channel; the exit code of the child if it failed before it could fork."""
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+                try:
+                    status = os.waitpid(self._child, 0)[1]
+                    self._code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+                except ChildProcessError:
+                    pass  # the host program reaps all its children
+            return self._code
+
+    def report_channel() -> int:
+        """The runner's end of the channel: its standard input, which becomes the null device."""
+        fd = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.close(null)
+        return fd
+
+    # `sh` in a process group of its own, holding the reading end of a pipe whose only writing end is the
+    # runner's: when the runner is gone, however it ended, the read ends and the serve's group is killed,
+    # the worker included, which a parent-death signal to the serve would not reach.
+    _GUARD_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL -- "-$1" 2>/dev/null'
+
+    class ServeProcess:
+        """The serve, leader of its own process group, which ends with this runner.
+
+        Made by fork and exec in a single-threaded process, from its main thread: a parent-death signal
+        is bound to the thread that forked.
+        """
+
+        def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
+            die_with_parent = _parent_death_signal()
+            runner, (error_pipe, write_end) = os.getpid(), os.pipe()
+            self.pid = os.fork()
+            if self.pid == 0:
+                try:
+                    os.setsid()
+                    die_with_parent()
+                    if os.getppid() == runner:
+                        _exec_serve(argv, environ, log_fd, folder)
+                except OSError as error:
+                    os.write(write_end, b"%d" % (error.errno or 0))
+                finally:
+                    os._exit(127)
+            os.close(write_end)
+            failure = os.read(error_pipe, 16)
+            os.close(error_pipe)
+            self._status: Optional[Tuple[Optional[int], Optional[int]]] = None
+            if failure:
+                os.waitpid(self.pid, 0)
+                raise OSError(int(failure), os.strerror(int(failure)), argv[0])
+            self._guard, self._guard_pipe = 0, -1
+            self.check_guard()
+
+        def check_guard(self) -> None:
+            """Start the guard, or another if somebody killed it."""
+            if self._guard and os.waitpid(self._guard, os.WNOHANG)[0] == 0:
+                return
+            read_end, write_end = os.pipe()
+            if self._guard_pipe >= 0:
+                os.close(self._guard_pipe)
+            self._guard_pipe = write_end
+            null = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0)
+            try:
+                self._guard = os.posix_spawn(
+                    "/bin/sh", ["sh", "-c", _GUARD_SCRIPT, "qvac-guard", str(self.pid)], os.environ, setpgroup=0,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, read_end, 0), null, (os.POSIX_SPAWN_DUP2, 1, 2)])  # fmt: skip
+            except OSError:
+                self._guard = 0  # no shell: the parent-death signal has to do
+            os.close(read_end)
+
+        def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
+            """`(exit code, signal)` once the serve has ended; it stays a zombie, which pins its group's id."""
+            if self._status is None and hasattr(os, "waitid"):
+                info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if info is not None:
+                    exited = info.si_code == os.CLD_EXITED
+                    self._status = (info.si_status, None) if exited else (None, info.si_status)
+            elif self._status is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    exited = os.WIFEXITED(status)
+                    self._status = (os.WEXITSTATUS(status), None) if exited else (None, os.WTERMSIG(status))
+            return self._status
+
+        def terminate(self) -> None:
+            """SIGTERM to the serve alone: it has to release its own worker and the worker's lock."""
+            try:
+                os.kill(self.pid, _SIGTERM)
+            except ProcessLookupError:
+                pass
+
+        def group_is_empty(self) -> bool:
+            return not group_members(self.pid)
+
+        def kill_group(self) -> None:
+            kill_group_of(self.pid)
+
+        def reap(self) -> None:
+            """End the guard (what it kills is pinned by the zombie, and dead), then let the zombie go."""
+            if self._guard_pipe >= 0:
+                os.close(self._guard_pipe)
+                self._guard_pipe = -1
+            for pid in (self._guard, self.pid):
+                try:
+                    if pid:
+                        os.waitpid(pid, 0)
+                except ChildProcessError:
+                    pass  # `ended` has reaped it where there is no waitid
+
+    def _exec_serve(argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
+        import signal
+
+        # Python ignores these; what is ignored stays so through exec.
+        for name in ("SIGPIPE", "SIGXFSZ"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd, target in ((null, 0), (log_fd, 1), (log_fd, 2)):
+            os.dup2(fd, target)
+        os.chdir(folder)
+        os.execvpe(argv[0], list(argv), dict(environ))
+
+    def watch_signals() -> None:
+        """From a clean slate (a blocked or ignored signal is inherited), note what asks the runner to stop."""
+        import signal
+
+        read_end, write_end = os.pipe()
+        for fd in (read_end, write_end):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        _wakeup.append(read_end)
+        for number in range(1, signal.NSIG):
+            try:
+                if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
+                    signal.signal(number, signal.SIG_DFL)
+            except (OSError, ValueError):
+                pass
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, _note_stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up is what counts
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    _wakeup: List[int] = []
+
+    def wait_for_event(timeout: float) -> None:
+        """Wait for a signal (a child's end, a request to stop), `timeout` seconds at most."""
+        import select
+
+        if select.select(_wakeup, [], [], max(0.0, timeout))[0]:
+            try:
+                os.read(_wakeup[0], 4096)
+            except BlockingIOError:
+                pass
+
+    def ask_to_stop(pid: int, folder: str) -> None:
+        os.kill(pid, _SIGTERM)
+
+    def terminate_process(pid: int) -> None:
+        os.kill(pid, _SIGTERM)
+
+    def kill_process(pid: int) -> None:
+        os.kill(pid, _SIGKILL)
+
+    def was_asked_to_stop(folder: str) -> bool:
+        return _stop_signals != []
+
+    def kill_group_of(pgid: int) -> None:
+        try:
+            os.killpg(pgid, _SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def parent_handle() -> Any:
+        return os.getppid()
+
+    def parent_has_gone(handle: Any) -> bool:
+        return parent_is_gone(handle, os.getppid())
+
+    def command_for(path: str) -> List[str]:
+        return [path]
+
+    CLI_NAMES = ("qvac",)
+
+    if sys.platform == "linux":
+
+        def this_place() -> str:
+            """Machine, boot and pid namespace: where a pid means what it means here."""
+            boot = _read_text("/proc/sys/kernel/random/boot_id")[:8]
+            try:
+                namespace = os.stat("/proc/self/ns/pid").st_ino
+                if os.readlink("/proc/self") != str(os.getpid()):
+                    namespace = -namespace  # /proc shows another namespace's processes: see process_start
+            except OSError:
+                namespace = 0
+            return "%s:%s:%d" % (_machine_id(), boot, namespace)
+
+        def _stat_fields(pid: Union[int, str]) -> List[bytes]:
+            """The fields of /proc/PID/stat from the state on (proc(5): the name before may hold anything)."""
+            with open("/proc/%s/stat" % pid, "rb") as file:
+                return file.read().rpartition(b")")[2].split()
+
+        def process_start(pid: int) -> Optional[str]:
+            """A token that tells this process from a later one with its pid; None: dead; "": cannot tell.
+
+            A zombie is dead. The token is the start in clock ticks after boot, which no change of the
+            wall clock moves.
+            """
+            try:
+                fields = _stat_fields(pid)
+                if place().rpartition(":")[2].startswith("-"):
+                    raise ValueError("/proc is another namespace's")
+                return None if fields[0] in (b"Z", b"X", b"x") else fields[19].decode()
+            except (OSError, ValueError, IndexError):
+                try:
+                    os.kill(pid, 0)
+                except PermissionError:
+                    return ""
+                except (OSError, OverflowError):
+                    return None
+                return ""
+
+        def process_started_at(pid: int) -> Optional[float]:
+            try:
+                ticks = int(_stat_fields(pid)[19])
+                uptime = float(_read_text("/proc/uptime").split()[0])
+                return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+            except (OSError, ValueError, IndexError):
+                return None
+
+        def parent_of(pid: int) -> Optional[int]:
+            try:
+                return int(_stat_fields(pid)[1])
+            except (OSError, ValueError, IndexError):
+                return None
+
+        def is_thread_id(pid: int) -> bool:
+            """Linux answers for a thread's id as for a process's, so a recycled pid may be a thread."""
+            for line in _read_text("/proc/%d/status" % pid).splitlines():
+                if line.startswith("Tgid:"):
+                    return int(line.split()[1]) != pid
+            return False
+
+        def group_members(pgid: int) -> List[int]:
+            """The pids of a process group, zombies left out."""
+            members = []
+            for name in os.listdir("/proc"):
+                try:
+                    if name.isdigit():
+                        fields = _stat_fields(name)
+                        if fields[2] == b"%d" % pgid and fields[0] not in (b"Z", b"X", b"x"):
+                            members.append(int(name))
+                except (OSError, IndexError):
+                    pass
+            return members
+
+        def rss_bytes(pids: Sequence[int]) -> Optional[int]:
+            """The resident memory of these processes together, shared pages counted in each."""
+            pages = 0
+            for pid in pids:
+                try:
+                    pages += int(_read_text("/proc/%d/statm" % pid).split()[1])
+                except (IndexError, ValueError):
+                    pass
+            return pages * os.sysconf("SC_PAGE_SIZE") if pages else None
+
+        def _parent_death_signal() -> Callable[[], None]:
+            import ctypes
+
+            prctl = ctypes.CDLL(None).prctl
+
+            def arm() -> None:
+                prctl(1, _SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+
+            return arm
+
+        _LISTEN, _OPEN, _TIME_WAIT = b"0A", (b"01", b"08"), b"06"  # ESTABLISHED and CLOSE_WAIT are open
+
+        def _tcp_rows(host: str, port: int) -> Iterator[Tuple[bytes, bool, bytes, bytes]]:
+            """`(state, port is the local one, the other end, inode)` of the TCP sockets that concern us."""
+            needle, hosts = b":%04X" % port, ()  # type: bytes, Tuple[bytes, ...]
+            try:
+                packed = bytes(int(part) for part in host.split("."))
+                # In tcp6 too an IPv4 address ends in itself, and a wildcard in zeros.
+                hosts = (packed[::-1].hex().upper().encode(), b"0" * 8) if len(packed) == 4 else ()
+            except ValueError:
+                pass  # a name or an IPv6 address: the port alone has to do
+            for table in ("tcp", "tcp6"):
+                try:
+                    with open("/proc/net/" + table, "rb") as file:
+                        lines = file.read().split(b"\n")
+                except OSError:
+                    continue
+                for line in lines:
+                    if needle in line:
+                        fields = line.split()
+                        for here, there in ((fields[1], fields[2]), (fields[2], fields[1])):
+                            if here[-5:] == needle and (not hosts or here[-13:-5] in hosts):
+                                yield fields[3], here is fields[1], there, fields[9]
+
+        def who_listens(host: str, port: int, pid: int) -> str:
+            """Whether all that listens on the port belongs to PID's process group.
+
+            This is what stands between the key and another program that has taken the port.
+            """
+            if not os.access("/proc/net/tcp", os.R_OK):
+                return UNKNOWN
+            wanted = {b"socket:[%s]" % row[3] for row in _tcp_rows(host, port) if row[0] == _LISTEN and row[1]}
+            if not wanted:
+                return NOBODY
+            wanted -= _open_sockets(pid)
+            if wanted:  # a wrapper script's child may be the one that listens
+                for member in group_members(pid):
+                    wanted -= _open_sockets(member)
+            return STRANGER if wanted else OURS
+
+        def _open_sockets(pid: int) -> Set[bytes]:
+            folder, sockets = b"/proc/%d/fd" % pid, set()
+            try:
+                for name in os.listdir(folder):
+                    try:
+                        sockets.add(os.readlink(folder + b"/" + name))
+                    except OSError:
+                        pass
+            except OSError:
+                pass
+            return sockets
+
+        def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
+            """`(open connections to the port, the other ends of those closed in the last minute)`."""
+            opened, closed = 0, set()
+            for state, is_local, other, _inode in _tcp_rows(host, port):
+                opened += state in _OPEN and is_local
+                if state == _TIME_WAIT:
+                    closed.add(other.decode())
+            return opened, closed
+
+        def reserve_port(host: str, port: int) -> Tuple[Any, int]:
+            """`(socket, port)`: the port (0: any free one) is held for the serve until the socket is closed.
+
+            The socket is bound and does not listen: a plain bind of another program fails, a
+            connection is refused, and the serve, which sets SO_REUSEADDR as servers do, can still
+            listen. Another program that sets it too can as well: who_listens() is the proof.
+            """
+            import socket
+
+            sock = _bound_socket(socket.socket, host, port, reuse=True)
+            return sock, int(sock.getsockname()[1])
+
+    else:  # pragma: no cover - macOS and other POSIX: checked by mypy and by tests with injected calls
+
+        def _libproc() -> Any:
+            import ctypes
+
+            return ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
+
+        def _bsdinfo(pid: int) -> Optional[Tuple[int, int, int, int]]:
+            """`(status, uid, group, start in microseconds)` from proc_pidinfo(PROC_PIDTBSDINFO), sys/proc_info.h."""
+            import ctypes
+            import struct
+
+            buffer = ctypes.create_string_buffer(136)
+            if _libproc().proc_pidinfo(pid, 3, ctypes.c_uint64(0), buffer, 136) != 136:
+                return None
+            status, uid = struct.unpack_from("=I", buffer, 4)[0], struct.unpack_from("=I", buffer, 20)[0]
+            seconds, micros = struct.unpack_from("=QQ", buffer, 120)
+            return status, uid, struct.unpack_from("=I", buffer, 100)[0], seconds * 1000000 + micros
+
+        def this_place() -> str:
+            boot = _run_tool("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid").strip()[:8]
+            return "%s:%s:0" % (_machine_id(), boot)
+
+        def process_start(pid: int) -> Optional[str]:
+            """A token that tells this process from a later one with its pid; None: dead; "": cannot tell."""
+            try:
+                info = _bsdinfo(pid)
+            except (OSError, AttributeError):
+                info = None
+            if info is not None:
+                return None if info[0] == 5 else str(info[3])  # SZOMB
+            try:
+                os.kill(pid, 0)
+            except PermissionError:
+                return ""
+            except (OSError, OverflowError):
+                return None
+            return "" if not _is_zombie_child(pid) else None
+
+        def _is_zombie_child(pid: int) -> bool:
+            """libproc knows no zombies; `ps` does."""
+            return _run_tool("/bin/ps", "-o", "state=", "-p", str(pid)).strip().startswith("Z")
+
+        def process_started_at(pid: int) -> Optional[float]:
+            info = _bsdinfo(pid)
+            return info[3] / 1e6 if info else None
+
+        def parent_of(pid: int) -> Optional[int]:
+            import ctypes
+            import struct
+
+            buffer = ctypes.create_string_buffer(136)
+            found = _libproc().proc_pidinfo(pid, 3, ctypes.c_uint64(0), buffer, 136) == 136
+            return int(struct.unpack_from("=I", buffer, 16)[0]) if found else None
+
+        def is_thread_id(pid: int) -> bool:
+            return False
+
+        def group_members(pgid: int) -> List[int]:
+            import ctypes
+
+            pids = (ctypes.c_int32 * 4096)()
+            size = _libproc().proc_listpids(2, pgid, pids, ctypes.sizeof(pids))  # PROC_PGRP_ONLY
+            return [pid for pid in pids[: max(0, size) // 4] if pid and process_start(pid) is not None]
+
+        def rss_bytes(pids: Sequence[int]) -> Optional[int]:
+            import ctypes
+            import struct
+
+            total, buffer = 0, ctypes.create_string_buffer(96)
+            for pid in pids:
+                if _libproc().proc_pidinfo(pid, 4, ctypes.c_uint64(0), buffer, 96) == 96:  # PROC_PIDTASKINFO
+                    total += struct.unpack_from("=Q", buffer, 8)[0]
+            return total or None
+
+        def _parent_death_signal() -> Callable[[], None]:
+            return lambda: None  # the guard does it
+
+        def _run_tool(*argv: str) -> str:
+            import subprocess
+
+            null = subprocess.DEVNULL
+            try:
+                done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=null, stderr=null, timeout=10, check=False)
+            except (OSError, subprocess.SubprocessError):
+                return ""
+            return done.stdout.decode("ascii", "replace")
+
+        def who_listens(host: str, port: int, pid: int) -> str:
+            """Whether all that listens on the port belongs to PID's process group, as far as `lsof` sees."""
+            if not _accepts_connections(host, port):
+                return NOBODY
+            listeners = _run_tool("lsof", "-nP", "-t", "-iTCP:%d" % port, "-sTCP:LISTEN").split()
+            if not listeners:
+                return UNKNOWN  # perhaps another user's process, which lsof does not show
+            members = {str(member) for member in [pid, *group_members(pid)]}
+            return OURS if set(listeners) <= members else STRANGER
+
+        def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
+            rows = _netstat_rows(_run_tool("netstat", "-an", "-p", "tcp"), port)
+            return (sum(row[0] == "ESTABLISHED" for row in rows), {row[1] for row in rows if row[0] == "TIME_WAIT"})
+
+        def reserve_port(host: str, port: int) -> Tuple[Any, int]:
+            import socket
+
+            with _bound_socket(socket.socket, host, port) as sock:
+                return None, int(sock.getsockname()[1])
+
+
+_stop_signals: List[int] = []
+
+
+def _accepts_connections(host: str, port: int) -> bool:
+    import socket
+
+    try:
+        socket.create_connection((host, port), timeout=HEALTH_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _note_stop(number: int, _frame: Any) -> None:
+    _stop_signals.append(number)
+
+
+def _bound_socket(make_socket: Any, host: str, port: int, reuse: bool = False) -> Any:
+    """A socket bound to host and port; PortAllocationFailedError with what to do if that cannot be."""
+    import socket
+
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = make_socket(family, kind, proto)
+        try:
+            if reuse:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    except OSError as error:
+        if port and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            why = "is taken by another program" if error.errno == errno.EADDRINUSE else "needs privileges"
+            text = "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why)
+        else:
+            text = "No port could be had on %s: %s." % (host, error.strerror or error)
+        raise PortAllocationFailedError(text) from None
+
+
+_places: Dict[int, str] = {}
+
+
+def place() -> str:
+    """`this_place()`, once per process."""
+    pid = os.getpid()
+    if pid not in _places:
+        _places.clear()
+        _places[pid] = this_place()
+    return _places[pid]
+
+
+def process_alive(pid: int) -> bool:
+    """True if a process, not a zombie, has this pid now; False for what cannot be a pid."""
+    if type(pid) is not int or not 0 < pid < 2**31:
+        return False
+    return process_start(pid) is not None and not is_thread_id(pid)
+
+
+is_process_alive = process_alive  # the provider's name for it
+
+ALIVE, DEAD, FOREIGN = "alive", "dead", "foreign"
+
+
+def judge_process(pid: int, start: str, where: str) -> str:
+    """Whether the process that wrote its identity still lives: ALIVE, DEAD, or FOREIGN (cannot tell).
+
+    Its start time settles it, for pids are used again. An identity from an earlier boot of this
+    machine is dead; one from another machine or pid namespace sharing the folder is FOREIGN:
+    neither to be trusted nor to be cleared away.
+    """
+    here = place()
+    if where != here:
+        machine, boot = where.split(":")[:2] if where.count(":") == 2 else ("", "")
+        return DEAD if (machine == here.split(":")[0] and boot and boot != here.split(":")[1]) else FOREIGN
+    now = process_start(pid)
+    if now is None:
+        return DEAD
+    return ALIVE if now == start or not now or not start else DEAD
+
+
+def judge_bare_pid(pid: int, since: float, uid: Optional[int]) -> str:
+    """ALIVE or DEAD for a pid without identity, as the provider writes it into a file.
+
+    The file's time and owner have to do: a process of another user, or started (by more than any
+    change of the clock) after the file was written, is not the one that wrote it.
+    """
+    if not process_alive(pid):
+        return DEAD
+    owner, started = process_uid(pid), process_started_at(pid)
+    if uid is not None and owner is not None and owner != uid:
+        return DEAD
+    return DEAD if started is not None and started > since + CLOCK_SLACK else ALIVE
+
+
+def parent_is_gone(original: int, current: int) -> bool:
+    """True once the parent has changed. A parent that is pid 1 from the start is an ordinary parent."""
+    return current != original
+
+
+def runner_environ() -> Dict[str, str]:
+    """What runner and serve inherit: all of the first caller's environment but the key of another serve."""
+    return {name: value for name, value in os.environ.items() if name != "QVAC_API_KEY"}
+
+
+_THIS_FILE = os.path.abspath(__file__)  # now: the program may change its folder
+
+
+def reexec_argv(*args: str, detach: bool = False) -> List[str]:
+    """The command that runs this very file in another interpreter (`_reexecuted` gets the arguments).
+
+    With `detach` the interpreter forks before anything else and goes on in the child, in a session of
+    its own. Raises ServeSpawnFailedError where there is no interpreter: in an embedded or frozen Python.
+    """
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise ServeSpawnFailedError(
+            "Managed mode re-executes this module with sys.executable, which is %s here: run it from an ordinary "
+            "Python, or start `qvac serve --openai` yourself and use external mode."
+            % ("a frozen program" if sys.executable else "empty"))  # fmt: skip
+    folder, name = os.path.split(_THIS_FILE)
+    stem, extension = os.path.splitext(name)
+    flags = ["-I", "-S"] + (["-B"] if sys.dont_write_bytecode else [])
+    if extension not in (".py", ".pyc") or stem == "__main__":
+        return [sys.executable, *flags, _THIS_FILE, "--reexecuted", *args]
+    return [sys.executable, *flags, "-c", _BOOT % (_BOOT_DETACH if detach else "0"), folder, stem, *args]
+
+
+# ==================================================================================================
+# 7. Registry: paths, records, consumers. Files are read as data of an enemy.
+# ==================================================================================================
+
+
+def qvac_home() -> str:
+    """`~/.qvac`, as the CLI and the provider see it. RegistryError without a usable home."""
+    try:
+        home = home_folder()
+    except KeyError:
+        home = ""
+    if not os.path.isabs(home):
+        raise RegistryError("No home folder (%r is none): set HOME or QVAC_MANAGED_DIR to an absolute path." % home)
+    return os.path.join(home, ".qvac")
+
+
+def managed_serves_dir() -> str:
+    """The folder with all files about managed serves, as an absolute path; it need not exist yet."""
+    chosen = os.environ.get("QVAC_MANAGED_DIR")
+    if not chosen:
+        return os.path.join(qvac_home(), "managed-serves")
+    if not os.path.isabs(chosen):
+        raise RegistryError("QVAC_MANAGED_DIR is %r: it has to be an absolute path." % chosen)
+    return chosen
+
+
+def record_path(key: str) -> str:
+    return _registry_path(key, ".json")
+
+
+def consumers_dir(key: str) -> str:
+    return _registry_path(key, ".consumers")
+
+
+def lock_path(key: str) -> str:
+    return _registry_path(key, ".lock")
+
+
+def error_path(key: str) -> str:
+    return _registry_path(key, ".error")
+
+
+def log_path(key: str) -> str:
+    return _registry_path(key, ".log")
+
+
+def _registry_path(key: str, suffix: str) -> str:
+    if not is_valid_fleet_key(key):
+        raise RegistryError("%s is no fleet key." % _shorten(repr(key), 80))
+    return os.path.join(managed_serves_dir(), key + suffix)
+
+
+def ensure_managed_serves_dir() -> str:
+    """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours to use."""
+    folder = managed_serves_dir()
+    try:
+        try:
+            status = os.lstat(folder)
+        except FileNotFoundError:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            status = os.lstat(folder)
+        if not _is_directory(status) or not is_ours(status):
+            raise RegistryError("%s is %s. Remove it, or set QVAC_MANAGED_DIR to a folder of your own." % (
+                folder, "not a folder" if not _is_directory(status) else "owned by another user"))  # fmt: skip
+        if status.st_mode & 0o777 != 0o700:
+            os.chmod(folder, 0o700)
+    except OSError as error:
+        raise _registry_trouble("use", folder, error) from None
+    return folder
+
+
+def _is_directory(status: os.stat_result) -> bool:
+    return status.st_mode & 0o170000 == 0o040000
+
+
+def _is_regular(status: os.stat_result) -> bool:
+    return status.st_mode & 0o170000 == 0o100000
+
+
+def _registry_trouble(verb: str, path: str, error: OSError) -> RegistryError:
+    hints = {
+        errno.ENOSPC: "The disk is full: make room.",
+        errno.EROFS: "The file system is read-only: set QVAC_MANAGED_DIR to a writable folder.",
+        errno.EACCES: "Make it writable for you, or set QVAC_MANAGED_DIR to another folder.",
+        errno.EMFILE: "This process has too many open files: close some.",
+    }
+    return RegistryError(
+        "Cannot %s %s: %s. %s" % (verb, _shorten(path, 300), error.strerror or error, hints.get(error.errno or 0, "")))
+
+
+def _read_registry_file(path: str) -> Optional[Tuple[bytes, os.stat_result]]:
+    """Content and status of a file that is regular, ours, no link and not over 64 kB; else None."""
+    try:
+        fd = os.open(path, os.O_RDONLY | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise _registry_trouble("read", path, error) from None
+        return None
+    try:
+        status = os.fstat(fd)
+        if not _is_regular(status) or not is_ours(status) or status.st_size > MAX_FILE_BYTES:
+            return None
+        return os.read(fd, MAX_FILE_BYTES + 1)[:MAX_FILE_BYTES], status
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
+    """Make a 0600 file whole or not at all: a reader never sees half of it, a full disk leaves none of it.
+
+    Without `replace` it must not exist yet (FileExistsError).
+    """
+    target = "%s.%d.%s.tmp" % (path, os.getpid(), os.urandom(4).hex()) if replace else path
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW | CLOEXEC | BINARY, 0o600)
+    try:
+        try:
+            while content:
+                content = content[os.write(fd, content):]  # fmt: skip
+        finally:
+            os.close(fd)
+        if replace:
+            os.replace(target, path)
+    except BaseException:
+        _unlink(target)
+        raise
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+        return True
+    except OSError:
+        return False
+
+
+def _strict_json(data: bytes) -> Any:
+    """The JSON value, or None: also for NaN, for nesting that overflows the stack, for digits without end."""
+    import json
+
+    def refuse(_: str) -> None:
+        raise ValueError("no JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+# One table for the record: (JSON name, attribute, type). The first ten are the provider's and required.
+_RECORD_FIELDS = (
+    ("fleetKey", "fleet_key", str),
+    ("servePid", "serve_pid", int),
+    ("runnerPid", "runner_pid", int),
+    ("port", "port", int),
+    ("host", "host", str),
+    ("baseURL", "base_url", str),
+    ("configPath", "config_path", str),
+    ("startedAt", "started_at", str),
+    ("idleTimeoutMs", "idle_timeout_ms", float),
+    ("apiKey", "api_key", str),
+    ("serveStart", "serve_start", str),  # identities: see judge_process
+    ("runnerStart", "runner_start", str),
+    ("place", "place", str),
+    ("restarts", "restarts", int),
+    ("idleSince", "idle_since", float),  # monotonic seconds; 0 while in use
+    ("readyAt", "ready_at", float),  # monotonic seconds
+    ("serveBinPath", "serve_bin_path", str),
+    ("pinnedPort", "pinned_port", int),
+)
+_REQUIRED_FIELDS = 9  # `apiKey` apart: a record of an old provider has none
+
+
+class ServeRecord:
+    """What is known of a running serve: frozen. Fields as in _RECORD_FIELDS; ours are "" or 0 when absent.
+
+    `inode` tells this version of the file from another. The API key is in no repr.
+    """
+
+    fleet_key: str
+    serve_pid: int
+    runner_pid: int
+    port: int
+    host: str
+    base_url: str
+    config_path: str
+    started_at: str
+    idle_timeout_ms: float
+    api_key: str
+    serve_start: str
+    runner_start: str
+    place: str
+    restarts: int
+    idle_since: float
+    ready_at: float
+    serve_bin_path: str
+    pinned_port: int
+
+    __slots__ = (*(field[1] for field in _RECORD_FIELDS), "version", "mtime", "uid")
+
+    def __init__(self, **fields: Any) -> None:
+        for _, attribute, kind in _RECORD_FIELDS:
+            object.__setattr__(self, attribute, fields.get(attribute, kind()))
+        for extra in ("version", "mtime", "uid"):
+            object.__setattr__(self, extra, fields.get(extra))
+
+    version: Any
+    mtime: Optional[float]
+    uid: Optional[int]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a record is frozen")
+
+    def __repr__(self) -> str:
+        return "<ServeRecord %s pid=%d runner=%d %s>" % (self.fleet_key, self.serve_pid, self.runner_pid, self.base_url)
+
+    def with_fields(self, **changes: Any) -> ServeRecord:
+        return ServeRecord(**{**{field[1]: getattr(self, field[1]) for field in _RECORD_FIELDS}, **changes})
+
+    def judge_serve(self) -> str:
+        return self._judge(self.serve_pid, self.serve_start)
+
+    def judge_runner(self) -> str:
+        return self._judge(self.runner_pid, self.runner_start)
+
+    def _judge(self, pid: int, start: str) -> str:
+        if self.place:
+            verdict = judge_process(pid, start, self.place)
+            stale = verdict == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
+            return DEAD if stale else verdict
+        return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
+
+    @property
+    def is_restarting(self) -> bool:
+        """The runner has put its own pid in the place of the serve's while it brings the serve back."""
+        return self.serve_pid == self.runner_pid
+
+    @property
+    def is_private(self) -> bool:
+        return "-priv-" in self.fleet_key
+
+
+def _heartbeat_age(mtime: Optional[float]) -> float:
+    """Seconds since a file was touched, either way: a clock set back must not make it young for ever."""
+    return abs(time.time() - mtime) if mtime is not None else 0.0
+
+
+def _encode_record(record: ServeRecord) -> bytes:
+    import json
+
+    data = {}
+    for name, attribute, kind in _RECORD_FIELDS:
+        value = getattr(record, attribute)
+        # A number that is whole goes out as an integer, as JavaScript writes it.
+        data[name] = int(value) if kind is float and value == int(value) else value
+    return (json.dumps(data, indent=2) + "\n").encode("ascii")
+
+
+def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]:
+    """The record in a file, or None if it is not exactly one: types, ranges, and the address it names.
+
+    A record of an old provider comes back with an empty `api_key`.
+    """
+    raw = _strict_json(data)
+    if not isinstance(raw, dict):
+        return None
+    fields: Dict[str, Any] = {}
+    for index, (name, attribute, kind) in enumerate(_RECORD_FIELDS):
+        value = raw.get(name)
+        accepted = (int, float) if kind is float else (kind,)
+        if type(value) in accepted:
+            fields[attribute] = value
+        elif index < _REQUIRED_FIELDS:
+            return None
+    record = ServeRecord(**fields, **extra)
+    sane = (
+        record.fleet_key == key
+        and all(0 < pid < 2**31 for pid in (record.serve_pid, record.runner_pid))
+        and 0 < record.port < 65536
+        and _destination(record.base_url) == (record.host.strip("[]").lower(), record.port)
+    )
+    return record if sane else None
+
+
+def _destination(base_url: str) -> Optional[Tuple[str, int]]:
+    """Host and port of a plain http URL without anything that could lead elsewhere."""
+    if not base_url.startswith("http://") or not base_url.endswith("/v1") or not base_url.isprintable():
+        return None
+    host, _, port = base_url[len("http://") : -len("/v1")].rpartition(":")
+    if not host or any(c in host for c in "/\\@?#% ") or not port.isdigit() or len(port) > 5:
+        return None
+    return host.strip("[]").lower(), int(port)
+
+
+def base_url_of(host: str, port: int) -> str:
+    return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
+
+
+def read_record(key: str) -> Optional[ServeRecord]:
+    """The record of a key; None if there is none that can be used (an old provider's has no key)."""
+    record = _read_any_record(key)
+    return record if record is not None and record.api_key else None
+
+
+def _read_any_record(key: str) -> Optional[ServeRecord]:
+    found = _read_registry_file(record_path(key))
+    if found is None:
+        return None
+    data, status = found
+    version = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return _decode_record(data, key, version=version, mtime=status.st_mtime, uid=status.st_uid)
+
+
+def read_all_records() -> List[ServeRecord]:
+    """Every usable record, in no order."""
+    return [record for record in _all_records() if record.api_key]
+
+
+def _all_records() -> List[ServeRecord]:
+    records = (_read_any_record(name[:-5]) for name in _listdir(managed_serves_dir())
+               if name.endswith(".json") and is_valid_fleet_key(name[:-5]))  # fmt: skip
+    return [record for record in records if record is not None]
+
+
+def _listdir(folder: str) -> List[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def write_record(record: ServeRecord) -> Any:
+    """Publish a record whole, by temp file and rename. Returns its version. Its runner alone calls this."""
+    path = record_path(record.fleet_key)
+    ensure_managed_serves_dir()
+    try:
+        _write_new_file(path, _encode_record(record), replace=True)
+        status = os.lstat(path)
+    except OSError as error:
+        raise _registry_trouble("write", path, error) from None
+    return (status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def remove_record(key: str, preserve_consumers: bool = False) -> None:
+    """Remove a record and, unless told to preserve them, the markers of consumers that are dead.
+
+    Unlike the provider's, it never removes the marker of a live consumer.
+    """
+    _unlink(record_path(key))
+    if not preserve_consumers:
+        live_consumers(key)
+        _rmdir(consumers_dir(key))
+
+
+def _rmdir(path: str) -> bool:
+    try:
+        os.rmdir(path)
+        return True
+    except OSError:
+        return False
+
+
+# -- consumers
+
+
+def add_consumer(key: str, consumer_id: str) -> None:
+    """Write the marker of a consumer. `consumer_id` is `PID.RAND`, one for each client object.
+
+    The provider reads the pid in its name; we add the identity of the process in its content.
+    """
+    ensure_managed_serves_dir()
+    folder, path = consumers_dir(key), os.path.join(consumers_dir(key), consumer_id)
+    content = ("%s %s\n" % (process_start(os.getpid()) or "", place())).encode()
+    for attempt in range(5):
+        try:
+            if attempt:  # a runner that ends, or a provider, has removed the folder just now
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+            _write_new_file(path, content)
+            return
+        except FileExistsError:
+            if os.path.isfile(path):
+                return
+            error: OSError = NotADirectoryError(errno.ENOTDIR, "not a folder")
+        except FileNotFoundError as caught:
+            error = caught
+        except OSError as caught:
+            raise _registry_trouble("write", path, caught) from None
+    raise _registry_trouble("write", path, error)
+
+
+def remove_consumer(key: str, consumer_id: str) -> None:
+    """Remove the marker of a consumer; no error if it is gone. The folder is the runner's to remove."""
+    _unlink(os.path.join(consumers_dir(key), consumer_id))
+
+
+def has_consumer(key: str, consumer_id: str) -> bool:
+    return os.path.exists(os.path.join(consumers_dir(key), consumer_id))
+
+
+def live_consumers(key: str) -> List[int]:
+    """The pids of the live consumers, one for each marker; markers of dead processes are removed.
+
+    A marker from another machine or pid namespace is neither counted nor removed.
+    """
+    return [int(name.partition(".")[0]) for name in _live_markers(key)]
+
+
+def _live_markers(key: str) -> List[str]:
+    live, folder = [], consumers_dir(key)
+    for name in _listdir(folder):
+        verdict = _judge_marker(os.path.join(folder, name), name)
+        if verdict == ALIVE:
+            live.append(name)
+        elif verdict == DEAD:
+            _unlink(os.path.join(folder, name))
+    return live
+
+
+def _judge_marker(path: str, name: str) -> str:
+    digits = name.partition(".")[0]
+    found = _read_registry_file(path)
+    if not digits.isdigit() or len(digits) > 10 or found is None or not digits.isascii():
+        # Not a marker. One we may be looking at while it is removed is gone anyway.
+        return DEAD if found is not None else FOREIGN
+    words = found[0].decode("ascii", "replace").split()
+    if len(words) == 2:
+        return judge_process(int(digits), words[0], words[1])
+    return judge_bare_pid(int(digits), found[1].st_mtime, found[1].st_uid)
+
+
+# ==================================================================================================
+# 8. Guard and spawn lock
+# ==================================================================================================
+
+
+class guard:
+    """Hold `registry.guard`: `with guard(): ...` around what must be seen as one step.
+
+    The kernel frees it when its holder dies, so it is never stale. It is only held for short sections,
+    never over a wait or a request; a holder that does not let go has been stopped (SIGSTOP, a
+    debugger), and after `timeout` seconds that is a RegistryError.
+    """
+
+    def __init__(self, timeout: float = GUARD_TIMEOUT) -> None:
+        self._timeout = timeout
+
+    def __enter__(self) -> None:
+        path = os.path.join(ensure_managed_serves_dir(), "registry.guard")
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW | CLOEXEC | NONBLOCK, 0o600)
+        except OSError as error:
+            raise _registry_trouble("open", path, error) from None
+        try:
+            self._wait_for_lock(path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        _guard_fds.add(self._fd)
+
+    def _wait_for_lock(self, path: str) -> None:
+        deadline, pause = time.monotonic() + self._timeout, 0.001
+        while not lock_file(self._fd):
+            if time.monotonic() > deadline:
+                raise RegistryError("%s has been held for %.0f s: is a process that uses QVAC stopped? "
+                                    "Let it go on (kill -CONT) or end it." % (path, self._timeout))  # fmt: skip
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+    def __exit__(self, *_: Any) -> None:
+        _guard_fds.discard(self._fd)
+        unlock_file(self._fd)
+        os.close(self._fd)
+
+
+RUNNER_MARK = "runner-"  # begins the nonce of a lock that a runner holds
+_guard_fds: Set[int] = set()
+_held_locks: Dict[str, str] = {}  # fleet key: the text this process has in the lock
+
+
+def try_lock(key: str) -> bool:
+    """Take the spawn lock of a key; False while its owner lives. Release it with release_lock().
+
+    The lock is the provider's: a file made with O_EXCL that begins with the owner's pid. A dead
+    owner's is stolen at once, one whose owner cannot be read after 30 s. Two of us never both win;
+    a provider that steals the same dead lock at the same moment may overwrite ours, which the runner
+    sees when it reads the lock again (see _Runner._has_lost_the_lock).
+    """
+    path, text = lock_path(key), _lock_text(os.urandom(8).hex())
+    with guard():
+        for _ in range(3):
+            try:
+                _write_new_file(path, text.encode())
+            except FileExistsError:
+                if _judge_lock(key) != DEAD or not _move_stale_lock_away(key):
+                    return False
+            except OSError as error:
+                raise _registry_trouble("make", path, error) from None
+            else:
+                _held_locks[key] = text
+                # At once: a provider's client that waits spins while it sees an error and a held lock.
+                _unlink(error_path(key))
+                return True
+    return False
+
+
+def release_lock(key: str) -> None:
+    """Release the spawn lock if it is still this process's; somebody else's is left alone."""
+    if key in _held_locks:
+        with guard():
+            _release_lock(key)
+
+
+def _release_lock(key: str) -> None:
+    """As release_lock, for a holder of the guard."""
+    text = _held_locks.pop(key, None)
+    if text is not None and _read_lock(key) == text:
+        _unlink(lock_path(key))
+
+
+def _lock_text(nonce: str) -> str:
+    return "%d %s %s %s\n" % (os.getpid(), process_start(os.getpid()) or "?", place(), nonce)
+
+
+def _read_lock(key: str) -> Optional[str]:
+    found = _read_registry_file(lock_path(key))
+    return found[0].decode("utf-8", "replace") if found else None
+
+
+def _judge_lock(key: str) -> str:
+    """ALIVE: held. DEAD: its owner is gone, or cannot be read and it is old. FOREIGN: another namespace's."""
+    path = lock_path(key)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return DEAD
+    if not _is_regular(status) or not is_ours(status):
+        raise RegistryError("%s is in the way: it is no lock file of yours. Remove it." % path)
+    words = (_read_lock(key) or "").split()
+    if not words or not words[0].isascii() or not words[0].isdigit() or not 0 < int(words[0][:20]) < 2**31:
+        return DEAD if _heartbeat_age(status.st_mtime) > LOCK_STALE else ALIVE
+    pid = int(words[0])
+    if len(words) != 4:
+        # A provider's. One with our own pid was left by whoever had it before us.
+        return DEAD if pid == os.getpid() else judge_bare_pid(pid, status.st_mtime, status.st_uid)
+    verdict = judge_process(pid, "" if words[1] == "?" else words[1], words[2])
+    if verdict == ALIVE and pid == os.getpid() and _held_locks.get(key, "").split()[-1:] != words[3:]:
+        return DEAD
+    if verdict == FOREIGN and _heartbeat_age(status.st_mtime) > LOCK_STALE * 2:
+        return DEAD
+    return verdict
+
+
+def _move_stale_lock_away(key: str) -> bool:
+    """Steal under the guard: rename, then make sure that it was the stale one that was renamed.
+
+    A provider knows no guard: between our look and our rename it may have replaced the stale lock by
+    its own fresh one. That one is put back (the link fails if yet another has appeared).
+    """
+    path, judged = lock_path(key), _read_lock(key)
+    aside = "%s.%d.%s.stale" % (path, os.getpid(), os.urandom(4).hex())
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise _registry_trouble("replace", path, error) from None
+    found = _read_registry_file(aside)
+    same = (found[0].decode("utf-8", "replace") if found else None) == judged
+    if not same:
+        try:
+            os.link(aside, path)
+        except OSError:
+            pass
+    _unlink(aside)
+    return same
+
+
+def take_over_lock(key: str, expected: str) -> Optional[str]:
+    """Put this process's identity in the place of `expected`; the new text, or None if it is not there.
+
+    So the lock stays held while a runner works, though the client that took it may be dead by now.
+    """
+    text = _lock_text(RUNNER_MARK + os.urandom(8).hex())
+    with guard():
+        if _read_lock(key) != expected:
+            return None
+        _write_new_file(lock_path(key), text.encode(), replace=True)
+    _held_locks[key] = text
+    return text
+
+
+def _forget_after_fork() -> None:
+    """In a forked child: what the parent holds is the parent's. A child that keeps an open guard would
+    keep it locked, were its parent to die in that moment."""
+    for fd in list(_guard_fds):
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+    _guard_fds.clear()
+    _held_locks.clear()
+
+
+# ==================================================================================================
+# 9. HTTP
+# ==================================================================================================
+
+
+def _openers() -> Any:
+    """urllib's machinery without proxies, redirects and cookies, made once.
+
+    By itself urllib sends loopback requests, key included, to $http_proxy, and follows redirects with
+    the Authorization header to wherever they lead (CPython issue 77842).
+    """
+    global _opener_cache
+    if _opener_cache is None:
+        import http.client
+        import socket
+        import urllib.request
+
+        class DeadlineSocket(socket.socket):
+            """Receives until a deadline for the whole call; a socket's own timeout is for each packet."""
+
+            deadline = 0.0
+
+            def recv_into(self, *args: Any) -> int:
+                left = self.deadline - time.monotonic()
+                if left <= 0:
+                    raise socket.timeout("timed out")
+                self.settimeout(left)
+                return super().recv_into(*args)
+
+        class DeadlineConnection(http.client.HTTPConnection):
+            def connect(self) -> None:
+                deadline = time.monotonic() + (self.timeout or HEALTH_TIMEOUT)
+                super().connect()
+                self.sock = DeadlineSocket(fileno=self.sock.detach())
+                self.sock.settimeout(self.timeout)
+                self.sock.deadline = deadline
+
+        class DeadlineHandler(urllib.request.HTTPHandler):
+            def http_open(self, request: Any) -> Any:
+                return self.do_open(DeadlineConnection, request)
+
+        def build(*handlers: Any) -> Any:
+            opener = urllib.request.OpenerDirector()
+            for handler in (*handlers, urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
+                opener.add_handler(handler)
+            return opener
+
+        _opener_cache = (
+            build(urllib.request.HTTPHandler(), urllib.request.HTTPSHandler())
+            if hasattr(urllib.request, "HTTPSHandler") else build(urllib.request.HTTPHandler()),
+            build(DeadlineHandler()),
+        )  # fmt: skip
+    return _opener_cache
+
+
+_opener_cache: Any = None
+
+# What a health check found, next to a list of models.
+REFUSED, BUSY, WRONG, HEALTHY = "refused", "busy", "wrong", "healthy"
+
+
+class Health:
+    """The outcome of a health check: `state`, `models` ([{"id", "state"}]) if healthy, else `detail`."""
+
+    def __init__(self, state: str, models: Sequence[Dict[str, str]] = (), detail: str = "") -> None:
+        self.state, self.models, self.detail = state, list(models), detail
+
+
+def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -> Health:
+    """One GET of `base_url`/models, `timeout` seconds in all; never raises.
+
+    REFUSED: nothing listens. BUSY: no answer in time, or one that another try may better (5xx, a
+    connection that broke). WRONG: an answer that no serve with this key gives. HEALTHY: a model list.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(base_url + "/models")
+    if api_key:
+        request.add_unredirected_header("Authorization", "Bearer " + api_key)
+    try:
+        with _openers()[1].open(request, timeout=timeout) as response:
+            body = response.read(MAX_BODY_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        with error:
+            state = BUSY if error.code >= 500 or error.code == 429 else WRONG
+            return Health(state, detail="it answers GET /v1/models with %d" % error.code)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if is_refused(error):
+            return Health(REFUSED, detail="it refuses connections")
+        return Health(BUSY, detail="it does not answer GET /v1/models (%s)" % (getattr(error, "reason", "") or error))
+    models = _parse_models(body)
+    if models is None:
+        return Health(WRONG, detail="it answers GET /v1/models with something that is no model list")
+    return Health(HEALTHY, models)
+
+
+def _parse_models(body: bytes) -> Optional[List[Dict[str, str]]]:
+    answer = _strict_json(body) if len(body) <= MAX_BODY_BYTES else None
+    data = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in data):
+        return None
+    return [{"id": m["id"], "state": m["state"] if isinstance(m.get("state"), str) else "unknown"} for m in data]
+
+
+def health_check(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -> bool:
+    """True if a serve answers there with a model list. Slow is not dead: see check_health."""
+    return check_health(base_url, api_key, timeout).state == HEALTHY
+
+
+def is_refused(error: BaseException) -> bool:
+    """True only for a refused connection: the request has never reached a serve, so it may be sent again."""
+    reason = getattr(error, "reason", None)
+    return isinstance(error, ConnectionRefusedError) or isinstance(reason, ConnectionRefusedError)
+
+
+def _serve_error(error: Any) -> ServeHTTPError:
+    """An HTTP error answer (urllib.error.HTTPError) as ServeHTTPError, with the serve's own message."""
+    with error:
+        body = error.read(MAX_FILE_BYTES)
+    answer = _strict_json(body)
+    inner = answer.get("error") if isinstance(answer, dict) else None
+    message = inner.get("message") if isinstance(inner, dict) else inner
+    if not isinstance(message, str):
+        message = _shorten(body.decode("utf-8", "replace").strip(), 300) or str(error.reason)
+    return ServeHTTPError(error.code, message, body)
+
+
+# ==================================================================================================
+# 10. Serve process: find the CLI, start, wait for ready, stop
+# ==================================================================================================
+
+
+def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
+    """The command that starts the CLI, as a list; CliNotFoundError, saying what to type, if there is none.
+
+    Looked for: `serve_bin_path`; $QVAC_BIN; node_modules/.bin from the working folder upwards; PATH;
+    ~/.qvac/cli, where `install-cli` puts it.
+    """
+    if serve_bin_path == ECHO:
+        return reexec_argv("echo")
+    for name, chosen in (("serve_bin_path", serve_bin_path), ("QVAC_BIN", os.environ.get("QVAC_BIN"))):
+        if chosen:
+            path = os.path.abspath(chosen)
+            if not os.path.isfile(path) or not os.access(path, os.X_OK):
+                problem = "is not an executable file" if os.path.exists(path) else "does not exist"
+                raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
+            return command_for(path)
+    looked_in = []
+    for folder in _cli_folders():
+        looked_in.append(folder)
+        for name in CLI_NAMES:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return command_for(path)
+    raise CliNotFoundError(
+        "No `qvac` command found. Install it with `npm install -g @qvac/cli` or "
+        "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.", looked_in)  # fmt: skip
+
+
+def _cli_folders() -> Iterator[str]:
+    try:
+        folder = os.getcwd()
+        while True:
+            yield os.path.join(folder, "node_modules", ".bin")
+            if folder == os.path.dirname(folder):
+                break
+            folder = os.path.dirname(folder)
+    except OSError:
+        pass  # the working folder has been removed
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        if os.path.isabs(folder):
+            yield folder
+    try:
+        yield os.path.join(qvac_home(), "cli", "node_modules", ".bin")
+    except RegistryError:
+        pass
+
+
+def allocate_free_port(host: str) -> int:
+    """A port that was free a moment ago. PortAllocationFailedError if there is none."""
+    sock, port = reserve_port(host, 0)
+    if sock is not None:
+        sock.close()
+    return port
+
+
+def open_log(key: str) -> int:
+    """KEY.log for appending, as a descriptor."""
+    path = log_path(key)
+    ensure_managed_serves_dir()
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY, 0o600)
+    except OSError as error:
+        raise _registry_trouble("open", path, error) from None
+    status = os.fstat(fd)
+    if _is_regular(status) and is_ours(status):
+        return fd
+    os.close(fd)
+    raise RegistryError("%s is in the way: it is no log file of yours. Remove it." % path)
+
+
+def read_log(fd: int, start: int, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The last `limit` bytes of a log from offset `start` on (from 0 if it has been cut since)."""
+    size = os.fstat(fd).st_size
+    start = max(start if start <= size else 0, size - limit)
+    os.lseek(fd, start, os.SEEK_SET)
+    return os.read(fd, limit)
+
+
+def cut_log(fd: int) -> None:
+    """Keep the newest quarter of a log that has grown too large; what is written meanwhile may be lost."""
+    if os.fstat(fd).st_size > MAX_LOG_BYTES:
+        newest = read_log(fd, 0, MAX_LOG_BYTES // 4)
+        os.ftruncate(fd, 0)
+        os.write(fd, newest[newest.find(b"\n") + 1 :])
+
+
+def redact(text: str, secret: str) -> str:
+    return text.replace(secret, "[key]") if secret else text
+
+
+def log_tail(fd: int, start: int, secret: str) -> str:
+    """The end of what a serve printed, for an error: bytes that are no UTF-8 replaced, the key taken out."""
+    text = redact(read_log(fd, start).decode("utf-8", "replace"), secret)
+    return text.replace("\0", "").strip()[-TAIL_CHARS:]
+
+
+def model_files(folder: str) -> Dict[str, int]:
+    """Path and size of each downloaded model file: the serve prints no progress, but they grow."""
+    sizes: Dict[str, int] = {}
+    folders = [folder]
+    while folders and len(sizes) < 10000:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        sizes[entry.path] = entry.stat().st_size
+        except OSError:
+            pass
+    return sizes
+
+
+def serve_argv(command: Sequence[str], config: str, host: str, port: int, key_argument: Sequence[str]) -> List[str]:
+    return [*command, "serve", "--openai", "--no-default", "--config", config, "--port", str(port), "--host", host,
+            *key_argument]  # fmt: skip
+
+
+def stop_serve_process(serve: ServeProcess, grace: float = STOP_GRACE) -> None:
+    """The stop ladder. When it returns, nothing of the serve's group is left.
+
+    1. SIGTERM to the serve alone.  2. Wait up to `grace` seconds for its end.  3. SIGKILL to the
+    group if it is still there.  4. Then finish_group().
+    """
+    if serve.ended() is None:
+        serve.terminate()
+        deadline = time.monotonic() + grace
+        while serve.ended() is None and time.monotonic() < deadline:
+            wait_for_event(min(0.1, max(0.0, deadline - time.monotonic())))
+        if serve.ended() is None:
+            serve.kill_group()
+    while serve.ended() is None:
+        wait_for_event(0.05)
+    finish_group(serve)
+
+
+def finish_group(serve: ServeProcess) -> None:
+    """After every end of a serve: its worker gets a short grace, then SIGKILL, then the zombie is reaped.
+
+    In this order: until it is reaped the zombie keeps the group's id from being used again.
+    """
+    deadline, pause = time.monotonic() + GROUP_GRACE, 0.005
+    while not serve.group_is_empty():
+        if time.monotonic() > deadline:
+            serve.kill_group()
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+        if time.monotonic() > deadline + GROUP_GRACE:
+            break  # not even SIGKILL ends a process that hangs in the kernel
+    serve.kill_group()
+    serve.reap()
+
+
+def stop_stray_group(pid: int, is_still_it: Callable[[], bool], grace: float = STOP_GRACE) -> bool:
+    """The stop ladder for a serve that is not our child (an orphan's); True when its group is gone."""
+    try:
+        terminate_process(pid)
+    except OSError:
+        pass
+    deadline = time.monotonic() + grace
+    while is_still_it() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    deadline = time.monotonic() + GROUP_GRACE
+    while group_members(pid) and not is_still_it() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for _ in range(50):
+        if not group_members(pid):
+            return True
+        kill_group_of(pid)
+        time.sleep(0.02)
+    return False
+
+
+# ==================================================================================================
+# 11. Runner: the detached process that owns one serve
+# ==================================================================================================
+
+
+class _Superseded(Exception):
+    """Another runner serves this key, or another spawner has the lock: give way without a trace."""
+
+
+class _Runner:
+    """One serve's owner, from its start to its end. It alone writes the record.
+
+    run() in short: take over the lock, bring the serve up, publish the record, tell the client; then
+    watch: restart the serve if it dies in use, reap it if nobody uses it; whatever happens, end with
+    _end(), which leaves no serve, record, lock, key or folder behind.
+    """
+
+    def __init__(self, params: Mapping[str, Any], report_fd: int) -> None:
+        self.key: str = params["fleetKey"]
+        self.api_key: str = params["apiKey"]
+        self.host: str = params["host"]
+        self.port: int = params["port"]  # 0: any free one
+        self.pinned: bool = params["pinned"]
+        self.config_path: str = params["configPath"]
+        self.command: List[str] = params["command"]
+        self.start_timeout: float = params["startTimeoutMs"] / 1000
+        self.idle_timeout_ms: float = params["idleTimeoutMs"]
+        self.models_folder: str = params["modelsFolder"]
+        self.client_lock: str = params["lock"]
+        self.serve_bin_path: str = params["serveBinPath"] or ""
+        self.folder = os.path.dirname(self.config_path)
+        self.log_fd = 2  # KEY.log: the client opened it for us
+        self.log_start = 0  # offset of this serve's first line
+        self.log_seen = 0  # offset up to which the log has been looked at for requests
+        self.report_fd = report_fd
+        self.serve: Optional[ServeProcess] = None
+        self.reservation: Any = None
+        self.record: Optional[ServeRecord] = None  # as published last
+        self.record_version: Any = None
+        self.old_cli = False  # it takes the key on its command line only
+        self.superseded = False  # another owner's record stands where ours was: finish requests, then go
+        self.crashes = self.restarts = 0
+        self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+        self.ready_at = 0.0
+        self.empty_since: Optional[float] = None
+        self.closed_connections: Set[str] = set()
+        self.touched_at = 0.0
+
+    def run(self) -> int:
+        failure: Optional[BaseException] = None
+        try:
+            if take_over_lock(self.key, self.client_lock) is None:
+                raise _Superseded
+            self._tell({"pid": os.getpid()})
+            self._bring_up()
+            self._publish()
+            self._tell({"ready": True})
+            self._close_channel()
+            self._watch()
+        except _Superseded:
+            pass
+        except BaseException as error:  # whatever it is: the serve must not outlive this process
+            failure = error
+        finally:
+            self._end(failure)
+        return 0 if failure is None else 1
+
+    # -- bringing a serve up
+
+    def _bring_up(self) -> None:
+        """Start the serve and return once it listens; raises one of the typed errors."""
+        for attempt in range(PORT_ATTEMPTS):
+            self._choose_port(attempt)
+            try:
+                self._start_serve()
+                return self._wait_until_it_listens()
+            except ServeExitedError as error:
+                if "--api-key-file" in error.tail and "unknown option" in error.tail and not self.old_cli:
+                    self.old_cli = True
+                    self._log("this CLI knows no --api-key-file: the key goes on its command line, which every "
+                              "user of this machine can read. Update @qvac/cli.")  # fmt: skip
+                    return self._bring_up()
+                if not ("EADDRINUSE" in error.tail or "address already in use" in error.tail.lower()):
+                    raise
+                if self.pinned or attempt == PORT_ATTEMPTS - 1:
+                    raise PortAllocationFailedError("Port %d was taken by another program." % self.port) from None
+                self._log("port %d was taken meanwhile: trying another" % self.port)
+
+    def _choose_port(self, attempt: int) -> None:
+        """Reserve the port that is wanted; if it was taken, or was taken last time, any other."""
+        if self.reservation is not None and attempt == 0:
+            return  # a restart: the port has been ours all along
+        self._free_port()
+        wanted = self.port if self.pinned or attempt == 0 else 0
+        try:
+            self.reservation, self.port = reserve_port(self.host, wanted)
+        except PortAllocationFailedError:
+            if self.pinned or not wanted:
+                raise
+            self.reservation, self.port = reserve_port(self.host, 0)
+        if attempt and not self.pinned:
+            self._free_port()  # a serve that sets no SO_REUSEADDR cannot listen on a port that is held
+
+    def _free_port(self) -> None:
+        if self.reservation is not None:
+            self.reservation.close()
+            self.reservation = None
+
+    def _start_serve(self) -> None:
+        key_argument = ["--api-key", self.api_key] if self.old_cli else ["--api-key-file", self._key_file()]
+        argv = serve_argv(self.command, self.config_path, self.host, self.port, key_argument)
+        self._log("starting %s on port %d" % (self.command[-1], self.port))
+        self.log_start = os.fstat(self.log_fd).st_size
+        try:
+            # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in, and a
+            # shared serve must not depend on who was first to start it.
+            self.serve = ServeProcess(argv, runner_environ(), self.log_fd, os.path.abspath(os.sep))
+        except OSError as error:
+            raise ServeSpawnFailedError(
+                "Could not start %s: %s." % (self.command[0], error.strerror or error)) from None  # fmt: skip
+
+    def _key_file(self) -> str:
+        path = os.path.join(self.folder, "serve-api-key")
+        _write_new_file(path, self.api_key.encode(), replace=True)
+        return path
+
+    def _wait_until_it_listens(self) -> None:
+        """Until the port has a listener of the serve's own group. A growing model file resets the clock."""
+        assert self.serve is not None
+        began = moved = time.monotonic()
+        looked, unwatched_since, sizes = began, None, model_files(self.models_folder)
+        while True:
+            self._fail_if_ended()
+            who = who_listens(self.host, self.port, self.serve.pid)
+            if who in (OURS, UNKNOWN):
+                return
+            if who == STRANGER:
+                self._stop_serve()
+                raise ServeExitedError(None, None, "EADDRINUSE: another program listens on the port")
+            now = time.monotonic()
+            if now - looked >= LOCK_REREAD or now - moved >= self.start_timeout:
+                looked = now
+                sizes, before = model_files(self.models_folder), sizes
+                moved = now if sizes != before else moved
+                unwatched_since = self._fail_if_unwatched(unwatched_since, now)
+                self._heartbeat(lock_path(self.key))
+                if self.record is None and self._has_lost_the_lock():
+                    raise _Superseded
+            if now - moved >= self.start_timeout:
+                tail = self._tail()
+                self._stop_serve()
+                raise ServeStartTimeoutError(
+                    "qvac serve was not ready on port %d after %.0f s without progress. Raise serve_start_timeout "
+                    "for a large model.%s" % (self.port, self.start_timeout, _output(tail)))  # fmt: skip
+            # Short at first, for a serve that is up in 70 ms; at most a thirtieth of the time so far.
+            wait_for_event(min(0.05, max(0.002, (now - began) / 30)))
+
+    def _fail_if_ended(self) -> None:
+        assert self.serve is not None
+        if was_asked_to_stop(self.folder):
+            raise ServeSpawnFailedError("The start was called off: its runner was told to stop.")
+        ended = self.serve.ended()
+        if ended is not None:
+            self._stop_serve()
+            raise ServeExitedError(ended[0], ended[1], self._tail())
+
+    def _fail_if_unwatched(self, since: Optional[float], now: float) -> Optional[float]:
+        """Nobody waits for this serve any more: give up after the idle timeout, half a minute at most."""
+        since = None if live_consumers(self.key) else since if since is not None else now
+        if since is not None and now - since >= min(self.idle_timeout_ms / 1000, 30.0):
+            raise ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
+        return since
+
+    def _has_lost_the_lock(self) -> bool:
+        """A provider that stole the same stale lock as our client did may have removed ours as stale."""
+        return _read_lock(self.key) not in (None, _held_locks.get(self.key)) and _judge_lock(self.key) == ALIVE
+
+    # -- the record
+
+    def _publish(self) -> None:
+        """Write the record and release the lock, in one step for whoever holds the guard."""
+        assert self.serve is not None
+        self.ready_at = time.monotonic()
+        self.empty_since = None
+        with guard():
+            if self._another_owner() is not None:
+                raise _Superseded
+            self._write_record(self.serve.pid)
+            _release_lock(self.key)
+        self._log("ready (pid %d)" % self.serve.pid)
+        self.log_seen = os.fstat(self.log_fd).st_size
+
+    def _another_owner(self) -> Optional[ServeRecord]:
+        """The record of another live runner whose serve listens; not one that only says so."""
+        other = _read_any_record(self.key)
+        if other is None or self._is_mine(other) or DEAD in (other.judge_runner(), other.judge_serve()):
+            return None
+        if FOREIGN in (other.judge_runner(), other.judge_serve()) or other.is_restarting:
+            return other
+        return other if who_listens(other.host, other.port, other.serve_pid) in (OURS, UNKNOWN) else None
+
+    @staticmethod
+    def _is_mine(record: ServeRecord) -> bool:
+        me = os.getpid()
+        return (record.runner_pid, record.runner_start, record.place) == (me, process_start(me), place())
+
+    def _write_record(self, serve_pid: int) -> None:
+        me = os.getpid()
+        self.record = ServeRecord(
+            fleet_key=self.key, api_key=self.api_key, serve_pid=serve_pid, runner_pid=me, port=self.port,
+            host=self.host, base_url=base_url_of(self.host, self.port), config_path=self.config_path,
+            started_at=self.started_at,
+            idle_timeout_ms=self.idle_timeout_ms, serve_start=process_start(serve_pid) or "",
+            runner_start=process_start(me) or "", place=place(), restarts=self.restarts,
+            idle_since=self.empty_since or 0.0, ready_at=self.ready_at, serve_bin_path=self.serve_bin_path,
+            pinned_port=self.port if self.pinned else 0)  # fmt: skip
+        self.record_version = write_record(self.record)
+
+    def _keep_record(self) -> None:
+        """Publish the record again if others removed it; give way to another live owner's."""
+        assert self.record is not None
+        try:
+            status = os.lstat(record_path(self.key))
+            version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        except OSError:
+            version = None
+        if version == self.record_version:
+            if self._heartbeat(record_path(self.key)):
+                status = os.lstat(record_path(self.key))
+                self.record_version = (status.st_ino, status.st_mtime_ns, status.st_size)
+            return
+        with guard(timeout=1.0):
+            current = _read_any_record(self.key)
+            if current is not None and self._is_mine(current):
+                # A client has asked for a longer life: the longest wish wins.
+                self.idle_timeout_ms = max(self.idle_timeout_ms, current.idle_timeout_ms)
+                self.record, self.record_version = current, current.version
+            elif self._another_owner() is not None:
+                self.superseded = True
+            else:
+                self._write_record(self.record.serve_pid)
+
+    def _heartbeat(self, path: str) -> bool:
+        """Now and then touch a file of ours, which shows other pid namespaces that we live."""
+        now = time.monotonic()
+        if now - self.touched_at < HEARTBEAT:
+            return False
+        self.touched_at = now
+        try:
+            os.utime(path)
+        except OSError:
+            return False
+        return True
+
+    # -- watching
+
+    def _watch(self) -> None:
+        """Until the serve is reaped, told to stop, or given up."""
+        trouble = ""
+        while not was_asked_to_stop(self.folder):
+            assert self.serve is not None
+            if self.serve.ended() is not None:
+                if not self._is_in_use_or_recent():
+                    return
+                self._restart()
+            try:
+                if self._tick():
+                    return
+                trouble = ""
+            except (OSError, RegistryError) as error:
+                # The folder is unusable for now (full, read-only, its guard held): the serve is not.
+                if trouble != str(error):
+                    trouble = str(error)
+                    self._log("will look again: %s" % trouble)
+            wait_for_event(RUNNER_TICK)
+
+    def _tick(self) -> bool:
+        """One look at everything; True when the serve is to end."""
+        assert self.serve is not None
+        self.serve.check_guard()
+        cut_log(self.log_fd)
+        self._keep_record()
+        users = self._count_users()
+        if self.superseded:
+            return connections_to(self.host, self.port)[0] == 0
+        was_idle = self.empty_since is not None
+        now = time.monotonic()
+        self.empty_since, reap = decide_reap(users, self.empty_since, now, self._idle_timeout())
+        if reap:
+            return self._reap()
+        if was_idle != (self.empty_since is not None):
+            with guard(timeout=1.0):
+                self._write_record(self.serve.pid)  # `ps` tells how long it has left
+        return False
+
+    def _idle_timeout(self) -> float:
+        return float("inf") if self.idle_timeout_ms >= NEVER_MS else self.idle_timeout_ms / 1000
+
+    def _count_users(self) -> int:
+        """Live consumers, else open connections, else 1 if there was a request since the last look."""
+        consumers = len(live_consumers(self.key))
+        size = os.fstat(self.log_fd).st_size
+        if not consumers:
+            opened, closed = connections_to(self.host, self.port)
+            news, self.closed_connections = closed - self.closed_connections, closed
+            requests, looks = _requests_in(read_log(self.log_fd, self.log_seen) if size != self.log_seen else b"")
+            consumers = opened or requests or max(0, len(news) - looks)
+        self.log_seen = size
+        return consumers
+
+    def _is_in_use_or_recent(self) -> bool:
+        idle_since = self.empty_since if self.empty_since is not None else time.monotonic()
+        return bool(live_consumers(self.key)) or time.monotonic() - idle_since < self._idle_timeout()
+
+    def _reap(self) -> bool:
+        """Withdraw the record unless somebody has come; True if it is withdrawn and stays so.
+
+        A client of ours registers and reads the record under the guard, so it either stops us here or
+        finds no record. A provider's client knows no guard: it has a moment to show itself.
+        """
+        with guard(timeout=1.0):
+            if live_consumers(self.key):
+                return False
+            _unlink(record_path(self.key))
+        time.sleep(WITHDRAW_PAUSE)
+        if self._count_users():
+            return False  # the next tick publishes the record again
+        self._log("nobody has used it for %g s: stopping" % self._idle_timeout())
+        return True
+
+    def _restart(self) -> None:
+        """Bring a serve that died in use back: same port, same key, so that plain URLs work again."""
+        assert self.serve is not None and self.record is not None
+        ended = self.serve.ended() or (None, None)
+        crash = ServeExitedError(ended[0], ended[1], self._tail())
+        self._log("the serve ended (%s)" % ("signal %s" % ended[1] if ended[1] else "exit code %s" % ended[0]))
+        # In this order: a provider's client that sees our own pid as the serve's leaves the record alone,
+        # and waits as long as we hold the lock.
+        if not try_lock(self.key):
+            raise _Superseded
+        with guard():
+            if self._another_owner() is not None:
+                raise _Superseded
+            self._write_record(os.getpid())
+        finish_group(self.serve)
+        self.serve = None
+        if time.monotonic() - self.ready_at > STABLE_AFTER:
+            self.crashes = 0
+        while True:
+            if self.crashes >= len(RESTART_BACKOFF):
+                what = "qvac serve crashed %d times in a row; at last it ended" % (self.crashes + 1)
+                raise ServeExitedError(crash.exit_code, crash.signal, crash.tail, what)
+            self._pause_before_restart(RESTART_BACKOFF[self.crashes])
+            self.crashes += 1
+            self.restarts += 1
+            try:
+                self._bring_up()
+                return self._publish()
+            except ServeExitedError as error:
+                crash = error
+
+    def _pause_before_restart(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not was_asked_to_stop(self.folder):
+            wait_for_event(deadline - time.monotonic())
+
+    # -- ending
+
+    def _end(self, failure: Optional[BaseException]) -> None:
+        """Withdraw the record, stop the serve, remove what is ours, tell why; in this order.
+
+        Each step may fail (a full disk, a folder that is gone); the later ones are done all the same.
+        """
+        report = {"superseded": True} if failure is None else _error_to_json(failure)
+        steps: List[Callable[[], Any]] = [
+            self._withdraw, self._stop_serve, self._free_port, self._remove_folder,
+            lambda: self._leave_error(failure, report) if failure is not None else None,
+            lambda: release_lock(self.key), lambda: self._tell(report)]  # fmt: skip
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                self._log("while ending: %s: %s" % (type(error).__name__, error))
+        self._log("runner ends%s" % (": " + str(failure).split("\n")[0] if failure else ""))
+        if "-priv-" in self.key and failure is None:
+            _unlink(log_path(self.key))
+
+    def _withdraw(self) -> None:
+        with guard(timeout=2.0):
+            current = _read_any_record(self.key)
+            if current is not None and self._is_mine(current):
+                _unlink(record_path(self.key))
+            if current is None or self._is_mine(current):
+                live_consumers(self.key)
+                _rmdir(consumers_dir(self.key))
+        self.record = None
+
+    def _stop_serve(self) -> None:
+        if self.serve is not None:
+            serve, self.serve = self.serve, None
+            stop_serve_process(serve)
+
+    def _remove_folder(self) -> None:
+        remove_serve_folder(self.folder)
+
+    def _leave_error(self, failure: BaseException, report: Dict[str, Any]) -> None:
+        _write_new_file(error_path(self.key), _error_text(failure, report, self.api_key), replace=True)
+
+    # -- telling
+
+    def _tail(self) -> str:
+        return log_tail(self.log_fd, self.log_start, self.api_key)
+
+    def _log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = "[qvac_managed %s] %s\n" % (stamp, redact(text, self.api_key))
+        try:
+            os.write(self.log_fd, line.encode("utf-8", "replace"))
+        except OSError:
+            pass
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        """One JSON line to the client that waits for us, which may be gone."""
+        import json
+
+        if self.report_fd >= 0:
+            text = redact(json.dumps(message), self.api_key)
+            try:
+                os.write(self.report_fd, text.encode() + b"\n")
+            except OSError:
+                pass
+
+    def _close_channel(self) -> None:
+        if self.report_fd >= 0:
+            os.close(self.report_fd)
+            self.report_fd = -1
+
+
+def decide_reap(
+    live_consumer_count: int, empty_since: Optional[float], now: float, idle_timeout: float
+) -> Tuple[Optional[float], bool]:
+    """`(empty_since, reap)`: since when nobody has used the serve, and whether that is long enough."""
+    if live_consumer_count > 0:
+        return None, False
+    since = now if empty_since is None else empty_since
+    return since, now - since >= idle_timeout
+
+
+def _requests_in(lines: bytes) -> Tuple[int, int]:
+    """`(requests, looks)` in new lines of the serve's log. Listing the models is looking, not using."""
+    requests = looks = 0
+    for line in lines.split(b"\n"):
+        if line.startswith((b"\xe2\x86\x92 ", b"\xe2\x86\x90 ")):  # the arrows right and left
+            is_look = b" GET /v1/models" in line
+            requests += not is_look
+            looks += is_look and line.startswith(b"\xe2\x86\x90")
+    return requests, looks
+
+
+def _output(tail: str) -> str:
+    return "\n--- its output ---\n" + tail if tail else ""
+
+
+def remove_serve_folder(folder: str) -> None:
+    """Remove a KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
+    parent, name = os.path.split(folder)
+    if parent == managed_serves_dir() and is_serve_folder_name(name):
+        for inside in _listdir(folder):
+            if inside.startswith(("qvac.config.json", "serve-api-key", "stop")):
+                _unlink(os.path.join(folder, inside))
+        _rmdir(folder)
+
+
+def is_serve_folder_name(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
+
+
+def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:
+    """KEY.error: a text (a provider's client shows it as it is), and a last line for clients of ours."""
+    import json
+
+    brief = {**report, "args": [_shorten(arg, 300) if isinstance(arg, str) else arg for arg in report["args"]]}
+    text = "%s\n%s\n" % (redact(str(failure), api_key), redact(json.dumps(brief), api_key))
+    return text.encode("utf-8", "replace")
+
+
+def _error_from_text(data: bytes) -> QvacManagedModeError:
+    """The typed error behind a KEY.error, ours or the provider's."""
+    text, _, last = data.decode("utf-8", "replace").rstrip().rpartition("\n")
+    report = _strict_json(last.encode())
+    if not isinstance(report, dict):
+        return ServeSpawnFailedError("qvac serve failed to start: %s" % data.decode("utf-8", "replace").strip())
+    error = _error_from_json(report)
+    if isinstance(error, ServeExitedError):
+        return ServeExitedError(error.exit_code, error.signal, text.partition("--- its output ---\n")[2], error.what)
+    return error
+
+
+def _run_runner(params_path: str) -> int:
+    report_fd = report_channel()
+    watch_signals()
+    os.umask(0o077)
+    os.chdir(os.path.abspath(os.sep))
+    found = _read_registry_file(params_path)
+    _unlink(params_path)
+    params = _strict_json(found[0]) if found else None
+    if not isinstance(params, dict):
+        return 1  # swept, or another user's: the client sees the channel end
+    return _Runner(params, report_fd).run()
+
+
+def _reexecuted(argv: List[str]) -> int:
+    """Entry of the processes that are this file again: `runner PARAMS` and `echo ARGUMENTS...`."""
+    if argv[0] == "echo":
+        return run_echo_serve(argv[1:])
+    return _run_runner(argv[1])
+
+
+# ==================================================================================================
+# 12. Clients and public verbs
+# ==================================================================================================
+
+Progress = namedtuple("Progress", ["phase", "elapsed_s", "bytes_done", "bytes_total"])
+
+
+class _Target:
+    """Where a serve is, what its key is, and which process it is. The key is in no repr."""
+
+    __slots__ = ("api_key", "base_url", "fleet_key", "place", "port",
+                 "reused", "runner_pid", "serve_pid", "serve_start")  # fmt: skip
+
+    def __init__(self, base_url: str, api_key: str, record: Optional[ServeRecord] = None, reused: bool = False) -> None:
+        self.base_url, self.api_key, self.reused = base_url, api_key, reused
+        self.port, self.serve_pid, self.runner_pid, self.fleet_key = 0, 0, 0, ""
+        self.serve_start, self.place = "", ""
+        if record is not None:
+            self.port, self.fleet_key, self.runner_pid = record.port, record.fleet_key, record.runner_pid
+            self.serve_pid, self.place = record.serve_pid, record.place or place()
+            self.serve_start = record.serve_start or process_start(record.serve_pid) or ""
+
+    def has_gone(self) -> bool:
+        """True once the serve's process is dead: its port may be another program's by now."""
+        return judge_process(self.serve_pid, self.serve_start, self.place) == DEAD
+
+
+class Qvac:
+    """A client of one OpenAI-compatible serve. Made by create_qvac().
+
+    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: the
+    client's own key replaces it. Threads may share a client. It cannot be pickled: it holds a key.
+    """
+
+    __slots__ = ("__weakref__", "_default_model", "_opener", "_target", "headers")
+
+    def __init__(self, base_url: str, api_key: str, headers: Optional[Mapping[str, str]] = None,
+                 opener: Any = None) -> None:  # fmt: skip
+        self._target = _Target(base_url.rstrip("/"), api_key)
+        self._default_model: Optional[str] = None
+        self._opener = opener
+        self.headers = dict(headers or {})
+
+    @property
+    def base_url(self) -> str:
+        return self._target.base_url
+
+    @property
+    def api_key(self) -> str:
+        return self._target.api_key
+
+    def __repr__(self) -> str:
+        return "<%s %s>" % (type(self).__name__, self.base_url)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a %s holds an API key and cannot be pickled: create one in each process" % type(self).__name__)
+
+    def open(self, target: Any, data: Any = None, timeout: Optional[float] = None) -> Any:
+        """urllib.request.urlopen, aimed at this serve: returns its response, raises its errors.
+
+        `target` is a path, joined to base_url (`open("/models")`), a URL, or a urllib.request.Request;
+        of the latter two the path is kept and the address replaced. `data` is bytes, or a dict or list
+        that is sent as JSON. `timeout` is urlopen's, in seconds for each wait on the network; None waits
+        as long as the serve takes. No proxies, no redirects.
+        """
+        return self._send(self._target, target, data, timeout)
+
+    def _send(self, aim: _Target, target: Any, data: Any, timeout: Optional[float]) -> Any:
+        request = _aimed_request(aim, target, data, self.headers)
+        opener = self._opener if self._opener is not None else _openers()[0]
+        return opener.open(request, timeout=timeout)
+
+    def models(self) -> List[Dict[str, Any]]:
+        """The serve's models as it lists them: dicts with `id` and, on a QVAC serve, `state`."""
+        return list(self._json("/models", None, None)["data"])
+
+    def chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
+             **params: Any) -> str:  # fmt: skip
+        """The answer to a prompt (a string) or to OpenAI-style messages; `params` go into the request.
+
+        Raises ServeHTTPError with the serve's own message, and urllib's errors when it cannot be reached.
+        """
+        body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params}
+        return str(self._json("/chat/completions", body, timeout)["choices"][0]["message"].get("content") or "")
+
+    def stream_chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
+                    **params: Any) -> Iterator[str]:  # fmt: skip
+        """chat(), piece by piece, each as soon as the serve sends it. Closing the iterator ends the request."""
+        body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params, "stream": True}
+        with self._open_json("/chat/completions", body, timeout) as response:
+            for line in response:
+                if not line.startswith(b"data:"):
+                    continue
+                event = _strict_json(line[len(b"data:") :].strip())
+                if not isinstance(event, dict):
+                    continue  # [DONE]
+                if "error" in event:
+                    error = event["error"]
+                    raise ServeHTTPError(200, str(error.get("message") if isinstance(error, dict) else error), line)
+                for choice in event.get("choices", []):
+                    piece = (choice.get("delta") or {}).get("content")
+                    if piece:
+                        yield piece
+
+    def embed(self, texts: Any, model: Optional[str] = None, *, timeout: Optional[float] = None) -> List[List[float]]:
+        """One vector for each text; a single string gives a list with one vector."""
+        inputs = [texts] if isinstance(texts, str) else list(texts)
+        data = self._json("/embeddings", {"model": self._model(model), "input": inputs}, timeout)["data"]
+        return [item["embedding"] for item in sorted(data, key=lambda item: item.get("index", 0))]
+
+    def environ(self) -> Dict[str, str]:
+        """The variables that lead OpenAI and QVAC tools to this serve, its key among them."""
+        names = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "QVAC_BASE_URL")
+        return {**dict.fromkeys(names, self.base_url), "OPENAI_API_KEY": self.api_key, "QVAC_API_KEY": self.api_key}
+
+    def _model(self, model: Optional[str]) -> str:
+        if model is None and self._default_model is None:
+            listed = self.models()
+            if not listed:
+                raise ServeHTTPError(404, "The serve at %s has no models." % self.base_url)
+            self._default_model = str(listed[0]["id"])
+        return model or self._default_model or ""
+
+    def _open_json(self, path: str, body: Any, timeout: Optional[float]) -> Any:
+        import urllib.error
+
+        try:
+            return self.open(path, body, timeout)
+        except urllib.error.HTTPError as error:
+            raise _serve_error(error) from None
+
+    def _json(self, path: str, body: Any, timeout: Optional[float]) -> Any:
+        import json
+
+        with self._open_json(path, body, timeout) as response:
+            return json.loads(response.read())
+
+
+def _as_messages(prompt_or_messages: Any) -> List[Any]:
+    if isinstance(prompt_or_messages, str):
+        return [{"role": "user", "content": prompt_or_messages}]
+    return list(prompt_or_messages)
+
+
+def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, str]) -> Any:
+    """A new urllib Request for the serve; the caller's own object is left as it is."""
+    import urllib.request
+
+    if isinstance(data, (dict, list)):
+        import json
+
+        data = json.dumps(data).encode()
+    if isinstance(target, urllib.request.Request):
+        url, given, method = target.full_url, dict(target.header_items()), target.get_method()
+        data = target.data if data is None else data
+    else:
+        url, given, method = str(target), {"Content-Type": "application/json"} if data is not None else {}, None
+    merged = {name.title(): value for name, value in (*headers.items(), *given.items())}
+    merged.pop("Authorization", None)
+    merged.pop("Host", None)
+    request = urllib.request.Request(_retarget(url, aim.base_url), data, merged, method=method)
+    request.add_unredirected_header("Authorization", "Bearer " + aim.api_key)
+    return request
+
+
+def _retarget(url: str, base_url: str) -> str:
+    """A path joined to base_url, or the path and query of a URL at base_url's address."""
+    scheme, found, rest = url.partition("://")
+    if not found or "/" in scheme:
+        return "%s/%s" % (base_url, url.lstrip("/"))
+    ends = [rest.index(c) for c in "/?#" if c in rest]
+    path = rest[min(ends) :] if ends else "/"
+    origin = "/".join(base_url.split("/", 3)[:3])
+    return origin + (path if path.startswith("/") else "/" + path)
+
+
+class ManagedQvac(Qvac):
+    """A client of a managed serve: create_qvac("managed", ...). Also a context manager, `async with` too.
+
+    `base_url`, `api_key`, `port`, `pid`, `runner_pid` are read live: after a recovery they are the new
+    serve's. While it is open, its process counts as a consumer, which keeps the serve alive. close()
+    detaches and never stops a serve that others use; so does the end of the process, however it ends.
+    """
+
+    __slots__ = ("_failed_at", "_failure", "_recovery_lock", "_resolver")
+
+    def __init__(self, resolver: _Resolver, target: _Target, headers: Optional[Mapping[str, str]], opener: Any) -> None:
+        super().__init__(target.base_url, target.api_key, headers, opener)
+        self._target = target
+        self._default_model = resolver.default_alias
+        self._resolver = resolver
+        self._recovery_lock = allocate_lock()
+        self._failure: Optional[Tuple[_Target, BaseException]] = None
+        self._failed_at = 0.0
+
+    port = property(lambda self: self._target.port, doc="The serve's TCP port.")
+    pid = property(lambda self: self._target.serve_pid, doc="The serve's process id.")
+    runner_pid = property(lambda self: self._target.runner_pid, doc="The process id of the serve's runner.")
+    fleet_key = property(lambda self: self._resolver.key, doc="The key that names the serve (see DESIGN: fleet key).")
+    reused = property(lambda self: self._target.reused, doc="True if the serve was there before this client.")
+    closed = property(lambda self: self._resolver.cancelled, doc="True after close().")
+
+    def open(self, target: Any, data: Any = None, timeout: Optional[float] = None) -> Any:
+        """As Qvac.open. If the serve is gone, it is brought back (or another started) and the request sent.
+
+        Only a refused connection is tried again, once: after a reset the serve may have begun the work.
+        """
+        aim = self._target
+        if not self._resolver.cancelled:
+            self._resolver.register_again_if_lost()
+            if aim.has_gone():
+                aim = self._recover(aim, None)
+        elif aim.has_gone():
+            raise _refused_error()
+        try:
+            return self._send(aim, target, data, timeout)
+        except OSError as error:
+            if not is_refused(error) or self._resolver.cancelled:
+                raise
+            return self._send(self._recover(aim, error), target, data, timeout)
+
+    def ensure(self) -> None:
+        """Make sure that a live serve stands behind `base_url`; cheap while the present one lives.
+
+        For a process that holds a serve for others: call it now and then. Raises what a start raises.
+        """
+        if not self._resolver.cancelled:
+            self._resolver.register_again_if_lost()
+            if self._target.has_gone():
+                self._recover(self._target, None)
+
+    def _recover(self, failed: _Target, original: Optional[BaseException]) -> _Target:
+        """Resolve again, once for all threads that saw the same serve fail, and share what came of it."""
+        with self._recovery_lock:
+            if self._target is not failed:
+                return self._target
+            if self._failure is not None and self._failure[0] is failed and self._waited_together():
+                raise self._failure[1]
+            try:
+                self._target = self._resolver.resolve(failed)
+            except _Cancelled:
+                raise (original or _refused_error()) from None
+            except QvacManagedModeError as error:
+                self._failure = (failed, error)
+                self._failed_at = time.monotonic()
+                raise
+            self._failure = None
+            return self._target
+
+    def _waited_together(self) -> bool:
+        return time.monotonic() - self._failed_at < 1.0
+
+    def close(self) -> None:
+        """Detach. Idempotent, quick, and final: nothing resolves, registers or spawns afterwards."""
+        self._resolver.cancel()
+        _open_clients.pop(id(self), None)
+
+    def __enter__(self) -> ManagedQvac:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    async def __aenter__(self) -> ManagedQvac:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _refused_error() -> OSError:
+    import urllib.error
+
+    return urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone"))
+
+
+class _Foreign(Exception):
+    """The key's record or lock is of another machine or pid namespace that shares the folder."""
+
+
+MISS, PENDING = "miss", "pending"
+
+
+class _Resolver:
+    """Finds or starts the serve for one client, again and again over the client's life.
+
+    Its states are on disk, not here: a registered marker, a record that is attached to, a spawn lock
+    that is held. `_state` is held for the moments in which close() must not come between.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.config = synthesize_serve_config(options["models"], options["serve_bin_path"])
+        entries = self.config["serve"]["models"]
+        self.aliases: List[str] = list(entries)
+        self.default_alias: str = next((alias for alias in entries if entries[alias].get("default")), self.aliases[0])
+        self.host: str = options["serve_host"]
+        self.pinned_port: Optional[int] = options["serve_port"]
+        self.serve_bin_path: Optional[str] = options["serve_bin_path"]
+        self.start_timeout: float = options["serve_start_timeout"]
+        self.require_ready: bool = options["require_ready"]
+        self.on_progress: Optional[Callable[[Progress], Any]] = options["on_progress"]
+        self.shared_key = compute_fleet_key(self.config, self.host, self.serve_bin_path, self.pinned_port)
+        reuse = self.pinned_port is None if options["reuse"] is None else options["reuse"]
+        idle_timeout = options["serve_idle_timeout"]
+        self.idle_timeout_ms: float = NEVER_MS if idle_timeout is None else idle_timeout * 1000
+        self.key = self.shared_key
+        if not reuse:
+            self._make_private()
+        self.consumer_id = _new_consumer_id()
+        self.cancelled = False
+        self._state = allocate_lock()
+        self._pending: Tuple[Any, float] = (None, 0.0)  # which record has refused connections since when
+        self._spawned = False  # this resolution has started the serve: if it fails, it is ours to stop
+
+    def _make_private(self) -> None:
+        self.key = "%s-priv-%d-%s" % (self.shared_key, os.getpid(), os.urandom(4).hex())
+        self.idle_timeout_ms = 0
+
+    # -- being a consumer
+
+    def cancel(self) -> None:
+        with self._state:
+            self.cancelled = True
+            remove_consumer(self.key, self.consumer_id)
+
+    def forget_parent(self) -> None:
+        """In a forked child: the marker is the parent's; a request of the child will write its own."""
+        self._state = allocate_lock()
+        self.consumer_id = _new_consumer_id()
+
+    def register_again_if_lost(self) -> None:
+        """A provider's runner that ends removes all markers; a forked child has none yet."""
+        if not has_consumer(self.key, self.consumer_id):
+            with self._state:
+                if not self.cancelled:
+                    add_consumer(self.key, self.consumer_id)
+
+    def _register(self) -> Optional[ServeRecord]:
+        """Write the marker, then read the record, as one step: see _Runner._reap for the other side."""
+        with self._state:
+            self._check_cancelled()
+            with guard():
+                if not has_consumer(self.key, self.consumer_id):
+                    add_consumer(self.key, self.consumer_id)
+                record = read_record(self.key)
+                if record is not None and record.place == place() and record.idle_timeout_ms < self.idle_timeout_ms:
+                    # The longest wish wins; the runner sees that its record says more than it wrote.
+                    record = record.with_fields(idle_timeout_ms=self.idle_timeout_ms)
+                    write_record(record)
+                return record
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled:
+            raise _Cancelled("the client has been closed")
+
+    # -- resolving
+
+    def resolve(self, previous: Optional[_Target] = None) -> _Target:
+        """A live serve to talk to: attached, or started. On any failure nothing of ours is left behind."""
+        self._spawned = False
+        try:
+            while True:
+                try:
+                    return self._resolve(_Patience(self), previous)
+                except _Foreign:
+                    _warn("The serve %s belongs to another machine or container that shares %s: "
+                          "starting a private one.", self.key, managed_serves_dir())  # fmt: skip
+                    self._withdraw_marker()
+                    self._make_private()
+        except BaseException:
+            self._withdraw_marker()
+            if self._spawned:
+                self._stop_if_unused()
+            raise
+
+    def _withdraw_marker(self) -> None:
+        try:
+            remove_consumer(self.key, self.consumer_id)
+            if not os.path.exists(record_path(self.key)) and not os.path.exists(lock_path(self.key)):
+                _rmdir(consumers_dir(self.key))
+        except RegistryError:
+            pass
+
+    def _stop_if_unused(self) -> None:
+        try:
+            if not live_consumers(self.key):
+                stop_serve(self.key)
+        except (OSError, RegistryError):
+            pass
+
+    def _resolve(self, patience: _Patience, previous: Optional[_Target]) -> _Target:
+        errors_before, waited, command = _version_of(error_path(self.key)), False, None
+        while True:
+            found = self._attach(self._register(), patience, reused=True)
+            if isinstance(found, _Target):
+                return found
+            if found == MISS and not self._is_being_started():
+                if waited and _version_of(error_path(self.key)) not in (None, errors_before):
+                    raise self._adopted_failure()
+                if command is None:  # the first miss: what a hit need not do
+                    command = find_cli(self.serve_bin_path)
+                    sweep_serves()
+                if try_lock(self.key):
+                    try:
+                        started = self._start(command, patience, previous)
+                    finally:
+                        release_lock(self.key)
+                    if started is not None:
+                        return started
+            waited = True
+            patience.wait()
+
+    def _is_being_started(self) -> bool:
+        """Whether somebody alive holds the spawn lock."""
+        if not os.path.lexists(lock_path(self.key)):
+            return False
+        verdict = _judge_lock(self.key)
+        if verdict == FOREIGN:
+            raise _Foreign
+        return verdict == ALIVE
+
+    def _adopted_failure(self) -> QvacManagedModeError:
+        """We waited for a start by another process and it failed: so would ours."""
+        found = _read_registry_file(error_path(self.key))
+        return _error_from_text(found[0]) if found else ServeSpawnFailedError("qvac serve failed to start.")
+
+    def _attach(self, record: Optional[ServeRecord], patience: _Patience, reused: bool) -> Any:
+        """A _Target if the record's serve is alive, proved to be ours, and healthy; else MISS or PENDING.
+
+        A ladder, each rung one more guarantee: record, runner, serve, listener, answer, models.
+        PENDING: alive, but slow, or between two lives; never a reason to start a second one.
+        """
+        if record is None:
+            return MISS
+        serve, runner = record.judge_serve(), record.judge_runner()
+        if FOREIGN in (serve, runner):
+            raise _Foreign
+        if runner == DEAD:
+            return MISS
+        if record.is_restarting:
+            return PENDING if self._lock_is_held_by(record.runner_pid) else MISS
+        if serve == DEAD:
+            return self._pending_while_closing(record)
+        listener = who_listens(record.host, record.port, record.serve_pid)
+        if listener == STRANGER or record.host.strip("[]").lower() != self.host.strip("[]").lower():
+            return MISS
+        if listener == NOBODY:
+            return self._pending_while_closing(record)
+        health = check_health(record.base_url, record.api_key, min(HEALTH_TIMEOUT, max(0.1, patience.left())))
+        if health.state == REFUSED:
+            return self._pending_while_closing(record)
+        if health.state == BUSY:
+            patience.trouble = health.detail
+            return PENDING
+        missing = [alias for alias in self.aliases if alias not in [model["id"] for model in health.models]]
+        if health.state == WRONG or missing:
+            raise ServeSpawnFailedError(
+                "What runs on port %d is not the serve that was asked for: %s." % (
+                    record.port, health.detail or "it lacks the model %s" % ", ".join(missing)))  # fmt: skip
+        return self._accept(record, health, reused)
+
+    def _accept(self, record: ServeRecord, health: Health, reused: bool) -> Any:
+        failed = [model["id"] for model in health.models if model["state"] == "error" and model["id"] in self.aliases]
+        if self.require_ready and self.default_alias in failed:
+            reason = load_failure_reason(self.key, self.default_alias, record.api_key)
+            if reused and not self._others_use_it():
+                # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
+                stop_serve(self.key)
+                return MISS
+            raise ModelLoadFailedError(self.default_alias, reason)
+        for alias in failed:
+            _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
+        return _Target(record.base_url, record.api_key, record, reused)
+
+    def _others_use_it(self) -> bool:
+        return any(name != self.consumer_id for name in _live_markers(self.key))
+
+    def _lock_is_held_by(self, pid: int) -> bool:
+        return (_read_lock(self.key) or "").split()[:1] == [str(pid)] and _judge_lock(self.key) == ALIVE
+
+    def _pending_while_closing(self, record: ServeRecord) -> str:
+        """A live runner without a listening serve is about to end it or to bring it back: give it a while."""
+        now = time.monotonic()
+        if self._pending[0] != record.version:
+            self._pending = (record.version, now)
+        return PENDING if now - self._pending[1] < CLOSING_WAIT else MISS
+
+    # -- starting
+
+    def _start(self, command: List[str], patience: _Patience, previous: Optional[_Target]) -> Optional[_Target]:
+        """With the spawn lock held: look again, then start a runner and wait for it. None: another got there."""
+        found = self._attach(self._register(), patience, reused=True)
+        if found == PENDING:
+            return None
+        if isinstance(found, _Target):
+            return found
+        channel, leftovers = self._start_runner(command, previous)
+        runner_pid = 0
+        try:
+            while True:
+                data, ended = channel.read(min(0.25, max(0.0, patience.left())))
+                for message in map(_strict_json, data.splitlines()):
+                    if "pid" in message:
+                        runner_pid = message["pid"]
+                    elif "error" in message:
+                        raise self._own_failure(_error_from_json(message))
+                    elif "superseded" in message:
+                        return None
+                    elif "ready" in message:
+                        self._spawned = True
+                        return self._attach_to_started(patience)
+                if ended:
+                    raise ServeSpawnFailedError(_runner_died(self.key, channel.close()))
+                self._check_cancelled()
+                patience.look()
+        except (KeyboardInterrupt, _Cancelled, ServeStartTimeoutError):
+            self._call_off(channel, runner_pid)
+            raise
+        finally:
+            channel.close()
+            _unlink(leftovers)
+
+    def _start_runner(self, command: List[str], previous: Optional[_Target]) -> Tuple[RunnerChannel, str]:
+        """Write the serve's config and the runner's parameters, start the runner; nothing stays if that fails."""
+        import json
+
+        folder = os.path.join(managed_serves_dir(), "%s.%s.d" % (self.key, os.urandom(4).hex()))
+        config_path = os.path.join(folder, "qvac.config.json")
+        params_path = os.path.join(managed_serves_dir(), "%s.%d.%s.runner-params.json" % (
+            self.key, os.getpid(), os.urandom(8).hex()))  # fmt: skip
+        # A serve that comes back on the port and with the key it had lets plain URLs recover too.
+        params = {
+            "fleetKey": self.key, "apiKey": previous.api_key if previous else _new_api_key(),
+            "port": self.pinned_port or (previous.port if previous else 0), "pinned": self.pinned_port is not None,
+            "host": self.host, "configPath": config_path, "command": command, "serveBinPath": self.serve_bin_path,
+            "startTimeoutMs": self.start_timeout * 1000, "idleTimeoutMs": self.idle_timeout_ms,
+            "lock": _held_locks[self.key], "modelsFolder": os.path.join(qvac_home(), "models"),
+        }  # fmt: skip
+        config = {"serve": {**self.config["serve"], "load": {"cancelOnDisconnect": False}}}
+        log_fd = -1
+        try:
+            log_fd = open_log(self.key)
+            os.mkdir(folder, 0o700)
+            _write_new_file(config_path, json.dumps(config, indent=2).encode())
+            _write_new_file(params_path, json.dumps(params).encode())
+            argv = reexec_argv("runner", params_path, detach=True)
+            with self._state:
+                self._check_cancelled()
+                return RunnerChannel(argv, log_fd), params_path
+        except BaseException as error:
+            _unlink(params_path)
+            remove_serve_folder(folder)
+            if isinstance(error, OSError):
+                raise _registry_trouble("start a runner from", managed_serves_dir(), error) from None
+            raise
+        finally:
+            if log_fd >= 0:
+                os.close(log_fd)
+
+    def _attach_to_started(self, patience: _Patience) -> _Target:
+        while True:
+            found = self._attach(self._register(), patience, reused=False)
+            if isinstance(found, _Target):
+                patience.report("ready")
+                return found
+            if found == MISS:
+                raise ServeSpawnFailedError(_runner_died(self.key, None))
+            patience.wait()
+
+    def _own_failure(self, error: QvacManagedModeError) -> QvacManagedModeError:
+        """The start failed, and KEY.error is there for those who wait too; without any it has no reader."""
+        if not self._others_use_it():
+            _unlink(error_path(self.key))
+        return error
+
+    def _call_off(self, channel: RunnerChannel, runner_pid: int) -> None:
+        """Interrupted: stop the runner, unless others wait for the same serve, and see it end."""
+        if runner_pid and not self._others_use_it():
+            try:
+                ask_to_stop(runner_pid, "")
+                deadline = time.monotonic() + STOP_GRACE
+                while not channel.read(0.1)[1] and time.monotonic() < deadline:
+                    pass
+            except OSError:
+                pass
+            _unlink(error_path(self.key))
+
+
+class _Patience:
+    """How long a resolution may still wait, and what it tells its caller meanwhile.
+
+    The clock runs only while nothing moves: a model file that grows is progress.
+    """
+
+    def __init__(self, resolver: _Resolver) -> None:
+        self.resolver = resolver
+        self.began = self.moved = self.looked = time.monotonic()
+        self.reported = 0.0
+        self.trouble = ""
+        self.sizes: Optional[Dict[str, int]] = None
+        self.first_sizes: Dict[str, int] = {}
+
+    def left(self) -> float:
+        return self.moved + self.resolver.start_timeout + CLIENT_MARGIN - time.monotonic()
+
+    def wait(self) -> None:
+        """A pause that is short at first and never more than a twentieth of the time waited so far."""
+        self.look()
+        elapsed = time.monotonic() - self.began
+        time.sleep(min(0.1, max(0.004, elapsed / 20)))
+
+    def look(self) -> None:
+        """Note progress and pass it on; ServeStartTimeoutError when there has been none for too long."""
+        self.resolver._check_cancelled()
+        now = time.monotonic()
+        if self.sizes is None or now - self.looked >= 0.5:
+            before, self.looked = self.sizes, now
+            self.sizes = model_files(os.path.join(qvac_home(), "models"))
+            if before is None:
+                self.first_sizes = self.sizes
+            elif before != self.sizes:
+                self.moved = now
+        if self.left() <= 0:
+            raise ServeStartTimeoutError(
+                "No serve was ready after %.0f s without progress%s. Raise serve_start_timeout for a large model, "
+                "or see the log: %s" % (self.resolver.start_timeout, ": " + self.trouble if self.trouble else "",
+                                        log_path(self.resolver.key)))  # fmt: skip
+        if self.resolver.on_progress is not None and now - self.reported >= 0.25:
+            self.reported = now
+            self.report(None)
+
+    def report(self, phase: Optional[str]) -> None:
+        if self.resolver.on_progress is None:
+            return
+        growing = {path: size for path, size in (self.sizes or {}).items() if self.first_sizes.get(path) != size}
+        done = sum(growing.values()) if growing else None
+        total = _download_size(self.resolver.config, self.first_sizes) if growing else None
+        if phase is None:
+            began = os.path.exists(log_path(self.resolver.key)) and time.monotonic() - self.began > 0.5
+            downloading = growing and time.monotonic() - self.moved < 3.0
+            phase = "downloading" if downloading else "loading" if growing or began else "starting"
+        total = total if total is not None and done is not None and total >= done else None
+        self.resolver.on_progress(Progress(phase, time.monotonic() - self.began, done, total))
+
+
+def _download_size(config: Mapping[str, Any], present: Mapping[str, int]) -> Optional[int]:
+    """Bytes that a start has to download: what its models weigh, less those that lie there whole already."""
+    sizes = {info.name: info.size for info in all_models()}
+    total, there = 0, set(present.values())
+    for entry in config["serve"]["models"].values():
+        if entry["preload"] and ("model" in entry or "://" in entry["src"]):
+            size = sizes.get(entry["model"]) if "model" in entry else _remote_size(entry["src"])
+            if size is None:
+                return None
+            total += 0 if size in there else size
+    return total
+
+
+_remote_sizes: Dict[str, Optional[int]] = {}
+
+
+def _remote_size(url: str) -> Optional[int]:
+    """What a web server says of a file's length; asked once."""
+    if url not in _remote_sizes and url.startswith(("http://", "https://")):
+        import urllib.request
+
+        _remote_sizes[url] = None
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HEALTH_TIMEOUT) as response:
+                _remote_sizes[url] = int(response.headers["Content-Length"])
+        except (OSError, ValueError, TypeError):
+            pass
+    return _remote_sizes.get(url)
+
+
+def _new_consumer_id() -> str:
+    return "%d.%s" % (os.getpid(), os.urandom(4).hex())
+
+
+def _new_api_key() -> str:
+    import base64
+
+    return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
+
+
+def _version_of(path: str) -> Any:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return (status.st_ino, status.st_mtime_ns)
+
+
+def _runner_died(key: str, code: Optional[int]) -> str:
+    try:
+        fd = open_log(key)
+        try:
+            tail = log_tail(fd, 0, "")
+        finally:
+            os.close(fd)
+    except RegistryError:
+        tail = ""
+    how = " with exit code %d" % code if code else ""
+    return "The runner ended%s before the serve was ready.%s" % (how, _output(tail[-1500:]))
+
+
+def load_failure_reason(key: str, alias: str, secret: str) -> str:
+    """Why a model failed to load, in the serve's own words from its log."""
+    found = None
+    try:
+        fd = open_log(key)
+        try:
+            lines = redact(read_log(fd, 0, 16 * MAX_FILE_BYTES).decode("utf-8", "replace"), secret).splitlines()
+        finally:
+            os.close(fd)
+    except (OSError, RegistryError):
+        lines = []
+    for index, line in enumerate(lines):
+        if line.startswith('Failed to preload "%s": ' % alias):
+            causes = [more.strip() for more in lines[index + 1 : index + 4] if more.startswith("  caused by:")]
+            found = " ".join([line.partition('": ')[2].strip(), *causes])
+    return found or "the serve does not say why (its log: %s)" % log_path(key)
+
+
+def _warn(text: str, *args: Any) -> None:
+    import logging
+
+    logging.getLogger("qvac_managed").warning(text, *args)
+
+
+# -- making clients
+
+_open_clients: Dict[int, ManagedQvac] = {}
+_hooks_installed: List[int] = []
+
+
+def _install_hooks() -> None:
+    """Once, with the first managed client: detach at exit, and own nothing of the parent's after a fork."""
+    if not _hooks_installed:
+        import atexit
+
+        _hooks_installed.append(1)
+        atexit.register(_detach_all)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_after_fork)
+
+
+def _detach_all() -> None:
+    for client in list(_open_clients.values()):
+        client.close()
+
+
+def _after_fork() -> None:
+    _forget_after_fork()
+    for client in list(_open_clients.values()):
+        client._resolver.forget_parent()
+        client._recovery_lock = allocate_lock()
+
+
+def create_qvac(
+    mode: str = "external",
+    *,
+    base_url: Optional[str] = None,
+    api_key: Optional[str] = None,
+    headers: Optional[Mapping[str, str]] = None,
+    opener: Any = None,
+    models: Optional[Sequence[Any]] = None,
+    serve_host: str = DEFAULT_HOST,
+    serve_port: Optional[int] = None,
+    serve_bin_path: Optional[str] = None,
+    serve_start_timeout: float = DEFAULT_START_TIMEOUT,
+    serve_idle_timeout: Optional[float] = DEFAULT_IDLE_TIMEOUT,
+    reuse: Optional[bool] = None,
+    close_on_parent_exit: bool = False,
+    require_ready: bool = True,
+    on_progress: Optional[Callable[[Progress], Any]] = None,
+    _on_resolver: Optional[Callable[[_Resolver], Any]] = None,
+) -> Any:
+    """A client of a QVAC serve: a `Qvac` in external mode, a `ManagedQvac` in managed mode.
+
+    External: you run the serve; nothing is started and no request is made. `base_url` defaults to
+    $QVAC_BASE_URL or http://127.0.0.1:11434/v1, `api_key` to $QVAC_API_KEY or "qvac".
+
+    Managed: attaches to a live serve with the same models and config, host, binary and pinned port,
+    or starts one; returns when it is ready. Times are seconds.
+      models               names (catalog ids or constants) or specs, see ManagedModel
+      serve_host, _port    where it listens; a pinned port makes the serve private unless reuse=True
+      serve_bin_path       the `qvac` command; ECHO for the built-in echo serve
+      serve_start_timeout  how long a start may take while nothing moves (a growing download moves)
+      serve_idle_timeout   how long the serve stays after its last use; None: until stopped. With
+                           several consumers the longest wish wins
+      reuse                share the serve (default), or False for a private one that ends with us
+      close_on_parent_exit close, and end this process, when its parent has gone
+      require_ready        raise ModelLoadFailedError if the default model failed to load
+      headers, opener      for requests; an opener is an object like urllib's OpenerDirector
+      on_progress          called with a Progress some four times a second while a start is waited for
+
+    Raises the errors of this module (base: QvacManagedModeError); then nothing is left behind.
+    """
+    if mode == "external":
+        return Qvac(base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL,
+                    api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY,
+                    headers, opener)  # fmt: skip
+    if mode != "managed":
+        raise InvalidManagedModelError("The mode is 'external' or 'managed', not %r." % (mode,))
+    options = {
+        "models": models if models is not None else [], "serve_host": serve_host, "serve_port": serve_port,
+        "serve_bin_path": os.fspath(serve_bin_path) if serve_bin_path is not None else None,
+        "serve_start_timeout": serve_start_timeout, "serve_idle_timeout": serve_idle_timeout, "reuse": reuse,
+        "require_ready": require_ready, "on_progress": on_progress,
+    }  # fmt: skip
+    _check_options(options)
+    resolver = _Resolver(options)
+    _install_hooks()
+    if _on_resolver is not None:  # create_qvac_async keeps it, to cancel what it does
+        _on_resolver(resolver)
+    if close_on_parent_exit:
+        _watch_parent(resolver)  # before resolving: a parent may die during a long first download
+    client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
+    _open_clients[id(client)] = client
+    return client
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+    port, host = options["serve_port"], options["serve_host"]
+    if port is not None and (type(port) is not int or not 0 < port < 65536):
+        raise InvalidManagedModelError("serve_port is a port number from 1 to 65535, not %r." % (port,))
+    if not isinstance(host, str) or not host or not all(c.isalnum() or c in ".:-_" for c in host):
+        raise InvalidManagedModelError("serve_host is an address or a host name, not %r." % (host,))
+    start, idle = options["serve_start_timeout"], options["serve_idle_timeout"]
+    if not is_number(start) or not 0 < start <= 1e7:
+        raise InvalidManagedModelError("serve_start_timeout is a number of seconds above 0, not %r." % (start,))
+    if idle is not None and (not is_number(idle) or not 0 <= idle <= 1e9):
+        raise InvalidManagedModelError("serve_idle_timeout is None or a number of seconds from 0: not %r." % (idle,))
+    if options["serve_bin_path"] == "":
+        raise InvalidManagedModelError("serve_bin_path is empty: leave it out to search for the `qvac` command.")
+
+
+async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
+    """create_qvac() that never blocks the event loop. Cancelling it calls the start off and leaves nothing.
+
+    The client it gives is the same: its requests block, so run them in threads (asyncio.to_thread).
+    """
+    if mode != "managed":
+        return create_qvac(mode, **options)
+    import asyncio
+    import threading
+
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[ManagedQvac] = loop.create_future()
+    resolvers: List[_Resolver] = []
+
+    def work() -> None:
+        client, error = None, None
+        try:
+            client = create_qvac("managed", **options, _on_resolver=resolvers.append)
+        except BaseException as caught:
+            error = caught
+        try:
+            loop.call_soon_threadsafe(_settle, done, client, error)
+        except RuntimeError:  # the loop has been closed meanwhile
+            _settle(None, client, None)
+
+    threading.Thread(target=work, name="qvac_managed start", daemon=True).start()
+    try:
+        return await done
+    except asyncio.CancelledError:
+        for resolver in resolvers:
+            resolver.cancel()
+        raise
+
+
+def _settle(
+    done: Optional[asyncio.Future[Any]], client: Optional[ManagedQvac], error: Optional[BaseException]
+) -> None:
+    if done is None or done.done():
+        if client is not None:
+            client.close()  # cancelled in the moment in which it succeeded
+    elif error is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(client)
+
+
+def _watch_parent(resolver: _Resolver) -> None:
+    """close_on_parent_exit: a thread that ends the process once the parent is gone, for hosts that live
+    only for it."""
+    import threading
+
+    parent = parent_handle()
+
+    def watch() -> None:
+        while not resolver.cancelled:
+            if parent_has_gone(parent):
+                resolver.cancel()
+                _detach_all()
+                os._exit(0)
+            time.sleep(PARENT_TICK)
+
+    threading.Thread(target=watch, name="qvac_managed parent watch", daemon=True).start()
+
+
+# -- looking after serves
+
+
+class ServeInfo:
+    """What can be said of one serve on disk, at one moment. Unknown values are None.
+
+    `state`: ready, starting, restarting, hung (alive, no answer), orphaned (its runner is dead), dead,
+    or foreign (another machine or container's). `models` are [{"id", "state"}]. `connections` are open
+    ones. `time_left_s` counts down while nobody uses it.
+    """
+
+    FIELDS = ("fleet_key", "base_url", "host", "port", "pid", "runner_pid", "models", "reused", "private", "state",
+              "consumers", "connections", "uptime_s", "idle_timeout_s", "restarts", "rss_bytes", "started_at",
+              "time_left_s")  # fmt: skip
+    fleet_key: str
+    base_url: str
+    host: str
+    port: int
+    pid: int
+    runner_pid: int
+    models: List[Dict[str, str]]
+    reused: bool
+    private: bool
+    state: str
+    consumers: int
+    connections: int
+    uptime_s: Optional[float]
+    idle_timeout_s: Optional[float]
+    restarts: int
+    rss_bytes: Optional[int]
+    started_at: str
+    time_left_s: Optional[float]
+
+    def __init__(self, **fields: Any) -> None:
+        for name in self.FIELDS:
+            setattr(self, name, fields.get(name))
+
+    def __repr__(self) -> str:
+        return "<ServeInfo %s %s %s>" % (self.fleet_key, self.state, self.base_url)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """The fields as a dict that JSON can carry, for `--json`."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+
+def list_serves() -> List[ServeInfo]:
+    """Every serve on disk, ours or the provider's, oldest first. Each is asked for its models, at once.
+
+    Hung serves cost one health timeout altogether. Asking does not count as use.
+    """
+    records = sorted(_all_records(), key=lambda record: (record.started_at, record.fleet_key))
+    return _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0)
+
+
+def serve_info(client: ManagedQvac) -> ServeInfo:
+    """What list_serves() says of the serve behind a client."""
+    record = _read_any_record(client.fleet_key)
+    if record is None:
+        raise ServeSpawnFailedError("The serve %s has just ended." % client.fleet_key)
+    info = _describe(record)
+    info.reused = client.reused
+    return info
+
+
+def _describe(record: ServeRecord) -> ServeInfo:
+    now, models = time.monotonic(), []
+    state = _state_of(record)
+    if state in ("ready", "orphaned") and record.api_key:
+        health = check_health(record.base_url, record.api_key)
+        models = health.models
+        state = "hung" if state == "ready" and health.state != HEALTHY else state
+    is_here = state not in ("dead", "foreign")
+    never = record.idle_timeout_ms >= NEVER_MS
+    left = record.idle_timeout_ms / 1000 - (now - record.idle_since) if record.idle_since and not never else None
+    return ServeInfo(
+        fleet_key=record.fleet_key, base_url=record.base_url, host=record.host, port=record.port,
+        pid=record.serve_pid, runner_pid=record.runner_pid, models=models, reused=True, private=record.is_private,
+        state=state, consumers=len(live_consumers(record.fleet_key)),
+        connections=connections_to(record.host, record.port)[0] if is_here else 0,
+        uptime_s=round(now - record.ready_at, 1) if record.ready_at and is_here else None,
+        idle_timeout_s=None if never else record.idle_timeout_ms / 1000, restarts=record.restarts,
+        rss_bytes=rss_bytes(group_members(record.serve_pid)) if is_here and not record.is_restarting else None,
+        started_at=record.started_at,
+        time_left_s=round(max(0.0, left), 1) if left is not None and is_here else None)  # fmt: skip
+
+
+def _state_of(record: ServeRecord) -> str:
+    serve, runner = record.judge_serve(), record.judge_runner()
+    if FOREIGN in (serve, runner):
+        return "foreign"
+    if runner == ALIVE:
+        return "restarting" if record.is_restarting or serve == DEAD else "ready"
+    return "orphaned" if serve == ALIVE else "dead"
+
+
+def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: float) -> List[Any]:
+    """The function's results for all items, each in a thread; those that take longer are left out."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    import threading
+
+    results: Dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        results[index] = function(items[index])
+
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(len(items))]
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return [results[index] for index in sorted(results)]
+
+
+def stop_serve(fleet_key: str) -> bool:
+    """Stop a serve now, whoever uses it, and return when it is gone. False: there is none with that key.
+
+    Its consumers keep their markers, and start another when they next make a request. RegistryError
+    for one that belongs to another machine or container, or that cannot be proved to be a serve.
+    """
+    record = _read_any_record(fleet_key)
+    if record is None:
+        return _stop_starting(fleet_key)
+    serve, runner = record.judge_serve(), record.judge_runner()
+    if FOREIGN in (serve, runner):
+        raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
+    if runner == ALIVE and _is_runner_of(record):
+        _stop_runner(record.runner_pid, record.runner_start, os.path.dirname(record.config_path))
+    elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.serve_start):
+        raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
+    _drop_record(record)
+    return True
+
+
+def _is_runner_of(record: ServeRecord) -> bool:
+    """Proof enough to signal the runner: its start time, or, in a provider's record, that it is the parent."""
+    return bool(record.runner_start) or parent_of(record.serve_pid) == record.runner_pid
+
+
+def _stop_runner(pid: int, start: str, folder: str) -> None:
+    """SIGTERM, and after the time its own stop ladder may take, SIGKILL: its guard then kills the serve."""
+    try:
+        ask_to_stop(pid, folder)
+    except OSError:
+        return
+    deadline = time.monotonic() + STOP_GRACE + 3 * GROUP_GRACE
+    while process_start(pid) == (start or process_start(pid)) and process_start(pid) is not None:
+        if time.monotonic() > deadline:
+            kill_process(pid)
+            deadline += STOP_GRACE
+        time.sleep(0.01)
+
+
+def _stop_starting(fleet_key: str) -> bool:
+    """Stop a runner whose serve is not ready yet: it holds the spawn lock."""
+    words = (_read_lock(fleet_key) or "").split()
+    if len(words) == 4 and words[3].startswith(RUNNER_MARK) and _judge_lock(fleet_key) == ALIVE:
+        _stop_runner(int(words[0]), words[1], "")
+        return True
+    return False
+
+
+def _stop_orphan(record: ServeRecord, must_answer: bool = True) -> bool:
+    """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours."""
+    proofs = (OURS, UNKNOWN) if must_answer else (OURS, NOBODY)
+    if who_listens(record.host, record.port, record.serve_pid) not in proofs:
+        return False
+    if must_answer and check_health(record.base_url, record.api_key).state != HEALTHY:
+        return False
+    start = process_start(record.serve_pid)
+    if start is None or (record.serve_start and record.serve_start != start):
+        return start is None
+    return stop_stray_group(record.serve_pid, lambda: process_start(record.serve_pid) == start)
+
+
+def _drop_record(record: ServeRecord) -> bool:
+    """Remove a record and its folder if it is still the one that was judged: it may have been published anew."""
+    with guard():
+        current = _read_any_record(record.fleet_key)
+        if current is None or (current.version[0], current.serve_pid) != (record.version[0], record.serve_pid):
+            return False
+        remove_record(record.fleet_key, preserve_consumers=True)
+    remove_serve_folder(os.path.dirname(record.config_path))
+    return True
+
+
+def sweep_serves() -> List[str]:
+    """Clear what the dead have left behind; returns the fleet keys of the records that were dropped.
+
+    A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it
+    answers as ours, else kept for a later sweep. A live serve with a live runner is never touched.
+    Hung ones cost one health timeout altogether.
+    """
+    swept, orphans = [], []
+    for record in _all_records():
+        serve, runner = record.judge_serve(), record.judge_runner()
+        if FOREIGN in (serve, runner):
+            continue
+        if serve == DEAD and (runner == DEAD or not record.runner_start):
+            # A runner of ours that lives will restart it or clear it away itself.
+            swept += [record.fleet_key] if _drop_record(record) else []
+        elif serve == ALIVE and runner == DEAD:
+            orphans.append(record)
+    stopped = _in_parallel(lambda orphan: _stop_orphan(orphan) and orphan, orphans, HEALTH_TIMEOUT + STOP_GRACE + 1)
+    swept += [orphan.fleet_key for orphan in stopped if orphan and _drop_record(orphan)]
+    _sweep_leftovers()
+    return swept
+
+
+def _sweep_leftovers() -> None:
+    """Files whose makers died before they could remove them, once they are too old to be in the making."""
+    folder = managed_serves_dir()
+    names = _listdir(folder)
+    for name in names:
+        key, _, rest = name.partition(".")
+        if not is_valid_fleet_key(key):
+            continue
+        path = os.path.join(folder, name)
+        try:
+            age = _heartbeat_age(os.lstat(path).st_mtime)
+        except OSError:
+            continue
+        is_owned = key + ".json" in names or key + ".lock" in names
+        stale_after = _stale_after(name, rest, is_owned)
+        if stale_after is None or age <= stale_after:
+            continue
+        if rest == "consumers":
+            if not _live_markers(key):
+                _rmdir(path)
+        elif not _unlink(path):
+            remove_serve_folder(path)
+
+
+def _stale_after(name: str, rest: str, is_owned: bool) -> Optional[float]:
+    """The age at which a file of the registry is swept; None: never, or only with its serve."""
+    if rest.endswith(".runner-params.json"):
+        return PARAMS_STALE
+    if rest.endswith((".tmp", ".stale")):
+        return LEFTOVER_STALE
+    if is_owned:
+        return None
+    if rest == "log":
+        return LOG_STALE
+    return LEFTOVER_STALE if rest in ("error", "consumers") or is_serve_folder_name(name) else None
+
+
+def find_reusable_serve(key: str) -> Optional[ServeRecord]:
+    """The record of a serve that is alive, listens itself, and answers as ours; None without it."""
+    record = read_record(key)
+    if record is None or (record.judge_serve(), record.judge_runner()) != (ALIVE, ALIVE) or record.is_restarting:
+        return None
+    if who_listens(record.host, record.port, record.serve_pid) not in (OURS, UNKNOWN):
+        return None
+    return record if health_check(record.base_url, record.api_key) else None
+
+
+# ==================================================================================================
+# 13. Echo serve
+# ==================================================================================================
+
+
+# Plain sockets: http.server would nearly double the start-up time, and cannot send chunks. The main thread
+# loads, listens and accepts; each connection has a thread of its own.
+
+_ECHO_USAGE = "usage: serve --openai --no-default --config FILE --port N --host H --api-key-file FILE"
+_ECHO_FLAGS = ("serve", "--openai", "--no-default")
+_ECHO_OPTIONS = ("--config", "--port", "--host", "--api-key", "--api-key-file")
+_ECHO_HEAD_LIMIT = 64 * 1024  # bytes of request line and header fields
+_ECHO_BODY_LIMIT = 100 * 1024 * 1024  # bytes, as the real serve
+_ECHO_KEEP_ALIVE = 72.0  # seconds a silent connection stays open, as the real serve
+_ECHO_LAST_WORDS = 1.0  # seconds for answers under way at SIGTERM, and for the rest of a refused body
+_ECHO_REASONS = {
+    200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 411: "Length Required",
+    413: "Payload Too Large", 415: "Unsupported Media Type", 503: "Service Unavailable",
+}  # fmt: skip
+
+if TYPE_CHECKING:
+    _EchoAnswer = Union[Dict[str, Any], List[Dict[str, Any]]]  # a JSON object, or the events of a stream
+
+
+def run_echo_serve(argv: List[str]) -> int:
+    """Do what `qvac serve` does, with models that answer their input; return the exit code once stopped.
+
+    argv is the CLI's: `serve --openai --no-default --config FILE --port N --host H --api-key-file FILE`, or
+    `--api-key KEY`; without a key nobody is asked for one. SIGTERM and Ctrl-C stop it with 0; 1 is a serve
+    that cannot start, 2 a usage error. Every model chats, completes and embeds. For trying things out, a
+    model's `config` may hold
+
+    - `echo_load_seconds`: how long it takes to load
+    - `echo_token_seconds`: the pause between two pieces of a streamed answer
+    - `echo_fail`: why it cannot be loaded; every attempt fails with this reason
+
+    Must run in the main thread, whose SIGTERM and SIGINT it takes.
+    """
+    try:
+        options = _echo_options(argv)
+    except ValueError as error:
+        _echo_log(f"error: {error}; {_ECHO_USAGE}", stream=2)
+        return 2
+    try:
+        serve = _EchoServe(_echo_models(options["config"]), _echo_api_key(options))
+        serve.preload()
+        serve.listen(options.get("host", "127.0.0.1"), int(options.get("port", "11434")))
+    except (OSError, ValueError, OverflowError) as error:
+        # With its symbol, EADDRINUSE, as Node.js does: whoever reads the log looks for that.
+        symbol = errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None
+        _echo_log(f"error: {symbol}: {error}" if symbol else f"error: {error}", stream=2)
+        return 1
+    return 0
+
+
+def _echo_options(argv: List[str]) -> Dict[str, str]:
+    """The options' values by name without dashes. Raise ValueError for what is unknown or missing."""
+    options = {}
+    words = iter(argv)
+    for word in words:
+        if word in _ECHO_OPTIONS:
+            options[word[2:]] = next(words, "")
+        elif word not in _ECHO_FLAGS:
+            raise ValueError(f"unknown option '{word}'")
+    if not options.get("config") or not options.get("port", "0").isdecimal():
+        raise ValueError("--config needs a file, --port a number")
+    return options
+
+
+def _echo_models(config_path: str) -> Dict[str, _EchoModel]:
+    import json
+
+    try:
+        with open(config_path, encoding="utf-8") as file:
+            entries = json.load(file)["serve"]["models"]
+        return {alias: _EchoModel(alias, entry) for alias, entry in entries.items()}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{config_path} is no serve config ({type(error).__name__}: {error})") from error
+
+
+def _echo_api_key(options: Dict[str, str]) -> str:
+    path = options.get("api-key-file")
+    if path is None:
+        return options.get("api-key", "")
+    with open(path, encoding="utf-8") as file:
+        key = file.read().strip()
+    if not key:
+        raise ValueError(f"the API key file {path} is empty")
+    return key
+
+
+def _echo_log(line: str, stream: int = 1) -> None:
+    """Straight to the descriptor: a thread that holds sys.stdout's lock at exit would abort the process."""
+    try:
+        os.write(stream, (line + "\n").encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass  # nobody reads the log any more: no reason to stop answering
+
+
+class _EchoError(Exception):
+    """An answer that is not 200: HTTP status, OpenAI's error code, message."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+    def body(self) -> Dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "code": self.code}}
+
+
+class _EchoModel:
+    """One alias of `serve.models`. `state` is one of the real serve's: idle, loading, ready, error."""
+
+    def __init__(self, alias: str, entry: Any) -> None:
+        entry = {"model": entry} if isinstance(entry, str) else entry
+        config = entry.get("config") or {}
+        self.alias = alias
+        self.source = entry["model"] if "model" in entry else entry["src"]
+        self.preload = bool(entry.get("preload", "model" in entry))  # the real serve's two defaults
+        self.load_seconds = float(config.get("echo_load_seconds", 0))
+        self.token_seconds = float(config.get("echo_token_seconds", 0))
+        self.fail = config.get("echo_fail")
+        self.created = int(time.time())
+        self.state = "idle"
+
+    def listing(self) -> Dict[str, Any]:
+        facts = {"id": self.alias, "object": "model", "created": self.created, "owned_by": "qvac"}
+        return dict(facts, state=self.state)
+
+
+class _EchoRequest:
+    """One request. While its body is `unread`, the connection can carry no other one."""
+
+    def __init__(self, lines: List[str]) -> None:
+        self.method, self.target, self.version = (lines[0].split() + ["", "", ""])[:3]
+        self.path = self.target.partition("?")[0]
+        fields = (line.partition(":") for line in lines[1:])
+        self.headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        self.unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
+        self.body = b""
+
+    def keeps_open(self) -> bool:
+        asked_to = self.version == "HTTP/1.1" and self.headers.get("connection", "").lower() != "close"
+        return asked_to and not self.unread
+
+    def read_body(self, stream: BinaryIO) -> None:
+        digits = self.headers.get("content-length", "0")
+        if "transfer-encoding" in self.headers or not digits.isdecimal():
+            raise _EchoError(411, "length_required", "The request body needs a Content-Length.")
+        if len(digits) > len(str(_ECHO_BODY_LIMIT)) or int(digits) > _ECHO_BODY_LIMIT:
+            raise _EchoError(413, "request_too_large", "Request body is too large")
+        self.body = stream.read(int(digits))
+        if len(self.body) < int(digits):
+            raise ConnectionError("the client went away")
+        self.unread = False
+
+    def json(self) -> Dict[str, Any]:
+        import json
+
+        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise _EchoError(415, "unsupported_media_type", "Content-Type must be application/json.")
+        try:
+            body = json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise _EchoError(400, "invalid_json", "Request body must be valid JSON.") from None
+        if not isinstance(body, dict):
+            raise _EchoError(400, "invalid_request", "Request body must be a JSON object.")
+        return body
+
+
+def _echo_head(stream: BinaryIO) -> List[str]:
+    """The lines before the empty one; none if the client has closed, or sends more than it may."""
+    lines: List[str] = []
+    room = _ECHO_HEAD_LIMIT
+    while True:
+        line = stream.readline(room)
+        room -= len(line)
+        if not line.endswith(b"\n"):
+            return []
+        if line.strip():
+            lines.append(line.decode("latin-1"))
+        elif lines:
+            return lines
+
+
+def _echo_text(message: Any) -> str:
+    """The text of a chat message, whose content is a string or a list of parts."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
+    """A field that is a string or a list of strings, as a list."""
+    value: Any = body.get(name)
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, str) for one in values):
+        raise _EchoError(400, code, f'"{name}" must be a string or a list of strings.')
+    return values
+
+
+def _echo_words(text: str) -> List[str]:
+    """The text in pieces of one word each that add up to it."""
+    import re
+
+    return re.findall(r"\s*\S+|\s+", text)
+
+
+def _echo_facts(prefix: str, kind: str, model: _EchoModel) -> Dict[str, Any]:
+    """What every answer begins with, plain or a piece of a stream."""
+    facts = {"id": f"{prefix}-{os.urandom(5).hex()}", "object": kind}
+    return dict(facts, created=int(time.time()), model=model.alias)
+
+
+def _echo_usage(asked: List[str], answered: List[str]) -> Dict[str, int]:
+    prompt, completion = (sum(len(text.split()) for text in texts) for texts in (asked, answered))
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _echo_vector(text: str) -> List[float]:
+    """A unit vector of 32 dimensions that depends on nothing but the text."""
+    import hashlib
+
+    raw = [byte - 127.5 for byte in hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()]
+    length = sum(value * value for value in raw) ** 0.5
+    return [value / length for value in raw]
+
+
+class _EchoServe:
+    """The models, the key, and who is being answered."""
+
+    def __init__(self, models: Dict[str, _EchoModel], api_key: str) -> None:
+        import signal
+        import socket
+        import threading
+
+        self.models = models
+        self.api_key = api_key
+        self.loading = threading.Lock()  # one load at a time, as the real serve
+        self.busy: Set[_EchoRequest] = set()
+        # A signal makes `stop` readable, for good. To raise from a handler would lose the signal that comes
+        # right before accept() blocks, or that the system hands to another thread.
+        self.stop, self.stopper = socket.socketpair()
+        self.stopper.setblocking(False)
+        signal.set_wakeup_fd(self.stopper.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    def pause(self, seconds: float) -> bool:
+        """Wait, but not beyond the time to stop; return whether that has come."""
+        import select
+
+        return bool(select.select([self.stop], [], [], seconds)[0])
+
+    def preload(self) -> None:
+        wanted = [model for model in self.models.values() if model.preload]
+        names = ", ".join(model.alias for model in wanted)
+        counted = f"Preloading {len(wanted)} model(s): {names}"
+        _echo_log(counted if wanted else "No models configured for preload.")
+        for model in wanted:
+            try:
+                self.load(model)
+            except _EchoError as error:
+                _echo_log(f'Failed to preload "{model.alias}": {model.fail or error}', stream=2)
+
+    def load(self, model: _EchoModel) -> None:
+        with self.loading:
+            if model.state == "ready":
+                return
+            _echo_log(f'Loading model "{model.alias}" from {model.source}...')
+            model.state = "loading"
+            if self.pause(model.load_seconds):
+                raise _EchoError(503, "model_not_ready", "The serve is stopping.")
+            model.state = "error" if model.fail else "ready"
+            if model.fail:
+                message = f'Model "{model.alias}" failed to load: {model.fail}'
+                raise _EchoError(503, "model_load_failed", message)
+            _echo_log(f'Model "{model.alias}" loaded (echo).')
+
+    def listen(self, host: str, port: int) -> None:
+        """Accept until it is time to stop, then give the answers under way a moment."""
+        import socket
+
+        host = host.strip("[]")
+        family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            # Where there is SO_EXCLUSIVEADDRUSE, SO_REUSEADDR would let another program take the port over.
+            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            listener.setsockopt(socket.SOL_SOCKET, option, 1)
+            if self.pause(0):
+                return
+            listener.bind((host, port))
+            listener.listen(511)  # as Node.js
+            _echo_log(f"QVAC API server listening on http://{shown}:{listener.getsockname()[1]}")
+            self.accept(listener)
+        deadline = time.monotonic() + _ECHO_LAST_WORDS
+        while self.busy and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def accept(self, listener: socket.socket) -> None:
+        import select
+        import threading
+
+        listener.setblocking(False)  # a client that is gone again must not leave us in accept()
+        while True:
+            ready = select.select([listener, self.stop], [], [])[0]
+            if self.stop in ready:
+                return
+            try:
+                client = listener.accept()[0]
+                threading.Thread(target=self.converse, args=(client,), daemon=True).start()
+            except (OSError, RuntimeError):  # out of descriptors or threads: some come back
+                self.pause(0.05)
+
+    def converse(self, client: socket.socket) -> None:
+        """Answer what comes on one connection until either side closes it."""
+        import socket
+
+        try:
+            with client, client.makefile("rb") as stream:
+                client.settimeout(_ECHO_KEEP_ALIVE)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                while self.exchange(client, stream):
+                    pass
+                # Closing over bytes that nobody read would reset the connection before the answer is seen.
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(_ECHO_LAST_WORDS)
+                deadline = time.monotonic() + _ECHO_LAST_WORDS
+                while time.monotonic() < deadline and client.recv(65536):
+                    pass
+        except OSError:
+            pass  # the client is gone, or was silent for too long
+
+    def exchange(self, client: socket.socket, stream: BinaryIO) -> bool:
+        """Answer one request; return whether there may be another."""
+        lines = _echo_head(stream)
+        if not lines:
+            return False
+        started = time.monotonic()
+        request = _EchoRequest(lines)
+        self.busy.add(request)
+        try:
+            status, answer = self.handle(request, stream)
+            self.send(client, request, status, answer)
+        finally:
+            self.busy.discard(request)
+        seconds = time.monotonic() - started
+        took = f"{seconds * 1000:.0f}ms" if seconds < 1 else f"{seconds:.2f}s"
+        _echo_log(f"← {status} {request.method} {request.path} ({took})")
+        return request.keeps_open()
+
+    def handle(self, request: _EchoRequest, stream: BinaryIO) -> Tuple[int, _EchoAnswer]:
+        try:
+            if request.version != "HTTP/1.1":
+                raise _EchoError(400, "bad_request", "This is not an HTTP/1.1 request.")
+            if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
+                raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")
+            _echo_log(f"→ {request.method} {request.path}")
+            request.read_body(stream)
+            return 200, self.route(request)
+        except _EchoError as error:
+            return error.status, error.body()
+
+    def route(self, request: _EchoRequest) -> _EchoAnswer:
+        posts = {
+            "/v1/chat/completions": self.chat,
+            "/v1/completions": self.complete,
+            "/v1/embeddings": self.embed,
+        }
+        if request.method == "POST" and request.path in posts:
+            return posts[request.path](request.json())
+        if request.method in ("GET", "HEAD") and request.path == "/v1/models":
+            return {"object": "list", "data": [model.listing() for model in self.models.values()]}
+        if request.method in ("GET", "HEAD") and request.path.startswith("/v1/models/"):
+            from urllib.parse import unquote
+
+            return self.find(unquote(request.path[len("/v1/models/") :])).listing()
+        raise _EchoError(404, "not_found", f"Unknown endpoint: {request.method} {request.target}")
+
+    def send(self, client: socket.socket, request: _EchoRequest, status: int, answer: _EchoAnswer) -> None:
+        import json
+
+        head = f"HTTP/1.1 {status} {_ECHO_REASONS[status]}\r\n"
+        head += f"Connection: {'keep-alive' if request.keeps_open() else 'close'}\r\n"
+        if isinstance(answer, dict):
+            data = json.dumps(answer).encode()
+            head += f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(data)}\r\n\r\n"
+            client.sendall(head.encode() + (b"" if request.method == "HEAD" else data))
+            return
+        head += "Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
+        client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        for event in answer:
+            if event is not answer[0]:
+                self.pause(self.models[event["model"]].token_seconds)
+            data = f"data: {json.dumps(event)}\n\n".encode()
+            client.sendall(b"%x\r\n%b\r\n" % (len(data), data))
+        client.sendall(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+    def find(self, name: str) -> _EchoModel:
+        if name not in self.models:
+            message = f'Model "{name}" is not available. Check serve.models config.'
+            raise _EchoError(404, "model_not_found", message)
+        return self.models[name]
+
+    def ready_model(self, body: Dict[str, Any]) -> _EchoModel:
+        """The model that the request names, loaded if it was not."""
+        name = body.get("model")
+        if not isinstance(name, str) or not name.strip():
+            raise _EchoError(400, "missing_model", '"model" is required.')
+        model = self.find(name.strip())
+        if model.state != "ready":
+            self.load(model)
+        return model
+
+    def chat(self, body: Dict[str, Any]) -> _EchoAnswer:
+        messages = body.get("messages")
+        if not isinstance(messages, list):
+            raise _EchoError(400, "missing_messages", '"messages" must be a list.')
+        model = self.ready_model(body)
+        users = [one for one in messages if isinstance(one, dict) and one.get("role") == "user"]
+        text = _echo_text(users[-1]) if users else ""
+        usage = _echo_usage([_echo_text(one) for one in messages], [text])
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": text or None}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            return dict(_echo_facts("chatcmpl", "chat.completion", model), choices=[choice], usage=usage)
+        facts = _echo_facts("chatcmpl", "chat.completion.chunk", model)
+        deltas: List[Dict[str, str]] = [{"role": "assistant", "content": ""}]
+        deltas += [{"content": word} for word in _echo_words(text)]
+        choices: List[Any] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+        choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
+        events = [dict(facts, choices=[choice]) for choice in choices]
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage") is True:
+            events.append(dict(facts, choices=[], usage=usage))
+        return events
+
+    def complete(self, body: Dict[str, Any]) -> _EchoAnswer:
+        prompts = _echo_strings(body, "prompt", "invalid_prompt")
+        if body.get("stream") and len(prompts) > 1:
+            raise _EchoError(400, "unsupported_streaming", "Several prompts cannot be streamed at once.")
+        facts = _echo_facts("cmpl", "text_completion", self.ready_model(body))
+        usage = _echo_usage(prompts, prompts)
+
+        def choice(index: int, text: str, finish: Optional[str]) -> Dict[str, Any]:
+            return {"text": text, "index": index, "logprobs": None, "finish_reason": finish}
+
+        if not body.get("stream"):
+            choices = [choice(index, prompt, "stop") for index, prompt in enumerate(prompts)]
+            return dict(facts, choices=choices, usage=usage)
+        events = [dict(facts, choices=[choice(0, word, None)]) for word in _echo_words(prompts[0])]
+        return [*events, dict(facts, choices=[choice(0, "", "stop")], usage=usage)]
+
+    def embed(self, body: Dict[str, Any]) -> _EchoAnswer:
+        texts = _echo_strings(body, "input", "missing_input")
+        model = self.ready_model(body)
+        vectors = enumerate(_echo_vector(text) for text in texts)
+        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in vectors]
+        words = _echo_usage(texts, [])["prompt_tokens"]
+        usage = {"prompt_tokens": words, "total_tokens": words}
+        return {"object": "list", "data": data, "model": model.alias, "usage": usage}
+
+
+# ==================================================================================================
+# 14. Command line
+# ==================================================================================================
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    return 0
+
+
+# ==================================================================================================
+# 15. Model table (generated)
+# ==================================================================================================
+
+# --- model table: generated by .ci/catalog.py, do not edit ---
+MODEL_TABLE_SOURCE = "@qvac/cli 0.13.1"
+_MODEL_TABLE = """\
+ABOT_WORLD_0_5B_LF_VAE image 22844832 - F16
+ABOT_WORLD_0_5B_LF_VAE_F16 image 1409493568 - F16
+ABOT_WORLD_0_5B_Q8_0 image 5885489920 5B Q8_0
+AFRICAN_4B_TRANSLATION_Q4_K_M chat 2867473376 4B Q4_K_M
+AUDIOGEN_ACESTEP_5HZ_LM_0_6B_Q8_0 audiogen 709846656 0.6B q8_0
+AUDIOGEN_ACESTEP_V15_SFT_Q8_0 audiogen 2549527936 - q8_0
+AUDIOGEN_ACESTEP_V15_TURBO_Q4_K_M audiogen 1445710272 - q4_k_m
+AUDIOGEN_ACESTEP_V15_TURBO_Q8_0 audiogen 2549528000 - q8_0
+AUDIOGEN_QWEN3_EMBEDDING_0_6B_Q8_0 audiogen 784144960 0.6B q8_0
+AUDIOGEN_VAE_BF16 audiogen 337420928 - bf16
+BCI_EMBEDDER bci 25028476 - -
+BCI_WINDOWED bci 87756577 - -
+BERGAMOT translation 31561787 - -
+BERGAMOT_AR_EN translation 31561787 - -
+BERGAMOT_AZ_EN translation 17141051 - -
+BERGAMOT_BE_EN translation 17141051 - -
+BERGAMOT_BG_EN translation 31561787 - -
+BERGAMOT_BN_EN translation 17141051 - -
+BERGAMOT_BS_EN translation 17141051 - -
+BERGAMOT_CA_EN translation 31561787 - -
+BERGAMOT_CS_EN translation 31561787 - -
+BERGAMOT_DA_EN translation 17141051 - -
+BERGAMOT_DE_EN translation 31561787 - -
+BERGAMOT_EL_EN translation 17141051 - -
+BERGAMOT_EN_AR translation 31561787 - -
+BERGAMOT_EN_AZ translation 17141051 - -
+BERGAMOT_EN_BG translation 31561787 - -
+BERGAMOT_EN_BN translation 17141051 - -
+BERGAMOT_EN_BS translation 31561787 - -
+BERGAMOT_EN_CA translation 31561787 - -
+BERGAMOT_EN_CS translation 31561787 - -
+BERGAMOT_EN_DA translation 17141051 - -
+BERGAMOT_EN_DE translation 31561787 - -
+BERGAMOT_EN_EL translation 17141051 - -
+BERGAMOT_EN_ES translation 31561787 - -
+BERGAMOT_EN_ET translation 31561787 - -
+BERGAMOT_EN_FA translation 17141051 - -
+BERGAMOT_EN_FI translation 31561787 - -
+BERGAMOT_EN_FR translation 31561787 - -
+BERGAMOT_EN_GU translation 17141051 - -
+BERGAMOT_EN_HE translation 17141051 - -
+BERGAMOT_EN_HI translation 17141051 - -
+BERGAMOT_EN_HR translation 31561787 - -
+BERGAMOT_EN_HU translation 31561787 - -
+BERGAMOT_EN_ID translation 17141051 - -
+BERGAMOT_EN_IS translation 31561787 - -
+BERGAMOT_EN_IT translation 31561787 - -
+BERGAMOT_EN_JA translation 43849787 - -
+BERGAMOT_EN_KN translation 17141051 - -
+BERGAMOT_EN_KO translation 43849787 - -
+BERGAMOT_EN_LT translation 31561787 - -
+BERGAMOT_EN_LV translation 31561787 - -
+BERGAMOT_EN_ML translation 17141051 - -
+BERGAMOT_EN_MS translation 17141051 - -
+BERGAMOT_EN_NB translation 17141051 - -
+BERGAMOT_EN_NL translation 31561787 - -
+BERGAMOT_EN_NO translation 17141051 - -
+BERGAMOT_EN_PL translation 31561787 - -
+BERGAMOT_EN_PT translation 31561787 - -
+BERGAMOT_EN_RO translation 17141051 - -
+BERGAMOT_EN_RU translation 31561787 - -
+BERGAMOT_EN_SK translation 31561787 - -
+BERGAMOT_EN_SL translation 31561787 - -
+BERGAMOT_EN_SQ translation 17141051 - -
+BERGAMOT_EN_SR translation 31561787 - -
+BERGAMOT_EN_SV translation 17141051 - -
+BERGAMOT_EN_TA translation 17141051 - -
+BERGAMOT_EN_TE translation 17141051 - -
+BERGAMOT_EN_TH translation 31561787 - -
+BERGAMOT_EN_TR translation 17141051 - -
+BERGAMOT_EN_UK translation 31561787 - -
+BERGAMOT_EN_VI translation 31561787 - -
+BERGAMOT_EN_ZH translation 43849787 - -
+BERGAMOT_ES_EN translation 31561787 - -
+BERGAMOT_ET_EN translation 31561787 - -
+BERGAMOT_FA_EN translation 17141051 - -
+BERGAMOT_FI_EN translation 31561787 - -
+BERGAMOT_FR_EN translation 31561787 - -
+BERGAMOT_GU_EN translation 17141051 - -
+BERGAMOT_HE_EN translation 17141051 - -
+BERGAMOT_HI_EN translation 17141051 - -
+BERGAMOT_HR_EN translation 17141051 - -
+BERGAMOT_HU_EN translation 17140899 - -
+BERGAMOT_ID_EN translation 17141051 - -
+BERGAMOT_IS_EN translation 31561787 - -
+BERGAMOT_IT_EN translation 31561787 - -
+BERGAMOT_JA_EN translation 43977787 - -
+BERGAMOT_KN_EN translation 17141051 - -
+BERGAMOT_KO_EN translation 43977787 - -
+BERGAMOT_LT_EN translation 17141051 - -
+BERGAMOT_LV_EN translation 17141051 - -
+BERGAMOT_ML_EN translation 17141051 - -
+BERGAMOT_MS_EN translation 17141051 - -
+BERGAMOT_MT_EN translation 17140836 - -
+BERGAMOT_NB_EN translation 12980780 - -
+BERGAMOT_NL_EN translation 31561787 - -
+BERGAMOT_NN_EN translation 12980780 - -
+BERGAMOT_NO_EN translation 17141051 - -
+BERGAMOT_PL_EN translation 31561787 - -
+BERGAMOT_PT_EN translation 31561787 - -
+BERGAMOT_RO_EN translation 17141051 - -
+BERGAMOT_RU_EN translation 17141051 - -
+BERGAMOT_SK_EN translation 17141051 - -
+BERGAMOT_SL_EN translation 31561787 - -
+BERGAMOT_SQ_EN translation 17141051 - -
+BERGAMOT_SR_EN translation 17141051 - -
+BERGAMOT_SV_EN translation 17141051 - -
+BERGAMOT_TA_EN translation 17141051 - -
+BERGAMOT_TE_EN translation 17141051 - -
+BERGAMOT_TH_EN translation 31561787 - -
+BERGAMOT_TR_EN translation 17140836 - -
+BERGAMOT_UK_EN translation 17141051 - -
+BERGAMOT_VI_EN translation 17141051 - -
+BERGAMOT_ZH_EN translation 43977787 - -
+BITNET_0_7B_INST_TQ2_0 chat 217082208 0.7B TQ2_0
+BITNET_1B_INST_TQ2_0 chat 834553152 1B TQ2_0
+BITNET_B1_58_3B_INST_TQ2_0 chat 1923554016 3B TQ2_0
+CLIP_VISION_H image 1264219396 - -
+DEEPSEEK_V4_304B_INST_UD_IQ2_M_SHARD chat 90926928288 304B UD-IQ2_M
+DOLPHIN_MIXTRAL_2X7B_MOE_Q2_K_SHARD chat 4760823808 2x7B Q2_K
+DOLPHIN_MIXTRAL_2X7B_MOE_Q2_K_TENSORS chat 7791 2x7B Q2_K
+EMBEDDINGGEMMA_300M_BF16 embedding 612429792 300M BF16
+EMBEDDINGGEMMA_300M_F32 embedding 1217982432 300M F32
+EMBEDDINGGEMMA_300M_Q4_0 embedding 277852192 300M q4_0
+EMBEDDINGGEMMA_300M_Q8_0 embedding 328577056 300M q8_0
+FLUX_2_KLEIN_4B_Q4_0 image 2460394048 4B Q4_0
+FLUX_2_KLEIN_4B_Q4_K_M image 2604311104 4B Q4_K_M
+FLUX_2_KLEIN_4B_Q6_K image 3409273408 4B Q6_K
+FLUX_2_KLEIN_4B_Q8_0 image 4300644928 4B Q8_0
+FLUX_2_KLEIN_4B_VAE image 168120878 - -
+GEMMA4_2B_MULTIMODAL_Q4_K_M chat 3462678272 2B q4_k_m
+GEMMA4_2B_MULTIMODAL_Q6_K chat 3898484480 2B q6_k
+GEMMA4_2B_MULTIMODAL_Q8_0 chat 4967495424 2B q8_0
+GEMMA4_31B_MULTIMODAL_Q4_K_M chat 19598488192 31B q4_k_m
+GEMMA4_31B_MULTIMODAL_Q6_K chat 26726720128 31B q6_k
+GEMMA4_4B_MULTIMODAL_Q4_K_M chat 5405168384 4B q4_k_m
+GEMMA4_4B_MULTIMODAL_Q6_K chat 6329953024 4B q6_k
+GEMMA_3_12B_Q4_K_XL image 7432229216 12B Q4_K_XL
+GPT_OSS_120B_INST_Q4_K_M_SHARD chat 62768723552 120B q4_k_m
+GPT_OSS_120B_INST_Q4_K_M_TENSORS chat 16529 120B q4_k_m
+GPT_OSS_20B_INST_Q4_K_M chat 11624759488 20B q4_k_m
+GROOT_MULTI_Q5_VF16 vla 3045175648 groot-n1.7-3b-multi q5_vf16
+GROOT_MULTI_Q8_VF16 vla 4065227104 groot-n1.7-3b-multi q8_vf16
+GROOT_Q5_VF16 vla 2739467616 groot-n1.7-3b-libero q5_vf16
+GROOT_Q8_VF16 vla 3759519072 groot-n1.7-3b-libero q8_vf16
+GTE_LARGE_335M_FP16_SHARD embedding 669604320 335M fp16
+GTE_LARGE_335M_FP16_TENSORS embedding 8966 335M fp16
+GTE_LARGE_FP16 embedding 669603712 - fp16
+HEALTHCARE_1_7B_MEDICAL_BF16 chat 4069679040 1.7B bf16
+HEALTHCARE_1_7B_MEDICAL_IQ3_M chat 1029365952 1.7B iq3_m
+HEALTHCARE_1_7B_MEDICAL_IQ3_XXS chat 888064192 1.7B iq3_xxs
+HEALTHCARE_1_7B_MEDICAL_IQ4_NL chat 1229453504 1.7B iq4_nl
+HEALTHCARE_1_7B_MEDICAL_IQ4_XS chat 1175689408 1.7B iq4_xs
+HEALTHCARE_1_7B_MEDICAL_Q4_K_M chat 1282439360 1.7B q4_k_m
+HEALTHCARE_1_7B_MEDICAL_Q5_K_M chat 1471805632 1.7B q5_k_m
+HEALTHCARE_1_7B_MEDICAL_Q8_0 chat 2165039040 1.7B q8_0
+HEALTHCARE_4B_MEDICAL_BF16 chat 8829197344 4B bf16
+HEALTHCARE_4B_MEDICAL_IQ3_M chat 2130025760 4B iq3_m
+HEALTHCARE_4B_MEDICAL_IQ3_XXS chat 1837317920 4B iq3_xxs
+HEALTHCARE_4B_MEDICAL_IQ4_NL chat 2600131360 4B iq4_nl
+HEALTHCARE_4B_MEDICAL_IQ4_XS chat 2477384480 4B iq4_xs
+HEALTHCARE_4B_MEDICAL_Q4_K_M chat 2716068640 4B q4_k_m
+HEALTHCARE_4B_MEDICAL_Q5_K_M chat 3156921120 4B q5_k_m
+HEALTHCARE_4B_MEDICAL_Q8_0 chat 4693670944 4B q8_0
+LASER_DOLPHIN_2X7B_INST_Q2_K chat 4760823264 2x7B Q2_K
+LLAMA_3_2_1B_INST_Q4_0 chat 773025824 1B q4_0
+LLAMA_3_2_1B_INST_Q4_0_SHARD chat 773026848 1B q4_0
+LLAMA_3_2_1B_INST_Q4_0_TENSORS chat 3213 1B q4_0
+LLAMA_TOOL_CALLING_1B_INST_Q4_K chat 807691648 1B q4_k
+LTX_2_3_22B_DISTILLED_EMBEDDINGS_CONNECTORS image 2312144712 - -
+LTX_2_3_22B_Q2_K image 12408656544 22B Q2_K
+LTX_2_3_22B_Q5_K_M image 19388448416 22B Q5_K_M
+LTX_2_3_VAE image 364853140 - -
+LTX_2_3_VAE_1 image 1452256522 - -
+MARIAN_EN_HI_INDIC_1B_F16 translation 2239757219 1B f16
+MARIAN_EN_HI_INDIC_1B_Q4_0 translation 637229091 1B q4_0
+MARIAN_EN_HI_INDIC_200M_F16 translation 431338529 200M f16
+MARIAN_EN_HI_INDIC_200M_Q4_0 translation 127339617 200M q4_0
+MARIAN_HI_EN_INDIC_1B_F16 translation 2054322154 1B f16
+MARIAN_HI_EN_INDIC_1B_Q4_0 translation 584815722 1B q4_0
+MARIAN_HI_EN_INDIC_200M_F16 translation 430985320 200M f16
+MARIAN_HI_EN_INDIC_200M_Q4_0 translation 126980520 200M q4_0
+MARIAN_HI_HI_INDIC_1B_F16 translation 2429270859 1B f16
+MARIAN_HI_HI_INDIC_1B_Q4_0 translation 693697483 1B q4_0
+MARIAN_HI_HI_INDIC_320M_F16 translation 653915115 320M f16
+MARIAN_HI_HI_INDIC_320M_Q4_0 translation 193106987 320M q4_0
+MEDGEMMA_4B_IT_Q4_1 chat 2564052800 4B q4_1
+MEDGEMMA_4B_IT_Q4_1_SHARD chat 2564053312 4B q4_1
+MEDGEMMA_4B_IT_Q4_1_TENSORS chat 10685 4B q4_1
+MEDGEMMA_4B_IT_Q8_0 chat 4130402880 4B q8_0
+MEDGEMMA_4B_IT_Q8_0_SHARD chat 4130403424 4B q8_0
+MMPROJ_GEMMA4_2B_MULTIMODAL_BF16 chat 986833408 2B bf16
+MMPROJ_GEMMA4_2B_MULTIMODAL_F16 chat 985653760 2B f16
+MMPROJ_GEMMA4_2B_MULTIMODAL_Q8_0 chat 557367776 2B q8_0
+MMPROJ_GEMMA4_31B_MULTIMODAL_BF16 chat 1200726208 31B bf16
+MMPROJ_GEMMA4_31B_MULTIMODAL_F16 chat 1198956736 31B f16
+MMPROJ_GEMMA4_4B_MULTIMODAL_BF16 chat 991552000 4B bf16
+MMPROJ_GEMMA4_4B_MULTIMODAL_F16 chat 990372352 4B f16
+MMPROJ_OCR_0_6B_MULTIMODAL_F16 chat 819313056 0.6B f16
+MMPROJ_OCR_3B_MULTIMODAL_F16 chat 825245568 3B f16
+MMPROJ_OCR_3B_MULTIMODAL_Q8_0 chat 461225856 3B q8_0
+MMPROJ_QWEN3VL_2B_MULTIMODAL_Q4_K chat 445053216 2B q4_k
+MMPROJ_QWEN3_5_0_8B_MULTIMODAL_BF16 chat 207346528 0.8B bf16
+MMPROJ_QWEN3_5_0_8B_MULTIMODAL_F16 chat 204987232 0.8B f16
+MMPROJ_QWEN3_5_0_8B_MULTIMODAL_Q8_0 chat 115923680 0.8B q8_0
+MMPROJ_QWEN3_5_2B_MULTIMODAL_BF16 chat 671372992 2B bf16
+MMPROJ_QWEN3_5_2B_MULTIMODAL_F16 chat 668227264 2B f16
+MMPROJ_QWEN3_5_2B_MULTIMODAL_Q8_0 chat 364664384 2B q8_0
+MMPROJ_QWEN3_5_4B_MULTIMODAL_BF16 chat 675569344 4B bf16
+MMPROJ_QWEN3_5_4B_MULTIMODAL_F16 chat 672423616 4B f16
+MMPROJ_QWEN3_5_4B_MULTIMODAL_Q8_0 chat 366894656 4B q8_0
+MMPROJ_QWEN3_5_9B_MULTIMODAL_BF16 chat 921705024 9B bf16
+MMPROJ_QWEN3_5_9B_MULTIMODAL_F16 chat 918166080 9B f16
+MMPROJ_QWEN3_6_27B_MULTIMODAL_BF16 chat 931146304 27B bf16
+MMPROJ_QWEN3_6_27B_MULTIMODAL_F16 chat 927607360 27B f16
+MMPROJ_QWEN3_6_35B_A3B_MULTIMODAL_BF16 chat 902822624 35B-A3B bf16
+MMPROJ_QWEN3_6_35B_A3B_MULTIMODAL_F16 chat 899283680 35B-A3B f16
+MMPROJ_QWEN3_8_27B_MULTIMODAL_F16 chat 927607488 27B f16
+MMPROJ_QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_F16 chat 904004000 177B f16
+MMPROJ_SMOLVLM2_500M_MULTIMODAL_F16 chat 199470624 500M f16
+MMPROJ_SMOLVLM2_500M_MULTIMODAL_Q8_0 chat 108785184 500M q8_0
+MMPROJ_VISIONPSY_NANO_460M_MULTIMODAL_Q8_0 chat 108782144 460M q8_0
+MMPROJ_VISIONPSY_NANO_460M_MULTIMODAL_Q8_0_1 chat 108782144 460M q8_0
+MOE_35B_INST_IQ2_XXS chat 9778452896 35B iq2_xxs
+MOE_35B_INST_Q4_K_M chat 21391448480 35B q4_k_m
+MOE_35B_INST_Q8_0 chat 36914690464 35B q8_0
+OCR_0_6B_MULTIMODAL_Q4_K_M chat 396701664 0.6B q4_k_m
+OCR_3B_MULTIMODAL_Q4_0 chat 1701896608 3B q4_0
+OCR_CRAFT ocr 83133856 - -
+OCR_DOCTR ocr 4198144 - -
+OCR_DOCTR_1 ocr 8352640 - -
+OCR_LATIN ocr 15396512 - -
+PARAKEET_CTC_0_6B_F16 transcription 1371674432 0.6B f16
+PARAKEET_CTC_0_6B_Q4_0 transcription 389648768 0.6B q4_0
+PARAKEET_CTC_0_6B_Q8_0 transcription 731222912 0.6B q8_0
+PARAKEET_EOU_120M_V1_F16 transcription 257939840 120M f16
+PARAKEET_EOU_120M_V1_Q4_0 transcription 74110976 120M q4_0
+PARAKEET_EOU_120M_V1_Q8_0 transcription 138051456 120M q8_0
+PARAKEET_INDIC_CONFORMER_CTC_F16 transcription 1380198336 600M f16
+PARAKEET_INDIC_CONFORMER_CTC_Q4_0 transcription 391389696 600M q4_0
+PARAKEET_INDIC_CONFORMER_CTC_Q8_0 transcription 735323136 600M q8_0
+PARAKEET_SORTFORMER_4SPK_V1_F16 transcription 275697312 123M f16
+PARAKEET_SORTFORMER_4SPK_V1_Q4_0 transcription 79031136 123M q4_0
+PARAKEET_SORTFORMER_4SPK_V1_Q8_0 transcription 147436704 123M q8_0
+PARAKEET_SORTFORMER_4SPK_V2_1_F16 transcription 263080256 123M f16
+PARAKEET_SORTFORMER_4SPK_V2_1_Q4_0 transcription 75458048 123M q4_0
+PARAKEET_SORTFORMER_4SPK_V2_1_Q8_0 transcription 140717952 123M q8_0
+PARAKEET_TDT_0_6B_V3_F16 transcription 1407544256 0.6B f16
+PARAKEET_TDT_0_6B_V3_Q4_0 transcription 398735040 0.6B q4_0
+PARAKEET_TDT_0_6B_V3_Q8_0 transcription 749625216 0.6B q8_0
+PARAKEET_UNIFIED_0_6B_F16 transcription 1390644608 0.6B f16
+PARAKEET_UNIFIED_0_6B_Q4_0 transcription 395029120 0.6B q4_0
+PARAKEET_UNIFIED_0_6B_Q8_0 transcription 741330176 0.6B q8_0
+PI05_BASE_Q_AGGRESSIVE vla 3929675872 pi05-base q_aggressive
+QWEN3VL_2B_MULTIMODAL_Q4_K chat 1107409952 2B q4_k
+QWEN3_1_7B_INST_Q4 chat 1056782912 1.7B q4
+QWEN3_1_7B_INST_Q4_SHARD chat 1056783456 1.7B q4
+QWEN3_1_7B_INST_Q4_TENSORS chat 7067 1.7B q4
+QWEN3_4B_INST_Q4_K_M chat 2497280256 4B q4_K_M
+QWEN3_4B_INST_Q4_SHARD chat 2497280864 4B q4
+QWEN3_4B_INST_Q4_TENSORS chat 9107 4B q4
+QWEN3_4B_Q4_K_M chat 2497281312 4B q4_K_M
+QWEN3_5_0_8B_MULTIMODAL_Q4_K_M chat 532517120 0.8B q4_k_m
+QWEN3_5_0_8B_MULTIMODAL_Q6_K chat 639029504 0.8B q6_k
+QWEN3_5_0_8B_MULTIMODAL_Q8_0 chat 811843840 0.8B q8_0
+QWEN3_5_2B_MULTIMODAL_Q4_K_M chat 1280835840 2B q4_k_m
+QWEN3_5_2B_MULTIMODAL_Q6_K chat 1574961408 2B q6_k
+QWEN3_5_2B_MULTIMODAL_Q8_0 chat 2012012800 2B q8_0
+QWEN3_5_4B_MULTIMODAL_Q4_K_M chat 2740937888 4B q4_k_m
+QWEN3_5_4B_MULTIMODAL_Q6_K chat 3525956768 4B q6_k
+QWEN3_5_9B_MULTIMODAL_Q4_K_M chat 5680522464 9B q4_k_m
+QWEN3_5_9B_MULTIMODAL_Q6_K chat 7458301152 9B q6_k
+QWEN3_600M_INST_Q4 chat 382156480 600M q4
+QWEN3_6_27B_MULTIMODAL_Q4_K_XL chat 17612564704 27B q4_k_xl
+QWEN3_6_27B_MULTIMODAL_Q6_K_XL chat 25636485344 27B q6_k_xl
+QWEN3_6_35B_A3B_MULTIMODAL_Q4_K_M chat 22134528992 35B-A3B q4_k_m
+QWEN3_6_35B_A3B_MULTIMODAL_Q6_K_XL chat 31843777504 35B-A3B q6_k_xl
+QWEN3_8B_INST_Q4_K_M chat 5027783488 8B q4_k_m
+QWEN3_8_27B_MULTIMODAL_UD_Q4_K_XL chat 17923394624 27B UD-Q4_K_XL
+QWEN3_8_27B_MULTIMODAL_UD_Q8_K_XL chat 31457991680 27B UD-Q8_K_XL
+QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_UD_Q2_K_XL_SHARD chat 78869128864 177B UD-Q2_K_XL
+QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_UD_Q4_K_XL_SHARD chat 111334654784 177B UD-Q4_K_XL
+REALESRGAN_X4PLUS image 67040989 - -
+REALESRGAN_X4PLUS_ANIME_6B image 17938799 - -
+REALESRNET_X4PLUS image 67040989 - -
+SALAMANDRATA_2B_INST_Q4 chat 1517617504 2B q4
+SALAMANDRATA_2B_INST_Q4_SHARD chat 1517617856 2B q4
+SALAMANDRATA_2B_INST_Q4_TENSORS chat 4833 2B q4
+SALAMANDRATA_2B_INST_Q8 chat 2401075552 2B q8
+SALAMANDRATA_2B_INST_Q8_SHARD chat 2401076000 2B q8
+SDXL_BASE_1_0_3B_Q4_0 image 3940010720 3B Q4_0
+SDXL_BASE_1_0_3B_Q8_0 image 5040957760 3B Q8_0
+SD_V2_1_1B_Q4_0 image 2185459424 1B Q4_0
+SD_V2_1_1B_Q8_0 image 2322705024 1B Q8_0
+SMOLLM2_360M_INST_Q8 chat 386404992 360M q8
+SMOLVLA_LIBERO_VISION_Q8 vla 1981051936 smolvla-libero q8_0
+SMOLVLM2_500M_MULTIMODAL_F16 chat 820424704 500M f16
+SMOLVLM2_500M_MULTIMODAL_Q8_0 chat 436808704 500M q8_0
+TTS_CANGJIE_ZH_CHATTERBOX speech 1337109 - -
+TTS_CODEC_DECODER_AUDIO8_FP16 speech 262241216 0.6B fp16
+TTS_CODEC_DECODER_AUDIO8_Q8_0 speech 210631616 0.6B q8_0
+TTS_CODEC_ENCODER_AUDIO8_FP16 speech 416985952 0.6B fp16
+TTS_CODEC_ENCODER_AUDIO8_Q8_0 speech 263631712 0.6B q8_0
+TTS_COSYVOICE3_CAMPPLUS_COSYVOICE_FP32 speech 27530656 - fp32
+TTS_COSYVOICE3_FLOW_COSYVOICE_FP32 speech 1333857632 0.5B fp32
+TTS_COSYVOICE3_HIFT_COSYVOICE_FP32 speech 83087520 0.5B fp32
+TTS_COSYVOICE3_LLM_COSYVOICE_Q8_0 speech 973496000 0.5B q8_0
+TTS_COSYVOICE3_S3TOK_COSYVOICE_FP16 speech 496605536 - fp16
+TTS_COSYVOICE3_S3TOK_COSYVOICE_FP32 speech 968464736 - fp32
+TTS_COSYVOICE3_S3TOK_COSYVOICE_Q8_0 speech 275421536 - q8_0
+TTS_COSYVOICE3_TOKENIZER_COSYVOICE speech 1402109 - -
+TTS_COSYVOICE3_TOKENIZER_COSYVOICE_1 speech 2776833 - -
+TTS_COSYVOICE3_VOICE_COSYVOICE speech 179584 - -
+TTS_COSYVOICE3_VOICE_COSYVOICE_1 speech 223456 - -
+TTS_COSYVOICE3_VOICE_COSYVOICE_2 speech 57664 - -
+TTS_DENOISER_LAVASR_FP16 speech 505696 - fp16
+TTS_DENOISER_LAVASR_FP32 speech 722528 - fp32
+TTS_ENHANCER_LAVASR_FP16 speech 28051008 - fp16
+TTS_ENHANCER_LAVASR_FP32 speech 55946816 - fp32
+TTS_EN_SUPERTONIC_Q4_0 speech 131956256 - q4_0
+TTS_EN_SUPERTONIC_Q8_0 speech 251818336 - q8_0
+TTS_INDIC_MULTILINGUAL_PARLER_TTS_FP16 speech 2636192608 880M fp16
+TTS_INDIC_MULTILINGUAL_PARLER_TTS_FP32 speech 3667407712 880M fp32
+TTS_INDIC_MULTILINGUAL_PARLER_TTS_Q8_0 speech 1287330656 880M q8_0
+TTS_LARGE_V1_EN_PARLER_TTS_FP16 speech 7190761024 2.3B fp16
+TTS_LARGE_V1_EN_PARLER_TTS_FP32 speech 9243376192 2.3B fp32
+TTS_LARGE_V1_EN_PARLER_TTS_Q8_0 speech 2770947648 2.3B q8_0
+TTS_LM_MULTILINGUAL_AUDIO8_FP16 speech 1230479552 0.6B fp16
+TTS_LM_MULTILINGUAL_AUDIO8_Q8_0 speech 839106752 0.6B q8_0
+TTS_MECAB_IPADIC_CHATTERBOX speech 262496 - -
+TTS_MINI_V1_EN_PARLER_TTS_FP16 speech 2511459808 880M fp16
+TTS_MINI_V1_EN_PARLER_TTS_FP32 speech 3422690784 880M fp32
+TTS_MINI_V1_EN_PARLER_TTS_Q8_0 speech 1162597856 880M q8_0
+TTS_MULTILINGUAL_SUPERTONIC2_Q4_0 speech 132008192 - q4_0
+TTS_MULTILINGUAL_SUPERTONIC2_Q8_0 speech 251845952 - q8_0
+TTS_MULTILINGUAL_SUPERTONIC3_FP16 speech 206631232 - fp16
+TTS_MULTILINGUAL_SUPERTONIC3_FP32 speech 398497088 - fp32
+TTS_MULTILINGUAL_SUPERTONIC3_Q4_0 speech 84658368 - q4_0
+TTS_MULTILINGUAL_SUPERTONIC3_Q8_0 speech 126745792 - q8_0
+TTS_S3GEN_EN_CHATTERBOX speech 1064879936 - -
+TTS_S3GEN_EN_CHATTERBOX_Q4_0 speech 789672256 - q4_0
+TTS_S3GEN_EN_CHATTERBOX_Q5_0 speech 799679808 - q5_0
+TTS_S3GEN_EN_CHATTERBOX_Q8_0 speech 829702464 - q8_0
+TTS_S3GEN_MULTILINGUAL_CHATTERBOX speech 1056431360 - -
+TTS_S3GEN_MULTILINGUAL_CHATTERBOX_Q4_0 speech 788432672 - q4_0
+TTS_S3GEN_MULTILINGUAL_CHATTERBOX_Q5_0 speech 798178080 - q5_0
+TTS_S3GEN_MULTILINGUAL_CHATTERBOX_Q8_0 speech 827414304 - q8_0
+TTS_T3_MULTILINGUAL_CHATTERBOX_FP16 speech 1099495744 - fp16
+TTS_T3_MULTILINGUAL_CHATTERBOX_Q4_0 speech 344985408 - q4_0
+TTS_T3_MULTILINGUAL_CHATTERBOX_Q5_0 speech 409819968 - q5_0
+TTS_T3_MULTILINGUAL_CHATTERBOX_Q8_0 speech 604323648 - q8_0
+TTS_T3_TURBO_EN_CHATTERBOX_FP16 speech 777277440 - fp16
+TTS_T3_TURBO_EN_CHATTERBOX_Q4_0 speech 332605120 - q4_0
+TTS_T3_TURBO_EN_CHATTERBOX_Q5_0 speech 372095040 - q5_0
+TTS_T3_TURBO_EN_CHATTERBOX_Q8_0 speech 487091392 - q8_0
+UMT5_XXL_ENC_Q8_0 image 6035988320 - Q8_0
+UMT5_XXL_FP16 image 11366399385 - fp16
+VAD_SILERO_5_1_2 transcription 885098 - -
+VISIONPSY_NANO_460M_MULTIMODAL_Q4_K_M chat 303143488 460M q4_k_m
+VISIONPSY_NANO_460M_MULTIMODAL_Q4_K_M_1 chat 303143488 460M q4_k_m
+VISIONPSY_NANO_460M_MULTIMODAL_Q8_0 chat 436676000 460M q8_0
+VISIONPSY_NANO_460M_MULTIMODAL_Q8_0_1 chat 436676000 460M q8_0
+WAN2_1_I2V_14B_Q4_K_M image 11341184384 14B Q4_K_M
+WAN2_1_I2V_14B_Q4_K_M_1 image 11341184384 14B Q4_K_M
+WAN2_1_T2V_14B_Q8_0 image 15879461504 14B Q8_0
+WAN2_1_T2V_1_3B_FP16 image 2838303560 1.3B fp16
+WAN2_2_TI2V_5B_Q5_K_S image 3564739296 5B Q5_K_S
+WAN_2_1_COMFYUI_REPACKAGED_VAE image 253815318 - -
+WAN_2_2_COMFYUI_REPACKAGED_VAE image 1409400960 - -
+WHISPER_BASE_Q0F16 transcription 147951465 - q0f16
+WHISPER_BASE_Q8_0 transcription 81768585 - q8_0
+WHISPER_EN_BASE_Q0F16 transcription 147964211 - q0f16
+WHISPER_EN_BASE_Q8_0 transcription 81781811 - q8_0
+WHISPER_EN_SMALL_Q0F16 transcription 487614201 - q0f16
+WHISPER_EN_SMALL_Q8_0 transcription 264477561 - q8
+WHISPER_EN_TINY_Q0F16 transcription 77704715 - q0f16
+WHISPER_EN_TINY_Q8_0 transcription 43550795 - q8_0
+WHISPER_FRENCH_BASE_F16 transcription 147951482 - f16
+WHISPER_FRENCH_BASE_Q8_0 transcription 81768602 - q8_0
+WHISPER_FRENCH_TINY_F16 transcription 77691713 - f16
+WHISPER_FRENCH_TINY_Q8_0 transcription 43537433 - q8_0
+WHISPER_GERMAN_BASE_F16 transcription 147951465 - f16
+WHISPER_GERMAN_BASE_Q8_0 transcription 81768585 - q8_0
+WHISPER_GERMAN_TINY_F16 transcription 77691713 - f16
+WHISPER_GERMAN_TINY_Q8_0 transcription 43537433 - q8_0
+WHISPER_ITALIAN_BASE_F16 transcription 114252906 - f16
+WHISPER_ITALIAN_BASE_Q8_0 transcription 63798666 - q8_0
+WHISPER_ITALIAN_TINY_F16 transcription 77691713 - f16
+WHISPER_ITALIAN_TINY_Q8_0 transcription 43537433 - q8_0
+WHISPER_JAPANESE_BASE_F16 transcription 147951465 - f16
+WHISPER_JAPANESE_BASE_Q8_0 transcription 81768585 - q8_0
+WHISPER_JAPANESE_TINY_F16 transcription 77691713 - f16
+WHISPER_JAPANESE_TINY_Q8_0 transcription 43537433 - q8_0
+WHISPER_LARGE_V3_TURBO transcription 1624555275 - -
+WHISPER_NORWEGIAN_TINY transcription 77691730 - -
+WHISPER_PORTUGUESE_BASE_F16 transcription 147951482 - f16
+WHISPER_PORTUGUESE_BASE_Q8_0 transcription 81768602 - q8_0
+WHISPER_PORTUGUESE_TINY_F16 transcription 77691730 - f16
+WHISPER_PORTUGUESE_TINY_Q8_0 transcription 43537450 - q8_0
+WHISPER_Q8_0 transcription 43537450 - -
+WHISPER_Q8_0_1 transcription 43550795 - -
+WHISPER_RUSSIAN_BASE_F16 transcription 147951465 - f16
+WHISPER_RUSSIAN_BASE_Q8_0 transcription 81768585 - q8_0
+WHISPER_RUSSIAN_TINY_F16 transcription 77691713 - f16
+WHISPER_RUSSIAN_TINY_Q8_0 transcription 43537433 - q8_0
+WHISPER_SMALL_Q0F16 transcription 487601967 - q0f16
+WHISPER_SMALL_Q8_0 transcription 264464607 - q8_0
+WHISPER_SPANISH_TINY_F16 transcription 77691713 - f16
+WHISPER_SPANISH_TINY_Q8_0 transcription 43537433 - q8_0
+WHISPER_TINY transcription 77691713 - -
+WHISPER_TINY_Q8_0 transcription 43537433 - q8_0
+"""
+# --- end of the model table ---
+
+
+# ==================================================================================================
+# 16. Main guard
+# ==================================================================================================
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--reexecuted"]:
+        sys.exit(_reexecuted(sys.argv[2:]))
+    sys.exit(main())
