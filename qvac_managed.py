@@ -136,8 +136,8 @@ PARENT_TICK = 1.0  # seconds between looks at the parent for close_on_parent_exi
 STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL, the provider's own
 GROUP_GRACE = 1.0  # seconds the serve's worker gets to follow it; the real one needs 0.05
 WITHDRAW_PAUSE = 0.15  # seconds between withdrawing a record and the last look for provider clients
-RESTART_BACKOFF = (0.0, 0.25, 1.0, 3.0)  # seconds before the 1st, 2nd ... restart of a crash loop
-STABLE_AFTER = 60.0  # seconds of service after which a crash starts a new loop
+RESTART_BACKOFF = (0.0, 0.25, 1.0, 3.0, 3.0)  # seconds before the 1st, 2nd ... restart of a crash loop
+STABLE_AFTER = 10.0  # seconds of service after which a crash starts a new loop
 PORT_ATTEMPTS = 3  # ports tried when another program takes the chosen one
 
 
@@ -1230,14 +1230,16 @@ else:
         def process_start(pid: int) -> Optional[str]:
             """A token that tells this process from a later one with its pid; None: dead; "": cannot tell.
 
-            A zombie is dead. The token is the start in clock ticks after boot, which no change of the
-            wall clock moves.
+            A zombie is dead, and so is a process on its way out: its port may take connections for as long
+            as the kernel needs to free its memory, and resets them then. The token is the start in clock
+            ticks after boot, which no change of the wall clock moves.
             """
             try:
                 fields = _stat_fields(pid)
                 if place().rpartition(":")[2].startswith("-"):
                     raise ValueError("/proc is another namespace's")
-                return None if fields[0] in (b"Z", b"X", b"x") else fields[19].decode()
+                is_ending = int(fields[6]) & 0x4 or int(fields[28]) & 1 << 8  # PF_EXITING; SIGKILL is pending
+                return None if is_ending or fields[0] in (b"Z", b"X", b"x") else fields[19].decode()
             except (OSError, ValueError, IndexError):
                 try:
                     os.kill(pid, 0)
