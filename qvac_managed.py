@@ -3963,9 +3963,9 @@ class ServeInfo:
               "time_left_s")  # fmt: skip
     fleet_key: str
     base_url: str
-    host: str
-    port: int
-    pid: int
+    host: Optional[str]
+    port: Optional[int]
+    pid: Optional[int]
     runner_pid: int
     models: List[Dict[str, str]]
     reused: bool
@@ -3998,7 +3998,29 @@ def list_serves() -> List[ServeInfo]:
     Hung serves cost one health timeout altogether. Asking does not count as use.
     """
     records = sorted(_all_records(), key=lambda record: (record.started_at, record.fleet_key))
-    return _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0)
+    described = _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0 + 0.05 * len(records))
+    return described + _starting_serves({record.fleet_key for record in records})
+
+
+def _starting_serves(known: Set[str]) -> List[ServeInfo]:
+    """Serves whose runner holds the spawn lock and has not published a record yet."""
+    starting = []
+    for name in _listdir(managed_serves_dir()):
+        key = name[: -len(".lock")]
+        if name.endswith(".lock") and is_valid_fleet_key(key) and key not in known:
+            runner_pid = _starting_runner(key)
+            if runner_pid:
+                starting.append(ServeInfo(
+                    fleet_key=key, runner_pid=runner_pid, models=[], reused=True, private="-priv-" in key,
+                    state="starting", consumers=len(live_consumers(key)), connections=0, restarts=0))  # fmt: skip
+    return starting
+
+
+def _starting_runner(key: str) -> int:
+    """The pid of the live runner that holds the spawn lock of a key; 0 if none does."""
+    words = (_read_lock(key) or "").split()
+    held = len(words) == 4 and words[3].startswith(RUNNER_MARK) and _judge_lock(key) == ALIVE
+    return int(words[0]) if held else 0
 
 
 def serve_info(client: ManagedQvac) -> ServeInfo:
@@ -4103,11 +4125,10 @@ def _stop_runner(pid: int, start: str, folder: str) -> None:
 
 def _stop_starting(fleet_key: str) -> bool:
     """Stop a runner whose serve is not ready yet: it holds the spawn lock."""
-    words = (_read_lock(fleet_key) or "").split()
-    if len(words) == 4 and words[3].startswith(RUNNER_MARK) and _judge_lock(fleet_key) == ALIVE:
-        _stop_runner(int(words[0]), words[1], "")
-        return True
-    return False
+    runner_pid = _starting_runner(fleet_key)
+    if runner_pid:
+        _stop_runner(runner_pid, process_start(runner_pid) or "", "")
+    return bool(runner_pid)
 
 
 def _stop_orphan(record: ServeRecord, must_answer: bool = True) -> bool:
