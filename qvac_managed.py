@@ -1558,6 +1558,8 @@ def judge_process(pid: int, start: str, where: str) -> str:
     neither to be trusted nor to be cleared away.
     """
     here = place()
+    if not 0 < pid < 2**31:
+        return DEAD  # to the kernel, 0 and the negative ones are groups
     if where != here:
         machine, boot = where.split(":")[:2] if where.count(":") == 2 else ("", "")
         return DEAD if (machine == here.split(":")[0] and boot and boot != here.split(":")[1]) else FOREIGN
@@ -1872,6 +1874,13 @@ def _encode_record(record: ServeRecord) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode("ascii")
 
 
+def _is_exactly(value: Any, kind: type) -> bool:
+    """`true` is no integer; a number may be whole, but not without end."""
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) is kind
+
+
 def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]:
     """The record in a file, or None if it is not exactly one: types, ranges, and the address it names.
 
@@ -1883,8 +1892,7 @@ def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]
     fields: Dict[str, Any] = {}
     for index, (name, attribute, kind) in enumerate(_RECORD_FIELDS):
         value = raw.get(name)
-        accepted = (int, float) if kind is float else (kind,)
-        if type(value) in accepted:
+        if _is_exactly(value, kind):
             fields[attribute] = value
         elif index < _REQUIRED_FIELDS:
             return None
@@ -1945,6 +1953,19 @@ def _listdir(folder: str) -> List[str]:
         return []
 
 
+def _listdir_own(folder: str) -> List[str]:
+    """The names in a real folder of ours; none behind a link, which could lead a deletion elsewhere."""
+    return _listdir(folder) if _is_own_folder(folder) else []
+
+
+def _is_own_folder(path: str) -> bool:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return _is_directory(status) and is_ours(status)
+
+
 def write_record(record: ServeRecord) -> Any:
     """Publish a record whole, by temp file and rename. Returns its version. Its runner alone calls this."""
     path = record_path(record.fleet_key)
@@ -1991,12 +2012,14 @@ def add_consumer(key: str, consumer_id: str) -> None:
         try:
             if attempt:  # a runner that ends, or a provider, has removed the folder just now
                 os.makedirs(folder, mode=0o700, exist_ok=True)
+            if os.path.lexists(folder) and not _is_own_folder(folder):
+                raise RegistryError("%s is in the way: it is no folder of yours. Remove it." % folder)
             _write_new_file(path, content)
             return
-        except FileExistsError:
+        except FileExistsError as caught:
             if os.path.isfile(path):
                 return
-            error: OSError = NotADirectoryError(errno.ENOTDIR, "not a folder")
+            error: OSError = caught
         except FileNotFoundError as caught:
             error = caught
         except OSError as caught:
@@ -2023,7 +2046,7 @@ def live_consumers(key: str) -> List[int]:
 
 def _live_markers(key: str) -> List[str]:
     live, folder = [], consumers_dir(key)
-    for name in _listdir(folder):
+    for name in _listdir_own(folder):
         verdict = _judge_marker(os.path.join(folder, name), name)
         if verdict == ALIVE:
             live.append(name)
@@ -2990,7 +3013,7 @@ def remove_serve_folder(folder: str) -> None:
     """Remove a KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
     parent, name = os.path.split(folder)
     if parent == managed_serves_dir() and is_serve_folder_name(name):
-        for inside in _listdir(folder):
+        for inside in _listdir_own(folder):
             if inside.startswith(("qvac.config.json", "serve-api-key", "stop")):
                 _unlink(os.path.join(folder, inside))
         _rmdir(folder)
