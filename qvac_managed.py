@@ -669,7 +669,7 @@ BINARY = getattr(os, "O_BINARY", 0)
 # and importing by name (not running by path) takes the compiled file from __pycache__. What the top
 # of this file imports is imported first, so that this folder need not be on the path for long.
 _BOOT = (
-    "import sys,os,collections;%s;sys.path.insert(0,sys.argv[1]);m=__import__(sys.argv[2]);"
+    "import sys,os,collections,%s;%s;sys.path.insert(0,sys.argv[1]);m=__import__(sys.argv[2]);"
     "del sys.path[0];sys.exit(m._reexecuted(sys.argv[3:]))"
 )
 
@@ -704,7 +704,11 @@ def _netstat_rows(text: str, port: int) -> List[Tuple[str, str, str]]:
 
 
 if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests with injected calls
-    _BOOT_DETACH = "0"
+    _BOOT_IMPORT, _BOOT_DETACH = "time", "0"
+
+    def detach() -> None:
+        """The flags that it was started with have detached it."""
+
     _QUERY, _SYNCHRONIZE, _TERMINATE = 0x1000, 0x100000, 0x0001  # PROCESS_* access rights (winnt.h)
     _STILL_ACTIVE = 259
 
@@ -952,8 +956,14 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 else:
     import fcntl
 
-    _BOOT_DETACH = "os.fork()and os._exit(0);os.setsid()"
+    _BOOT_IMPORT, _BOOT_DETACH = "fcntl", "os.fork()and os._exit(0);os.setsid()"
     _SIGTERM, _SIGKILL = 15, 9
+
+    def detach() -> None:
+        """What _BOOT_DETACH does, for a file that cannot be imported by name."""
+        if os.fork():
+            os._exit(0)
+        os.setsid()
 
     def host_name() -> str:
         return os.uname().nodename
@@ -1036,12 +1046,28 @@ else:
             return self._code
 
     def report_channel() -> int:
-        """The runner's end of the channel: its standard input, which becomes the null device."""
+        """The runner's end of the channel: its standard input, which becomes the null device.
+
+        All else but output that the caller left inheritable is closed: it would stay open as long as the serve.
+        """
+        _close_inherited()
         fd = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
         return fd
+
+    def _close_inherited() -> None:
+        try:
+            names = os.listdir("/proc/self/fd")
+        except OSError:
+            return os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))
+        for name in names:
+            try:
+                if int(name) > 2:
+                    os.close(int(name))
+            except OSError:
+                pass  # the one that listed the folder
 
     # `sh` in a process group of its own, holding the reading end of a pipe whose only writing end is the
     # runner's: when the runner is gone, however it ended, the read ends and the serve's group is killed,
@@ -1599,7 +1625,7 @@ _THIS_FILE = os.path.abspath(__file__)  # now: the program may change its folder
 def reexec_argv(*args: str, detach: bool = False) -> List[str]:
     """The command that runs this very file in another interpreter (`_reexecuted` gets the arguments).
 
-    With `detach` the interpreter forks before anything else and goes on in the child, in a session of
+    With `detach` the interpreter forks as early as can be and goes on in the child, in a session of
     its own. Raises ServeSpawnFailedError where there is no interpreter: in an embedded or frozen Python.
     """
     if getattr(sys, "frozen", False) or not sys.executable:
@@ -1611,8 +1637,10 @@ def reexec_argv(*args: str, detach: bool = False) -> List[str]:
     stem, extension = os.path.splitext(name)
     flags = ["-I", "-S"] + (["-B"] if sys.dont_write_bytecode else [])
     if extension not in (".py", ".pyc") or stem == "__main__":
-        return [sys.executable, *flags, _THIS_FILE, "--reexecuted", *args]
-    return [sys.executable, *flags, "-c", _BOOT % (_BOOT_DETACH if detach else "0"), folder, stem, *args]
+        script = _THIS_FILE if os.path.isfile(_THIS_FILE) else folder  # a zip that is run by its __main__.py
+        return [sys.executable, *flags, script, "--reexecuted", *(["--detach"] if detach else []), *args]
+    boot = _BOOT % (_BOOT_IMPORT, _BOOT_DETACH if detach else "0")
+    return [sys.executable, *flags, "-c", boot, folder, stem, *args]
 
 
 # ==================================================================================================
@@ -3060,6 +3088,9 @@ def _run_runner(params_path: str) -> int:
 
 def _reexecuted(argv: List[str]) -> int:
     """Entry of the processes that are this file again: `runner PARAMS` and `echo ARGUMENTS...`."""
+    if argv[0] == "--detach":
+        detach()
+        argv = argv[1:]
     if argv[0] == "echo":
         return run_echo_serve(argv[1:])
     return _run_runner(argv[1])
