@@ -757,6 +757,9 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def parent_of(pid: int) -> Optional[int]:
         return None
 
+    def command_line(pid: int) -> Optional[List[str]]:
+        return None
+
     def is_thread_id(pid: int) -> bool:
         return False
 
@@ -1289,6 +1292,14 @@ else:
             except (OSError, ValueError, IndexError):
                 return None
 
+        def command_line(pid: int) -> Optional[List[str]]:
+            """A process's arguments; None where they cannot be had."""
+            try:
+                with open("/proc/%d/cmdline" % pid, "rb") as file:
+                    return file.read().decode("utf-8", "replace").split("\0")
+            except OSError:
+                return None
+
         def is_thread_id(pid: int) -> bool:
             """Linux answers for a thread's id as for a process's, so a recycled pid may be a thread."""
             for line in _read_text("/proc/%d/status" % pid).splitlines():
@@ -1456,6 +1467,9 @@ else:
             buffer = ctypes.create_string_buffer(136)
             found = _libproc().proc_pidinfo(pid, 3, ctypes.c_uint64(0), buffer, 136) == 136
             return int(struct.unpack_from("=I", buffer, 16)[0]) if found else None
+
+        def command_line(pid: int) -> Optional[List[str]]:
+            return _run_tool("/bin/ps", "-ww", "-o", "command=", "-p", str(pid)).split() or None
 
         def is_thread_id(pid: int) -> bool:
             return False
@@ -1877,6 +1891,19 @@ class ServeRecord:
         return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
 
     @property
+    def has_identities(self) -> bool:
+        """It tells its processes from later ones with their pids: ours does, a provider's does not."""
+        return bool(self.place and self.serve_start and self.runner_start)
+
+    @property
+    def names_its_serve(self) -> bool:
+        """Whether the serve's pid, if alive, is surely a serve's. A bare pid may be another program's by now,
+        so the command line has to name the port; enough to attach to what listens there, a bare pid is not
+        enough to send a signal, or to give way to."""
+        words = [] if self.has_identities else command_line(self.serve_pid)
+        return self.has_identities or words is None or ("--port", str(self.port)) in zip(words, words[1:])
+
+    @property
     def is_restarting(self) -> bool:
         """The runner has put its own pid in the place of the serve's while it brings the serve back."""
         return self.serve_pid == self.runner_pid
@@ -1939,7 +1966,7 @@ def _destination(base_url: str) -> Optional[Tuple[str, int]]:
     if not base_url.startswith("http://") or not base_url.endswith("/v1") or not base_url.isprintable():
         return None
     host, _, port = base_url[len("http://") : -len("/v1")].rpartition(":")
-    if not host or any(c in host for c in "/\\@?#% ") or not port.isdigit() or len(port) > 5:
+    if not host or any(c in host for c in "/\\@?#% ") or not (port.isascii() and port.isdigit()) or len(port) > 5:
         return None
     return host.strip("[]").lower(), int(port)
 
@@ -2203,9 +2230,10 @@ def _judge_lock(key: str) -> str:
     if not _is_regular(status) or not is_ours(status):
         raise RegistryError("%s is in the way: it is no lock file of yours. Remove it." % path)
     words = (_read_lock(key) or "").split()
-    if not words or not words[0].isascii() or not words[0].isdigit() or not 0 < int(words[0][:20]) < 2**31:
+    is_number = bool(words) and words[0].isascii() and words[0].isdigit() and len(words[0]) <= 10
+    pid = int(words[0]) if is_number else 0
+    if not 0 < pid < 2**31:
         return DEAD if _heartbeat_age(status.st_mtime) > LOCK_STALE else ALIVE
-    pid = int(words[0])
     if len(words) != 4:
         # A provider's. One with our own pid was left by whoever had it before us.
         return DEAD if pid == os.getpid() else judge_bare_pid(pid, status.st_mtime, status.st_uid)
@@ -2379,6 +2407,16 @@ def health_check(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -
     return check_health(base_url, api_key, timeout).state == HEALTHY
 
 
+def check_serve(record: ServeRecord, timeout: float = HEALTH_TIMEOUT) -> Health:
+    """check_health of a record's serve, whose key goes to nobody else: STRANGER if another listens in its place."""
+    listener = who_listens(record.host, record.port, record.serve_pid)
+    if listener == STRANGER:
+        return Health(STRANGER, detail="another program listens on its port")
+    if listener == NOBODY:
+        return Health(REFUSED, detail="nothing listens on its port")
+    return check_health(record.base_url, record.api_key, timeout)
+
+
 def is_refused(error: BaseException) -> bool:
     """True only for a refused connection: the request has never reached a serve, so it may be sent again."""
     reason = getattr(error, "reason", None)
@@ -2493,8 +2531,8 @@ def redact(text: str, secret: str) -> str:
 
 def log_tail(fd: int, start: int, secret: str) -> str:
     """The end of what a serve printed, for an error: bytes that are no UTF-8 replaced, the key taken out."""
-    text = redact(read_log(fd, start).decode("utf-8", "replace"), secret)
-    return text.replace("\0", "").strip()[-TAIL_CHARS:]
+    text = read_log(fd, start).decode("utf-8", "replace").replace("\0", "")
+    return redact(text, secret).strip()[-TAIL_CHARS:]
 
 
 def model_files(folder: str) -> Dict[str, int]:
@@ -2773,7 +2811,8 @@ class _Runner:
             return None
         if FOREIGN in (other.judge_runner(), other.judge_serve()) or other.is_restarting:
             return other
-        return other if who_listens(other.host, other.port, other.serve_pid) in (OURS, UNKNOWN) else None
+        is_there = who_listens(other.host, other.port, other.serve_pid) in (OURS, UNKNOWN)
+        return other if is_there and other.names_its_serve else None
 
     @staticmethod
     def _is_mine(record: ServeRecord) -> bool:
@@ -2808,13 +2847,12 @@ class _Runner:
         with guard(timeout=1.0):
             current = _read_any_record(self.key)
             if current is not None and self._is_mine(current):
-                # A client has asked for a longer life: the longest wish wins.
+                # A client has asked for a longer life: the longest wish wins. Nothing else is another's to change.
                 self.idle_timeout_ms = max(self.idle_timeout_ms, current.idle_timeout_ms)
-                self.record, self.record_version = current, current.version
             elif self._another_owner() is not None:
                 self.superseded = True
-            else:
-                self._write_record(self.record.serve_pid)
+                return
+            self._write_record(self.record.serve_pid)
 
     def _heartbeat(self, path: str) -> bool:
         """Now and then touch a file of ours, which shows other pid namespaces that we live."""
@@ -2977,7 +3015,7 @@ class _Runner:
             stop_serve_process(serve)
 
     def _remove_folder(self) -> None:
-        remove_serve_folder(self.folder)
+        remove_serve_folder(self.key, self.folder)
 
     def _leave_error(self, failure: BaseException, report: Dict[str, Any]) -> None:
         _write_new_file(error_path(self.key), _error_text(failure, report, self.api_key), replace=True)
@@ -3037,10 +3075,10 @@ def _output(tail: str) -> str:
     return "\n--- its output ---\n" + tail if tail else ""
 
 
-def remove_serve_folder(folder: str) -> None:
-    """Remove a KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
+def remove_serve_folder(key: str, folder: str) -> None:
+    """Remove this key's KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
     parent, name = os.path.split(folder)
-    if parent == managed_serves_dir() and is_serve_folder_name(name):
+    if parent == managed_serves_dir() and is_serve_folder_name(name) and name.startswith(key + "."):
         for inside in _listdir_own(folder):
             if inside.startswith(("qvac.config.json", "serve-api-key", "stop")):
                 _unlink(os.path.join(folder, inside))
@@ -3539,12 +3577,11 @@ class _Resolver:
             return PENDING if self._lock_is_held_by(record.runner_pid) else MISS
         if serve == DEAD:
             return self._pending_while_closing(record)
-        listener = who_listens(record.host, record.port, record.serve_pid)
-        if listener == STRANGER or record.host.strip("[]").lower() != self.host.strip("[]").lower():
+        if record.host.strip("[]").lower() != self.host.strip("[]").lower():
             return MISS
-        if listener == NOBODY:
-            return self._pending_while_closing(record)
-        health = check_health(record.base_url, record.api_key, min(HEALTH_TIMEOUT, max(0.1, patience.left())))
+        health = check_serve(record, min(HEALTH_TIMEOUT, max(0.1, patience.left())))
+        if health.state == STRANGER:
+            return MISS
         if health.state == REFUSED:
             return self._pending_while_closing(record)
         if health.state == BUSY:
@@ -3552,6 +3589,8 @@ class _Resolver:
             return PENDING
         missing = [alias for alias in self.aliases if alias not in [model["id"] for model in health.models]]
         if health.state == WRONG or missing:
+            if not record.names_its_serve:
+                return MISS
             raise ServeSpawnFailedError(
                 "What runs on port %d is not the serve that was asked for: %s." % (
                     record.port, health.detail or "it lacks the model %s" % ", ".join(missing)))  # fmt: skip
@@ -3647,7 +3686,7 @@ class _Resolver:
                 return RunnerChannel(argv, log_fd), params_path
         except BaseException as error:
             _unlink(params_path)
-            remove_serve_folder(folder)
+            remove_serve_folder(self.key, folder)
             if isinstance(error, OSError):
                 raise _registry_trouble("start a runner from", managed_serves_dir(), error) from None
             raise
@@ -4091,7 +4130,7 @@ def _describe(record: ServeRecord) -> ServeInfo:
     now, models = time.monotonic(), []
     state = _state_of(record)
     if state in ("ready", "orphaned") and record.api_key:
-        health = check_health(record.base_url, record.api_key)
+        health = check_serve(record)
         models = health.models
         state = "hung" if state == "ready" and health.state != HEALTHY else state
     is_here = state not in ("dead", "foreign")
@@ -4152,15 +4191,15 @@ def stop_serve(fleet_key: str) -> bool:
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if runner == ALIVE and _is_runner_of(record):
         _stop_runner(record.runner_pid, record.runner_start, os.path.dirname(record.config_path))
-    elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.serve_start):
+    elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.has_identities):
         raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
     return True
 
 
 def _is_runner_of(record: ServeRecord) -> bool:
-    """Proof enough to signal the runner: its start time, or, in a provider's record, that it is the parent."""
-    return bool(record.runner_start) or parent_of(record.serve_pid) == record.runner_pid
+    """Proof enough to signal the runner: its start time, or, in a provider's record, that it is the serve's parent."""
+    return record.has_identities or (record.names_its_serve and parent_of(record.serve_pid) == record.runner_pid)
 
 
 def _stop_runner(pid: int, start: str, folder: str) -> None:
@@ -4187,10 +4226,9 @@ def _stop_starting(fleet_key: str) -> bool:
 
 def _stop_orphan(record: ServeRecord, must_answer: bool = True) -> bool:
     """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours."""
-    proofs = (OURS, UNKNOWN) if must_answer else (OURS, NOBODY)
-    if who_listens(record.host, record.port, record.serve_pid) not in proofs:
+    if not record.names_its_serve or (must_answer and check_serve(record).state != HEALTHY):
         return False
-    if must_answer and check_health(record.base_url, record.api_key).state != HEALTHY:
+    if who_listens(record.host, record.port, record.serve_pid) == STRANGER:
         return False
     start = process_start(record.serve_pid)
     if start is None or (record.serve_start and record.serve_start != start):
@@ -4205,7 +4243,7 @@ def _drop_record(record: ServeRecord) -> bool:
         if current is None or (current.version[0], current.serve_pid) != (record.version[0], record.serve_pid):
             return False
         remove_record(record.fleet_key, preserve_consumers=True)
-    remove_serve_folder(os.path.dirname(record.config_path))
+    remove_serve_folder(record.fleet_key, os.path.dirname(record.config_path))
     return True
 
 
@@ -4253,7 +4291,7 @@ def _sweep_leftovers() -> None:
             if not _live_markers(key):
                 _rmdir(path)
         elif not _unlink(path):
-            remove_serve_folder(path)
+            remove_serve_folder(key, path)
 
 
 def _stale_after(name: str, rest: str, is_owned: bool) -> Optional[float]:
@@ -4274,9 +4312,7 @@ def find_reusable_serve(key: str) -> Optional[ServeRecord]:
     record = read_record(key)
     if record is None or (record.judge_serve(), record.judge_runner()) != (ALIVE, ALIVE) or record.is_restarting:
         return None
-    if who_listens(record.host, record.port, record.serve_pid) not in (OURS, UNKNOWN):
-        return None
-    return record if health_check(record.base_url, record.api_key) else None
+    return record if check_serve(record).state == HEALTHY else None
 
 
 # ==================================================================================================
