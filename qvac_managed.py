@@ -2171,7 +2171,7 @@ _guard_fds: Set[int] = set()
 _held_locks: Dict[str, str] = {}  # fleet key: the text this process has in the lock
 
 
-def try_lock(key: str) -> bool:
+def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
     """Take the spawn lock of a key; False while its owner lives. Release it with release_lock().
 
     The lock is the provider's: a file made with O_EXCL that begins with the owner's pid. A dead
@@ -2180,7 +2180,7 @@ def try_lock(key: str) -> bool:
     sees when it reads the lock again (see _Runner._has_lost_the_lock).
     """
     path, text = lock_path(key), _lock_text(os.urandom(8).hex())
-    with guard():
+    with guard(timeout):
         for _ in range(3):
             try:
                 _write_new_file(path, text.encode())
@@ -2655,15 +2655,16 @@ class _Runner:
         self.superseded = False  # another owner's record stands where ours was: finish requests, then go
         self.crashes = self.restarts = 0
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-        self.ready_at = 0.0
+        self.ready_at = self.used_at = 0.0  # monotonic
         self.empty_since: Optional[float] = None
         self.closed_connections: Set[str] = set()
+        self.looks_under_way = 0  # requests for the list of models whose connections may still be open
         self.touched_at = 0.0
 
     def run(self) -> int:
         failure: Optional[BaseException] = None
         try:
-            if take_over_lock(self.key, self.client_lock) is None:
+            if take_over_lock(self.key, self.client_lock) is None or self._another_owner() is not None:
                 raise _Superseded
             self._tell({"pid": os.getpid()})
             self._bring_up()
@@ -2758,7 +2759,7 @@ class _Runner:
                 moved = now if sizes != before else moved
                 unwatched_since = self._fail_if_unwatched(unwatched_since, now)
                 self._heartbeat(lock_path(self.key))
-                if self.record is None and self._has_lost_the_lock():
+                if self.record is None and (self._has_lost_the_lock() or self._another_owner() is not None):
                     raise _Superseded
             if now - moved >= self.start_timeout:
                 tail = self._tail()
@@ -2794,7 +2795,7 @@ class _Runner:
     def _publish(self) -> None:
         """Write the record and release the lock, in one step for whoever holds the guard."""
         assert self.serve is not None
-        self.ready_at = time.monotonic()
+        self.ready_at = self.used_at = time.monotonic()
         self.empty_since = None
         with guard():
             if self._another_owner() is not None:
@@ -2820,7 +2821,10 @@ class _Runner:
         return (record.runner_pid, record.runner_start, record.place) == (me, process_start(me), place())
 
     def _write_record(self, serve_pid: int) -> None:
-        me = os.getpid()
+        """Under the guard. A client may have written a longer life into our record: the longest wish wins."""
+        me, current = os.getpid(), _read_any_record(self.key)
+        if current is not None and self._is_mine(current):
+            self.idle_timeout_ms = max(self.idle_timeout_ms, current.idle_timeout_ms)
         self.record = ServeRecord(
             fleet_key=self.key, api_key=self.api_key, serve_pid=serve_pid, runner_pid=me, port=self.port,
             host=self.host, base_url=base_url_of(self.host, self.port), config_path=self.config_path,
@@ -2845,14 +2849,10 @@ class _Runner:
                 self.record_version = (status.st_ino, status.st_mtime_ns, status.st_size)
             return
         with guard(timeout=1.0):
-            current = _read_any_record(self.key)
-            if current is not None and self._is_mine(current):
-                # A client has asked for a longer life: the longest wish wins. Nothing else is another's to change.
-                self.idle_timeout_ms = max(self.idle_timeout_ms, current.idle_timeout_ms)
-            elif self._another_owner() is not None:
+            if self._another_owner() is not None:
                 self.superseded = True
-                return
-            self._write_record(self.record.serve_pid)
+            else:
+                self._write_record(self.record.serve_pid)
 
     def _heartbeat(self, path: str) -> bool:
         """Now and then touch a file of ours, which shows other pid namespaces that we live."""
@@ -2893,13 +2893,16 @@ class _Runner:
         assert self.serve is not None
         self.serve.check_guard()
         cut_log(self.log_fd)
+        release_lock(self.key)  # if the guard was not to be had when it was time
         self._keep_record()
-        users = self._count_users()
+        users, recently_used = self._look_for_users(len(live_consumers(self.key)))
         if self.superseded:
             return connections_to(self.host, self.port)[0] == 0
-        was_idle = self.empty_since is not None
-        now = time.monotonic()
-        self.empty_since, reap = decide_reap(users, self.empty_since, now, self._idle_timeout())
+        was_idle, now = self.empty_since is not None, time.monotonic()
+        if users or recently_used:
+            self.used_at = now
+        self.empty_since, reap = decide_reap(
+            users or recently_used, self.empty_since or self.used_at, now, self._idle_timeout())  # fmt: skip
         if reap:
             return self._reap()
         if was_idle != (self.empty_since is not None):
@@ -2910,37 +2913,48 @@ class _Runner:
     def _idle_timeout(self) -> float:
         return float("inf") if self.idle_timeout_ms >= NEVER_MS else self.idle_timeout_ms / 1000
 
-    def _count_users(self) -> int:
-        """Live consumers, else open connections, else 1 if there was a request since the last look."""
-        consumers = len(live_consumers(self.key))
-        size = os.fstat(self.log_fd).st_size
-        if not consumers:
-            opened, closed = connections_to(self.host, self.port)
-            news, self.closed_connections = closed - self.closed_connections, closed
-            requests, looks = _requests_in(read_log(self.log_fd, self.log_seen) if size != self.log_seen else b"")
-            consumers = opened or requests or max(0, len(news) - looks)
+    def _look_for_users(self, consumers: int) -> Tuple[int, bool]:
+        """`(consumers, else open connections; whether there was a request since the last look)`."""
+        if consumers:
+            self.log_seen = os.fstat(self.log_fd).st_size
+            return consumers, False
+        opened, closed = connections_to(self.host, self.port)
+        news, self.closed_connections = len(closed - self.closed_connections), closed
+        size = os.fstat(self.log_fd).st_size  # in this order: what has left a connection is in the log
+        requests, looks = _requests_in(read_log(self.log_fd, self.log_seen) if size != self.log_seen else b"")
         self.log_seen = size
-        return consumers
+        unexplained = news - looks - self.looks_under_way
+        self.looks_under_way = max(0, looks - news)
+        return opened, requests > 0 or unexplained > 0
 
     def _is_in_use_or_recent(self) -> bool:
-        idle_since = self.empty_since if self.empty_since is not None else time.monotonic()
-        return bool(live_consumers(self.key)) or time.monotonic() - idle_since < self._idle_timeout()
+        return bool(live_consumers(self.key)) or time.monotonic() - self.used_at < self._idle_timeout()
 
     def _reap(self) -> bool:
         """Withdraw the record unless somebody has come; True if it is withdrawn and stays so.
 
         A client of ours registers and reads the record under the guard, so it either stops us here or
-        finds no record. A provider's client knows no guard: it has a moment to show itself.
+        finds no record. A provider's client knows no guard: it has a moment to show itself. The spawn lock
+        is ours until the serve is gone: whoever comes meanwhile waits, and gets either this one or the next.
         """
-        with guard(timeout=1.0):
-            if live_consumers(self.key):
-                return False
-            _unlink(record_path(self.key))
-        time.sleep(WITHDRAW_PAUSE)
-        if self._count_users():
-            return False  # the next tick publishes the record again
-        self._log("nobody has used it for %g s: stopping" % self._idle_timeout())
-        return True
+        if not try_lock(self.key, timeout=1.0):
+            return False  # a client is about to look again
+        withdrawn = False
+        try:
+            with guard(timeout=1.0):
+                if live_consumers(self.key):
+                    return False
+                _unlink(record_path(self.key))
+            time.sleep(WITHDRAW_PAUSE)
+            withdrawn = not any(self._look_for_users(len(live_consumers(self.key))))
+            if not withdrawn:
+                self._keep_record()
+        finally:
+            if not withdrawn:
+                release_lock(self.key)
+        if withdrawn:
+            self._log("nobody has used it for %g s: stopping" % self._idle_timeout())
+        return withdrawn
 
     def _restart(self) -> None:
         """Bring a serve that died in use back: same port, same key, so that plain URLs work again."""
@@ -2987,7 +3001,7 @@ class _Runner:
         """
         report = {"superseded": True} if failure is None else _error_to_json(failure)
         steps: List[Callable[[], Any]] = [
-            self._withdraw, self._stop_serve, self._free_port, self._remove_folder,
+            self._keep_spawners_out, self._withdraw, self._stop_serve, self._free_port, self._remove_folder,
             lambda: self._leave_error(failure, report) if failure is not None else None,
             lambda: release_lock(self.key), lambda: self._tell(report)]  # fmt: skip
         for step in steps:
@@ -2998,6 +3012,11 @@ class _Runner:
         self._log("runner ends%s" % (": " + str(failure).split("\n")[0] if failure else ""))
         if "-priv-" in self.key and failure is None:
             _unlink(log_path(self.key))
+
+    def _keep_spawners_out(self) -> None:
+        """Who comes while the serve ends waits for its end: a large model twice is too much for many machines."""
+        if self.serve is not None and self.key not in _held_locks:
+            try_lock(self.key, timeout=2.0)
 
     def _withdraw(self) -> None:
         with guard(timeout=2.0):
@@ -3062,13 +3081,14 @@ def decide_reap(
 
 def _requests_in(lines: bytes) -> Tuple[int, int]:
     """`(requests, looks)` in new lines of the serve's log. Listing the models is looking, not using."""
-    requests = looks = 0
+    requests, looks = 0, {b"\xe2\x86\x92 ": 0, b"\xe2\x86\x90 ": 0}  # the arrows right and left: asked, answered
     for line in lines.split(b"\n"):
-        if line.startswith((b"\xe2\x86\x92 ", b"\xe2\x86\x90 ")):  # the arrows right and left
+        arrow = line[:4]
+        if arrow in looks:
             is_look = b" GET /v1/models" in line
             requests += not is_look
-            looks += is_look and line.startswith(b"\xe2\x86\x90")
-    return requests, looks
+            looks[arrow] += is_look
+    return requests, max(looks.values())
 
 
 def _output(tail: str) -> str:
