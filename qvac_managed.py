@@ -1874,6 +1874,9 @@ class ServeRecord:
     def __repr__(self) -> str:
         return "<ServeRecord %s pid=%d runner=%d %s>" % (self.fleet_key, self.serve_pid, self.runner_pid, self.base_url)
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a ServeRecord holds an API key and cannot be pickled")
+
     def with_fields(self, **changes: Any) -> ServeRecord:
         return ServeRecord(**{**{field[1]: getattr(self, field[1]) for field in _RECORD_FIELDS}, **changes})
 
@@ -2002,10 +2005,13 @@ def _all_records() -> List[ServeRecord]:
 
 
 def _listdir(folder: str) -> List[str]:
+    """The names in a folder, none if there is no folder. A folder that cannot be read is not an empty one."""
     try:
         return os.listdir(folder)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise _registry_trouble("list", folder, error) from None
 
 
 def _listdir_own(folder: str) -> List[str]:
@@ -2666,7 +2672,6 @@ class _Runner:
         try:
             if take_over_lock(self.key, self.client_lock) is None or self._another_owner() is not None:
                 raise _Superseded
-            self._tell({"pid": os.getpid()})
             self._bring_up()
             self._publish()
             self._tell({"ready": True})
@@ -3477,7 +3482,7 @@ class _Resolver:
     def cancel(self) -> None:
         with self._state:
             self.cancelled = True
-            remove_consumer(self.key, self.consumer_id)
+            self._withdraw_marker()
 
     def forget_parent(self) -> None:
         """In a forked child: the marker is the parent's; a request of the child will write its own."""
@@ -3538,9 +3543,12 @@ class _Resolver:
             pass
 
     def _stop_if_unused(self) -> None:
+        """What this resolution has started is stopped, ready or not, unless others wait for it; so is its error,
+        which has no reader then."""
         try:
             if not live_consumers(self.key):
                 stop_serve(self.key)
+                _unlink(error_path(self.key))
         except (OSError, RegistryError):
             pass
 
@@ -3651,47 +3659,48 @@ class _Resolver:
             return None
         if isinstance(found, _Target):
             return found
-        channel, leftovers = self._start_runner(command, previous)
-        runner_pid = 0
+        # A serve that comes back on the port and with the key it had lets plain URLs recover too.
+        api_key, port = (previous.api_key, previous.port) if previous else (_new_api_key(), 0)
+        channel, params_path, folder = self._start_runner(command, api_key, port)
+        self._spawned, heard = True, b""
         try:
             while True:
                 data, ended = channel.read(min(0.25, max(0.0, patience.left())))
-                for message in map(_strict_json, data.splitlines()):
-                    if "pid" in message:
-                        runner_pid = message["pid"]
-                    elif "error" in message:
-                        raise self._own_failure(_error_from_json(message))
+                *lines, heard = (heard + data).split(b"\n")
+                for message in map(_strict_json, lines):
+                    if "error" in message:
+                        raise _error_from_json(message)
                     elif "superseded" in message:
+                        self._spawned = False
                         return None
                     elif "ready" in message:
-                        self._spawned = True
-                        return self._attach_to_started(patience)
+                        return self._attach_to_started(patience, api_key)
                 if ended:
-                    raise ServeSpawnFailedError(_runner_died(self.key, channel.close()))
+                    raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), api_key))
                 self._check_cancelled()
                 patience.look()
-        except (KeyboardInterrupt, _Cancelled, ServeStartTimeoutError):
-            self._call_off(channel, runner_pid)
-            raise
         finally:
             channel.close()
-            _unlink(leftovers)
+            if _unlink(params_path):  # no runner has read them, so none will clear up
+                remove_serve_folder(self.key, folder)
 
-    def _start_runner(self, command: List[str], previous: Optional[_Target]) -> Tuple[RunnerChannel, str]:
-        """Write the serve's config and the runner's parameters, start the runner; nothing stays if that fails."""
+    def _start_runner(self, command: List[str], api_key: str, port: int) -> Tuple[RunnerChannel, str, str]:
+        """Write the serve's config and the runner's parameters, start the runner; nothing stays if that fails.
+
+        Returns its channel, the file with its parameters, and the serve's folder.
+        """
         import json
 
         folder = os.path.join(managed_serves_dir(), "%s.%s.d" % (self.key, os.urandom(4).hex()))
         config_path = os.path.join(folder, "qvac.config.json")
         params_path = os.path.join(managed_serves_dir(), "%s.%d.%s.runner-params.json" % (
             self.key, os.getpid(), os.urandom(8).hex()))  # fmt: skip
-        # A serve that comes back on the port and with the key it had lets plain URLs recover too.
         params = {
-            "fleetKey": self.key, "apiKey": previous.api_key if previous else _new_api_key(),
-            "port": self.pinned_port or (previous.port if previous else 0), "pinned": self.pinned_port is not None,
-            "host": self.host, "configPath": config_path, "command": command, "serveBinPath": self.serve_bin_path,
-            "startTimeoutMs": self.start_timeout * 1000, "idleTimeoutMs": self.idle_timeout_ms,
-            "lock": _held_locks[self.key], "modelsFolder": os.path.join(qvac_home(), "models"),
+            "fleetKey": self.key, "apiKey": api_key, "port": self.pinned_port or port,
+            "pinned": self.pinned_port is not None, "host": self.host, "configPath": config_path, "command": command,
+            "serveBinPath": self.serve_bin_path, "startTimeoutMs": self.start_timeout * 1000,
+            "idleTimeoutMs": self.idle_timeout_ms, "lock": _held_locks[self.key],
+            "modelsFolder": os.path.join(qvac_home(), "models"),
         }  # fmt: skip
         config = {"serve": {**self.config["serve"], "load": {"cancelOnDisconnect": False}}}
         log_fd = -1
@@ -3703,7 +3712,7 @@ class _Resolver:
             argv = reexec_argv("runner", params_path, detach=True)
             with self._state:
                 self._check_cancelled()
-                return RunnerChannel(argv, log_fd), params_path
+                return RunnerChannel(argv, log_fd), params_path, folder
         except BaseException as error:
             _unlink(params_path)
             remove_serve_folder(self.key, folder)
@@ -3714,33 +3723,15 @@ class _Resolver:
             if log_fd >= 0:
                 os.close(log_fd)
 
-    def _attach_to_started(self, patience: _Patience) -> _Target:
+    def _attach_to_started(self, patience: _Patience, api_key: str) -> _Target:
         while True:
             found = self._attach(self._register(), patience, reused=False)
             if isinstance(found, _Target):
                 patience.report("ready")
                 return found
             if found == MISS:
-                raise ServeSpawnFailedError(_runner_died(self.key, None))
+                raise ServeSpawnFailedError(_runner_died(self.key, None, api_key))
             patience.wait()
-
-    def _own_failure(self, error: QvacManagedModeError) -> QvacManagedModeError:
-        """The start failed, and KEY.error is there for those who wait too; without any it has no reader."""
-        if not self._others_use_it():
-            _unlink(error_path(self.key))
-        return error
-
-    def _call_off(self, channel: RunnerChannel, runner_pid: int) -> None:
-        """Interrupted: stop the runner, unless others wait for the same serve, and see it end."""
-        if runner_pid and not self._others_use_it():
-            try:
-                ask_to_stop(runner_pid, "")
-                deadline = time.monotonic() + STOP_GRACE
-                while not channel.read(0.1)[1] and time.monotonic() < deadline:
-                    pass
-            except OSError:
-                pass
-            _unlink(error_path(self.key))
 
 
 class _Patience:
@@ -3848,11 +3839,11 @@ def _version_of(path: str) -> Any:
     return (status.st_ino, status.st_mtime_ns)
 
 
-def _runner_died(key: str, code: Optional[int]) -> str:
+def _runner_died(key: str, code: Optional[int], api_key: str) -> str:
     try:
         fd = open_log(key)
         try:
-            tail = log_tail(fd, 0, "")
+            tail = log_tail(fd, 0, api_key)
         finally:
             os.close(fd)
     except RegistryError:
@@ -4010,10 +4001,15 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
     done: asyncio.Future[ManagedQvac] = loop.create_future()
     resolvers: List[_Resolver] = []
 
+    def keep(resolver: _Resolver) -> None:
+        resolvers.append(resolver)
+        if done.cancelled():  # before there was anything to cancel
+            resolver.cancel()
+
     def work() -> None:
         client, error = None, None
         try:
-            client = create_qvac("managed", **options, _on_resolver=resolvers.append)
+            client = create_qvac("managed", **options, _on_resolver=keep)
         except BaseException as caught:
             error = caught
         try:
@@ -4021,12 +4017,16 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
         except RuntimeError:  # the loop has been closed meanwhile
             _settle(None, client, None)
 
-    threading.Thread(target=work, name="qvac_managed start", daemon=True).start()
+    thread = threading.Thread(target=work, name="qvac_managed start", daemon=True)
+    thread.start()
     try:
         return await done
     except asyncio.CancelledError:
         for resolver in resolvers:
             resolver.cancel()
+        deadline = time.monotonic() + STOP_GRACE
+        while thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)  # the program may end with its loop, and leave a runner that loads for nobody
         raise
 
 
@@ -4205,12 +4205,16 @@ def stop_serve(fleet_key: str) -> bool:
     """
     record = _read_any_record(fleet_key)
     if record is None:
-        return _stop_starting(fleet_key)
+        if _stop_starting(fleet_key):
+            return True
+        record = _read_any_record(fleet_key)  # it may have become ready in between
+    if record is None:
+        return False
     serve, runner = record.judge_serve(), record.judge_runner()
     if FOREIGN in (serve, runner):
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if runner == ALIVE and _is_runner_of(record):
-        _stop_runner(record.runner_pid, record.runner_start, os.path.dirname(record.config_path))
+        _stop_runner(record.runner_pid, record.runner_start, [os.path.dirname(record.config_path)])
     elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.has_identities):
         raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
@@ -4222,10 +4226,11 @@ def _is_runner_of(record: ServeRecord) -> bool:
     return record.has_identities or (record.names_its_serve and parent_of(record.serve_pid) == record.runner_pid)
 
 
-def _stop_runner(pid: int, start: str, folder: str) -> None:
+def _stop_runner(pid: int, start: str, folders: Sequence[str]) -> None:
     """SIGTERM, and after the time its own stop ladder may take, SIGKILL: its guard then kills the serve."""
     try:
-        ask_to_stop(pid, folder)
+        for folder in folders:
+            ask_to_stop(pid, folder)
     except OSError:
         return
     deadline = time.monotonic() + STOP_GRACE + 3 * GROUP_GRACE
@@ -4240,7 +4245,9 @@ def _stop_starting(fleet_key: str) -> bool:
     """Stop a runner whose serve is not ready yet: it holds the spawn lock."""
     runner_pid = _starting_runner(fleet_key)
     if runner_pid:
-        _stop_runner(runner_pid, process_start(runner_pid) or "", "")
+        names = [name for name in _listdir(managed_serves_dir()) if name.startswith(fleet_key + ".")]
+        folders = [os.path.join(managed_serves_dir(), name) for name in names if is_serve_folder_name(name)]
+        _stop_runner(runner_pid, process_start(runner_pid) or "", folders or [""])
     return bool(runner_pid)
 
 
@@ -4293,7 +4300,7 @@ def sweep_serves() -> List[str]:
 def _sweep_leftovers() -> None:
     """Files whose makers died before they could remove them, once they are too old to be in the making."""
     folder = managed_serves_dir()
-    names = _listdir(folder)
+    names = set(_listdir(folder))
     for name in names:
         key, _, rest = name.partition(".")
         if not is_valid_fleet_key(key):
