@@ -1042,11 +1042,22 @@ else:
                 os.close(self._fd)
                 self._fd = -1
                 try:
-                    status = os.waitpid(self._child, 0)[1]
+                    status = self._wait_for_child()
                     self._code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
                 except ChildProcessError:
                     pass  # the host program reaps all its children
             return self._code
+
+        def _wait_for_child(self) -> int:
+            """Its wait status. It ends as soon as it has forked, unless somebody has stopped it."""
+            deadline = time.monotonic() + 1.0
+            while True:
+                pid, status = os.waitpid(self._child, os.WNOHANG)
+                if pid:
+                    return status
+                if time.monotonic() > deadline:
+                    os.kill(self._child, _SIGKILL)
+                time.sleep(0.001)
 
     def report_channel() -> int:
         """The runner's end of the channel: its standard input, which becomes the null device.
@@ -1105,17 +1116,24 @@ else:
             if failure:
                 os.waitpid(self.pid, 0)
                 raise OSError(int(failure), os.strerror(int(failure)), argv[0])
-            self._guard, self._guard_pipe = 0, -1
+            self._guard, self._guard_pipe, self._guard_due = 0, -1, 0.0
             self.check_guard()
 
         def check_guard(self) -> None:
             """Start the guard, or another if somebody killed it."""
             if self._guard and os.waitpid(self._guard, os.WNOHANG)[0] == 0:
                 return
-            read_end, write_end = os.pipe()
+            self._guard = 0
+            if time.monotonic() < self._guard_due:
+                return  # its end wakes us: one that cannot live must not keep us busy
+            self._guard_due = time.monotonic() + RUNNER_TICK / 2
             if self._guard_pipe >= 0:
                 os.close(self._guard_pipe)
-            self._guard_pipe = write_end
+                self._guard_pipe = -1
+            try:
+                read_end, self._guard_pipe = os.pipe()
+            except OSError:
+                return  # no descriptor is free: at the next look
             null = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0)
             try:
                 self._guard = os.posix_spawn(
@@ -1340,7 +1358,7 @@ else:
 
             return arm
 
-        _LISTEN, _OPEN, _TIME_WAIT = b"0A", (b"01", b"08"), b"06"  # ESTABLISHED and CLOSE_WAIT are open
+        _LISTEN, _ESTABLISHED, _CLOSE_WAIT, _TIME_WAIT = b"0A", b"01", b"08", b"06"  # net/tcp_states.h
 
         def _tcp_rows(host: str, port: int) -> Iterator[Tuple[bytes, bool, bytes, bytes]]:
             """`(state, port is the local one, the other end, inode)` of the TCP sockets that concern us."""
@@ -1395,8 +1413,9 @@ else:
         def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
             """`(open connections to the port, the other ends of those closed in the last minute)`."""
             opened, closed = 0, set()
-            for state, is_local, other, _inode in _tcp_rows(host, port):
-                opened += state in _OPEN and is_local
+            for state, is_local, other, inode in _tcp_rows(host, port):
+                # One that its client has closed counts while the serve may work on it: once it is accepted.
+                opened += is_local and (state == _ESTABLISHED or (state == _CLOSE_WAIT and inode != b"0"))
                 if state == _TIME_WAIT:
                     closed.add(other.decode())
             return opened, closed
@@ -1680,7 +1699,7 @@ def managed_serves_dir() -> str:
         return os.path.join(qvac_home(), "managed-serves")
     if not os.path.isabs(chosen):
         raise RegistryError("QVAC_MANAGED_DIR is %r: it has to be an absolute path." % chosen)
-    return chosen
+    return chosen.rstrip(os.sep) or os.sep
 
 
 def record_path(key: str) -> str:
@@ -2649,12 +2668,14 @@ class _Runner:
         self.client_lock: str = params["lock"]
         self.serve_bin_path: str = params["serveBinPath"] or ""
         self.folder = os.path.dirname(self.config_path)
+        self.config = b""  # what is in config_path
         self.log_fd = 2  # KEY.log: the client opened it for us
         self.log_start = 0  # offset of this serve's first line
         self.log_seen = 0  # offset up to which the log has been looked at for requests
         self.report_fd = report_fd
         self.serve: Optional[ServeProcess] = None
         self.reservation: Any = None
+        self.holds_port = True  # False for a serve that sets no SO_REUSEADDR: it cannot listen on a port that is held
         self.record: Optional[ServeRecord] = None  # as published last
         self.record_version: Any = None
         self.old_cli = False  # it takes the key on its command line only
@@ -2689,8 +2710,9 @@ class _Runner:
 
     def _bring_up(self) -> None:
         """Start the serve and return once it listens; raises one of the typed errors."""
+        wanted = self.port
         for attempt in range(PORT_ATTEMPTS):
-            self._choose_port(attempt)
+            self._choose_port(wanted)
             try:
                 self._start_serve()
                 return self._wait_until_it_listens()
@@ -2702,24 +2724,26 @@ class _Runner:
                     return self._bring_up()
                 if not ("EADDRINUSE" in error.tail or "address already in use" in error.tail.lower()):
                     raise
-                if self.pinned or attempt == PORT_ATTEMPTS - 1:
+                is_held = self.reservation is not None and who_listens(self.host, self.port, os.getpid()) == NOBODY
+                if (self.pinned and not is_held) or attempt == PORT_ATTEMPTS - 1:
                     raise PortAllocationFailedError("Port %d was taken by another program." % self.port) from None
-                self._log("port %d was taken meanwhile: trying another" % self.port)
+                self.holds_port = self.holds_port and not is_held
+                wanted = self.port if is_held else 0
+                self._log("port %d was taken: trying %s" % (self.port, "without holding it" if is_held else "another"))
 
-    def _choose_port(self, attempt: int) -> None:
-        """Reserve the port that is wanted; if it was taken, or was taken last time, any other."""
-        if self.reservation is not None and attempt == 0:
+    def _choose_port(self, wanted: int) -> None:
+        """Reserve the port that is wanted, 0 for any; if it is taken, any other unless it is pinned."""
+        if self.reservation is not None and self.holds_port and wanted:
             return  # a restart: the port has been ours all along
         self._free_port()
-        wanted = self.port if self.pinned or attempt == 0 else 0
         try:
             self.reservation, self.port = reserve_port(self.host, wanted)
         except PortAllocationFailedError:
             if self.pinned or not wanted:
                 raise
             self.reservation, self.port = reserve_port(self.host, 0)
-        if attempt and not self.pinned:
-            self._free_port()  # a serve that sets no SO_REUSEADDR cannot listen on a port that is held
+        if not self.holds_port:
+            self._free_port()
 
     def _free_port(self) -> None:
         if self.reservation is not None:
@@ -2727,6 +2751,7 @@ class _Runner:
             self.reservation = None
 
     def _start_serve(self) -> None:
+        self._keep_config()
         key_argument = ["--api-key", self.api_key] if self.old_cli else ["--api-key-file", self._key_file()]
         argv = serve_argv(self.command, self.config_path, self.host, self.port, key_argument)
         self._log("starting %s on port %d" % (self.command[-1], self.port))
@@ -2738,6 +2763,15 @@ class _Runner:
         except OSError as error:
             raise ServeSpawnFailedError(
                 "Could not start %s: %s." % (self.command[0], error.strerror or error)) from None  # fmt: skip
+
+    def _keep_config(self) -> None:
+        """For a restart: a provider that sees a dead serve's record deletes the folder of its config."""
+        if not self.config:
+            with open(self.config_path, "rb") as file:
+                self.config = file.read()
+        elif not os.path.exists(self.config_path):
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            _write_new_file(self.config_path, self.config, replace=True)
 
     def _key_file(self) -> str:
         path = os.path.join(self.folder, "serve-api-key")
@@ -2785,9 +2819,11 @@ class _Runner:
             raise ServeExitedError(ended[0], ended[1], self._tail())
 
     def _fail_if_unwatched(self, since: Optional[float], now: float) -> Optional[float]:
-        """Nobody waits for this serve any more: give up after the idle timeout, half a minute at most."""
+        """Nobody waits for this serve any more: give up after the idle timeout, and a first start, which
+        nobody can know of without a marker, after half a minute."""
         since = None if live_consumers(self.key) else since if since is not None else now
-        if since is not None and now - since >= min(self.idle_timeout_ms / 1000, 30.0):
+        patience = self._idle_timeout() if self.record is not None else min(self._idle_timeout(), 30.0)
+        if since is not None and now - since >= patience:
             raise ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
         return since
 
@@ -2899,7 +2935,6 @@ class _Runner:
         self.serve.check_guard()
         cut_log(self.log_fd)
         release_lock(self.key)  # if the guard was not to be had when it was time
-        self._keep_record()
         users, recently_used = self._look_for_users(len(live_consumers(self.key)))
         if self.superseded:
             return connections_to(self.host, self.port)[0] == 0
@@ -2910,6 +2945,7 @@ class _Runner:
             users or recently_used, self.empty_since or self.used_at, now, self._idle_timeout())  # fmt: skip
         if reap:
             return self._reap()
+        self._keep_record()  # after the reaping, which must not depend on it: a folder may be in its place
         if was_idle != (self.empty_since is not None):
             with guard(timeout=1.0):
                 self._write_record(self.serve.pid)  # `ps` tells how long it has left
@@ -2942,8 +2978,13 @@ class _Runner:
         finds no record. A provider's client knows no guard: it has a moment to show itself. The spawn lock
         is ours until the serve is gone: whoever comes meanwhile waits, and gets either this one or the next.
         """
-        if not try_lock(self.key, timeout=1.0):
-            return False  # a client is about to look again
+        try:
+            if not try_lock(self.key, timeout=1.0):
+                return False  # a client is about to look again
+        except RegistryError:
+            if time.monotonic() - self.used_at < self._idle_timeout() + FOREIGN_STALE:
+                raise
+            return True  # nobody has been able to come for minutes
         withdrawn = False
         try:
             with guard(timeout=1.0):
