@@ -2990,7 +2990,7 @@ class _Runner:
             with guard(timeout=1.0):
                 if live_consumers(self.key):
                     return False
-                _unlink(record_path(self.key))
+                self._remove_own_record()
             time.sleep(WITHDRAW_PAUSE)
             withdrawn = not any(self._look_for_users(len(live_consumers(self.key))))
             if not withdrawn:
@@ -3066,13 +3066,17 @@ class _Runner:
 
     def _withdraw(self) -> None:
         with guard(timeout=2.0):
-            current = _read_any_record(self.key)
-            if current is not None and self._is_mine(current):
-                _unlink(record_path(self.key))
-            if current is None or self._is_mine(current):
+            if self._remove_own_record():
                 live_consumers(self.key)
                 _rmdir(consumers_dir(self.key))
         self.record = None
+
+    def _remove_own_record(self) -> bool:
+        """Under the guard. False if another's record stands there."""
+        current = _read_any_record(self.key)
+        if current is not None and self._is_mine(current):
+            _unlink(record_path(self.key))
+        return current is None or self._is_mine(current)
 
     def _stop_serve(self) -> None:
         if self.serve is not None:
