@@ -1755,15 +1755,18 @@ def _is_regular(status: os.stat_result) -> bool:
     return status.st_mode & 0o170000 == 0o100000
 
 
+_TROUBLE_HINTS = {
+    errno.ENOSPC: "The disk is full: make room.",
+    errno.EROFS: "The file system is read-only: set QVAC_MANAGED_DIR to a writable folder.",
+    errno.EACCES: "Make it writable for you, or set QVAC_MANAGED_DIR to another folder.",
+    errno.EMFILE: "This process has too many open files: close some.",
+    errno.EAGAIN: "No more processes may be started: end some.",
+}
+
+
 def _registry_trouble(verb: str, path: str, error: OSError) -> RegistryError:
-    hints = {
-        errno.ENOSPC: "The disk is full: make room.",
-        errno.EROFS: "The file system is read-only: set QVAC_MANAGED_DIR to a writable folder.",
-        errno.EACCES: "Make it writable for you, or set QVAC_MANAGED_DIR to another folder.",
-        errno.EMFILE: "This process has too many open files: close some.",
-    }
-    return RegistryError(
-        "Cannot %s %s: %s. %s" % (verb, _shorten(path, 300), error.strerror or error, hints.get(error.errno or 0, "")))
+    hint = _TROUBLE_HINTS.get(error.errno or 0, "")
+    return RegistryError("Cannot %s %s: %s. %s" % (verb, _shorten(path, 300), error.strerror or error, hint))
 
 
 def _read_registry_file(path: str) -> Optional[Tuple[bytes, os.stat_result]]:
@@ -2695,7 +2698,7 @@ class _Runner:
                 raise _Superseded
             self._bring_up()
             self._publish()
-            self._tell({"ready": True})
+            self._tell({"ready": os.getpid()})
             self._close_channel()
             self._watch()
         except _Superseded:
@@ -3719,7 +3722,7 @@ class _Resolver:
                         self._spawned = False
                         return None
                     elif "ready" in message:
-                        return self._attach_to_started(patience, api_key)
+                        return self._attach_to_started(patience, api_key, message["ready"])
                 if ended:
                     raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), api_key))
                 self._check_cancelled()
@@ -3757,7 +3760,7 @@ class _Resolver:
             argv = reexec_argv("runner", params_path, detach=True)
             with self._state:
                 self._check_cancelled()
-                return RunnerChannel(argv, log_fd), params_path, folder
+                return _started_runner(argv, log_fd), params_path, folder
         except BaseException as error:
             _unlink(params_path)
             remove_serve_folder(self.key, folder)
@@ -3768,13 +3771,17 @@ class _Resolver:
             if log_fd >= 0:
                 os.close(log_fd)
 
-    def _attach_to_started(self, patience: _Patience, api_key: str) -> _Target:
+    def _attach_to_started(self, patience: _Patience, api_key: str, runner_pid: int) -> _Target:
+        runner_start = process_start(runner_pid)
         while True:
             found = self._attach(self._register(), patience, reused=False)
             if isinstance(found, _Target):
                 patience.report("ready")
                 return found
-            if found == MISS:
+            # While the runner lives, a record that is not there has been removed by others: it publishes again.
+            if found == MISS and (runner_start is None or process_start(runner_pid) != runner_start):
+                if os.path.exists(error_path(self.key)):  # of this start: taking the lock has removed any other
+                    raise self._adopted_failure()
                 raise ServeSpawnFailedError(_runner_died(self.key, None, api_key))
             patience.wait()
 
@@ -3882,6 +3889,14 @@ def _version_of(path: str) -> Any:
     except OSError:
         return None
     return (status.st_ino, status.st_mtime_ns)
+
+
+def _started_runner(argv: Sequence[str], log_fd: int) -> RunnerChannel:
+    try:
+        return RunnerChannel(argv, log_fd)
+    except OSError as error:
+        raise ServeSpawnFailedError("Could not start a runner with %s: %s. %s" % (
+            argv[0], error.strerror or error, _TROUBLE_HINTS.get(error.errno or 0, ""))) from None  # fmt: skip
 
 
 def _runner_died(key: str, code: Optional[int], api_key: str) -> str:
