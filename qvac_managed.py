@@ -57,7 +57,7 @@ import errno
 import os
 import sys
 import time
-from _thread import allocate_lock
+from _thread import RLock, allocate_lock, get_ident
 from collections import namedtuple
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         Iterator,
         List,
         Mapping,
+        NoReturn,
         Optional,
         Sequence,
         Set,
@@ -956,6 +957,51 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
     CLI_NAMES = ("qvac.cmd", "qvac.exe")
 
+    def default_env_shell() -> str:
+        """The shell `env` writes for when nobody names one."""
+        return "powershell"
+
+    def stop_signals() -> List[int]:
+        """The signals that ask a command to end, besides Ctrl-C."""
+        import signal
+
+        return [signal.SIGTERM, signal.SIGBREAK]
+
+    def enable_ansi(stream: Any) -> bool:
+        """Whether escape sequences reach a person through STREAM; switches the console to them."""
+        if not stream.isatty():
+            return False
+        import ctypes
+        import msvcrt
+
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        handle, mode = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno())), ctypes.c_uint32()
+        if not kernel.GetConsoleMode(handle, ctypes.byref(mode)):
+            return False
+        enable_virtual_terminal_processing = 0x0004
+        return bool(kernel.SetConsoleMode(handle, mode.value | enable_virtual_terminal_processing))
+
+    def folder_exposure(path: str) -> Optional[str]:
+        """Why others can reach into PATH; always None: a profile is private here."""
+        return None
+
+    def run_in_foreground(argv: List[str], env: Dict[str, str], started: Callable[[], None]) -> int:
+        """Run ARGV with our console; return its exit code. Raise OSError if it cannot be started.
+
+        The console gives Ctrl-C to every process attached to it, so there is nothing to pass on.
+        """
+        import signal
+        import subprocess
+
+        previous = [(n, signal.signal(n, lambda *_: None)) for n in (signal.SIGINT, signal.SIGBREAK)]
+        try:
+            child = subprocess.Popen(argv, env=env)
+            started()
+            return child.wait()
+        finally:
+            for signum, handler in previous:
+                signal.signal(signum, handler)
+
 else:
     import fcntl
 
@@ -1255,6 +1301,207 @@ else:
         return [path]
 
     CLI_NAMES = ("qvac",)
+
+    def default_env_shell() -> str:
+        """The shell `env` writes for when nobody names one."""
+        return "sh"
+
+    def stop_signals() -> List[int]:
+        """The signals that ask a command to end, besides Ctrl-C."""
+        import signal
+
+        return [signal.SIGTERM, signal.SIGHUP]
+
+    def enable_ansi(stream: Any) -> bool:
+        """Whether escape sequences reach a person through STREAM."""
+        return os.environ.get("TERM", "dumb") != "dumb" and bool(stream.isatty())
+
+    def folder_exposure(path: str) -> Optional[str]:
+        """Why others can reach into the folder or file PATH, in words; None if they cannot."""
+        info = os.lstat(path)
+        if info.st_uid != os.geteuid():
+            return f"it belongs to user {info.st_uid}, you are user {os.geteuid()}"
+        if info.st_mode & 0o077:
+            return f"its mode is {info.st_mode & 0o7777:04o}: others can reach it"
+        return None
+
+    def run_in_foreground(argv: List[str], env: Dict[str, str], started: Callable[[], None]) -> int:
+        """Run ARGV with our terminal; return its exit code, or 128+n if signal n ended it.
+
+        STARTED is called once it runs: threads are for then, as the child runs Python code before its exec.
+
+        Signals sent to us are passed on. At a shell with job control the command is a job of its own in the
+        foreground, so what is typed (Ctrl-C, Ctrl-Z) and a change of window size reach it alone, and the
+        terminal is ours again afterwards. Raise OSError if it cannot be started. Hole: a command that ignores
+        a signal keeps us, and the serve, as long as it runs.
+        """
+        tty = _controlling_terminal()
+        try:
+            job = _ForegroundJob(argv, env, tty)
+            started()
+            return job.wait()
+        finally:
+            if tty is not None:
+                os.close(tty)
+
+    def _controlling_terminal() -> Optional[int]:
+        try:
+            return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            return None
+
+    def _leads_foreground_job(tty: Optional[int]) -> bool:
+        # Only a leader with both ends on the terminal may give it away: in a script or in `... | less` the
+        # other members of our group would lose it, and be stopped at their next read.
+        if tty is None or not (os.isatty(0) and os.isatty(1)) or os.getpgrp() != os.getpid():
+            return False
+        return _is_foreground(tty)
+
+    def _is_foreground(tty: int) -> bool:
+        try:
+            return os.tcgetpgrp(tty) == os.getpgrp()
+        except OSError:
+            return False
+
+    def _set_foreground(tty: int, group: int) -> None:
+        import signal
+
+        # Whoever calls tcsetpgrp from the background is stopped by SIGTTOU, unless it blocks it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+        try:
+            os.tcsetpgrp(tty, group)
+        except OSError:
+            pass  # the terminal was hung up, or the group is gone
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    class _ForegroundJob:
+        """One child of `run_in_foreground`: signals in, exit code out."""
+
+        def __init__(self, argv: List[str], env: Dict[str, str], tty: Optional[int]) -> None:
+            import signal
+
+            self.tty = tty
+            self.controls = _leads_foreground_job(tty)  # job control is ours to exercise
+            self.lent = self.controls  # the child's group has the terminal, not the shell's or ours
+            self.modes = self._read_modes()
+            self.pid = 0  # 0 until the child runs
+            self.early: List[int] = []  # signals from before that
+            names = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+            self.passed = [getattr(signal, name) for name in names]
+            self.previous: Dict[int, Any] = {}
+            try:
+                self._install_handlers()
+                self.pid = self._spawn(argv, env)
+                for signum in self.early:
+                    self._send(signum)
+            except BaseException:
+                self._restore()
+                raise
+
+        def _read_modes(self) -> Any:
+            import termios
+
+            return termios.tcgetattr(self.tty) if self.controls and self.tty is not None else None
+
+        def _install_handlers(self) -> None:
+            import signal
+
+            for signum in self.passed:
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup: the child ignores it like we do
+                    self.previous[signum] = signal.signal(signum, self._pass_on)
+            if self.controls:
+                self.previous[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: self._resume())
+
+        def _spawn(self, argv: List[str], env: Dict[str, str]) -> int:
+            import subprocess
+
+            def prepare() -> None:
+                # In the child, before the exec: a program that reads the terminal first thing must find
+                # itself in the foreground, or SIGTTIN stops it.
+                if self.controls or self.tty is None:
+                    os.setpgid(0, 0)
+                if self.controls and self.tty is not None:
+                    _set_foreground(self.tty, os.getpgrp())
+
+            child = subprocess.Popen(argv, env=env, preexec_fn=prepare)  # noqa: PLW1509  no thread yet
+            child.returncode = 0  # it is waited for below, not by subprocess
+            return child.pid
+
+        def _pass_on(self, signum: int, _frame: Any) -> None:
+            if self.pid:
+                self._send(signum)
+            else:
+                self.early.append(signum)
+
+        def _send(self, signum: int) -> None:
+            import signal
+
+            typed = signum in (signal.SIGINT, signal.SIGQUIT)
+            if typed and not self.controls and self.tty is not None and _is_foreground(self.tty):
+                return  # typed at the terminal: the kernel gave it to the child as well
+            try:
+                os.kill(self.pid, signum)
+            except ProcessLookupError:
+                pass
+
+        def wait(self) -> int:
+            """Return the child's code the moment it ends; a stop (Ctrl-Z) stops us too."""
+            try:
+                while True:
+                    _pid, status = os.waitpid(self.pid, os.WUNTRACED)
+                    if not os.WIFSTOPPED(status):
+                        break
+                    if self.controls:
+                        self._suspend()
+                if os.WIFSIGNALED(status):
+                    return 128 + os.WTERMSIG(status)
+                self.modes = None  # it ended by itself: what it made of the terminal is what it wanted
+                return os.WEXITSTATUS(status)
+            finally:
+                self.pid = 0
+                self._restore()
+
+        def _suspend(self) -> None:
+            import signal
+
+            self._take_back()
+            os.kill(os.getpid(), signal.SIGTSTP)  # here we stop, until `fg` or `bg`
+            self._resume()  # needed where no shell stops us: in an orphaned group the kernel drops the signal
+
+        def _resume(self) -> None:
+            import signal
+
+            if self.tty is None or not self.pid:
+                return
+            if _is_foreground(self.tty):
+                _set_foreground(self.tty, self.pid)
+                self.lent = True
+            try:
+                os.killpg(self.pid, signal.SIGCONT)
+            except OSError:
+                pass
+
+        def _take_back(self) -> None:
+            # After `bg` the shell has the terminal: then it is not ours to take.
+            if self.lent and self.tty is not None:
+                _set_foreground(self.tty, os.getpgrp())
+            self.lent = False
+
+        def _restore(self) -> None:
+            import signal
+            import termios
+
+            if self.lent and self.tty is not None:
+                self._take_back()
+                if self.modes is not None:
+                    try:
+                        termios.tcsetattr(self.tty, termios.TCSADRAIN, self.modes)
+                    except termios.error:
+                        pass
+            for signum, handler in self.previous.items():
+                signal.signal(signum, handler)
+            self.previous = {}
 
     if sys.platform == "linux":
 
@@ -1808,6 +2055,18 @@ def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
         raise
 
 
+def _version(status: os.stat_result) -> Tuple[int, int, int]:
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def file_version(path: str) -> Optional[Tuple[int, int, int]]:
+    """Tells one version of a file from another, by inode, time and size; None if there is no file."""
+    try:
+        return _version(os.lstat(path))
+    except OSError:
+        return None
+
+
 def _unlink(path: str) -> bool:
     try:
         os.unlink(path)
@@ -2011,8 +2270,7 @@ def _read_any_record(key: str) -> Optional[ServeRecord]:
     if found is None:
         return None
     data, status = found
-    version = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return _decode_record(data, key, version=version, mtime=status.st_mtime, uid=status.st_uid)
+    return _decode_record(data, key, version=_version(status), mtime=status.st_mtime, uid=status.st_uid)
 
 
 def read_all_records() -> List[ServeRecord]:
@@ -2055,10 +2313,9 @@ def write_record(record: ServeRecord) -> Any:
     ensure_managed_serves_dir()
     try:
         _write_new_file(path, _encode_record(record), replace=True)
-        status = os.lstat(path)
+        return _version(os.lstat(path))
     except OSError as error:
         raise _registry_trouble("write", path, error) from None
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def remove_record(key: str, preserve_consumers: bool = False) -> None:
@@ -2196,7 +2453,7 @@ class guard:
 
 RUNNER_MARK = "runner-"  # begins the nonce of a lock that a runner holds
 _guard_fds: Set[int] = set()
-_held_locks: Dict[str, str] = {}  # fleet key: the text this process has in the lock
+_held_locks: Dict[Tuple[str, int], str] = {}  # (fleet key, thread): the text it has in the lock
 
 
 def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
@@ -2207,36 +2464,53 @@ def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
     a provider that steals the same dead lock at the same moment may overwrite ours, which the runner
     sees when it reads the lock again (see _Runner._has_lost_the_lock).
     """
-    path, text = lock_path(key), _lock_text(os.urandom(8).hex())
+    text, taken = _lock_text(os.urandom(8).hex()), False
     with guard(timeout):
-        for _ in range(3):
-            try:
-                _write_new_file(path, text.encode())
-            except FileExistsError:
-                if _judge_lock(key) != DEAD or not _move_stale_lock_away(key):
-                    return False
-            except OSError as error:
-                raise _registry_trouble("make", path, error) from None
-            else:
-                _held_locks[key] = text
-                # At once: a provider's client that waits spins while it sees an error and a held lock.
-                _unlink(error_path(key))
-                return True
+        # Noted first: Ctrl-C between two steps must not leave a lock that nobody would release.
+        _held_locks[key, get_ident()] = text
+        try:
+            taken = _make_lock(key, text)
+            return taken
+        finally:
+            if not taken:
+                _release_lock(key)
+
+
+def _make_lock(key: str, text: str) -> bool:
+    path = lock_path(key)
+    for _ in range(3):
+        found = file_version(path)
+        try:
+            _write_new_file(path, text.encode())
+        except FileExistsError:
+            if _judge_lock(key) != DEAD or not _move_stale_lock_away(key, found):
+                return False
+        except OSError as error:
+            raise _registry_trouble("make", path, error) from None
+        else:
+            # At once: a provider's client that waits spins while it sees an error and a held lock.
+            _unlink(error_path(key))
+            return True
     return False
 
 
 def release_lock(key: str) -> None:
-    """Release the spawn lock if it is still this process's; somebody else's is left alone."""
-    if key in _held_locks:
+    """Release the spawn lock if it is still this thread's; somebody else's is left alone."""
+    if held_lock(key):
         with guard():
             _release_lock(key)
 
 
 def _release_lock(key: str) -> None:
     """As release_lock, for a holder of the guard."""
-    text = _held_locks.pop(key, None)
+    text = _held_locks.pop((key, get_ident()), None)
     if text is not None and _read_lock(key) == text:
         _unlink(lock_path(key))
+
+
+def held_lock(key: str) -> str:
+    """The text that this thread has in the spawn lock; "" if it does not hold it."""
+    return _held_locks.get((key, get_ident()), "")
 
 
 def _lock_text(nonce: str) -> str:
@@ -2257,7 +2531,8 @@ def _judge_lock(key: str) -> str:
         return DEAD
     if not _is_regular(status) or not is_ours(status):
         raise RegistryError("%s is in the way: it is no lock file of yours. Remove it." % path)
-    words = (_read_lock(key) or "").split()
+    text = _read_lock(key) or ""
+    words = text.split()
     is_number = bool(words) and words[0].isascii() and words[0].isdigit() and len(words[0]) <= 10
     pid = int(words[0]) if is_number else 0
     if not 0 < pid < 2**31:
@@ -2266,20 +2541,20 @@ def _judge_lock(key: str) -> str:
         # A provider's. One with our own pid was left by whoever had it before us.
         return DEAD if pid == os.getpid() else judge_bare_pid(pid, status.st_mtime, status.st_uid)
     verdict = judge_process(pid, "" if words[1] == "?" else words[1], words[2])
-    if verdict == ALIVE and pid == os.getpid() and _held_locks.get(key, "").split()[-1:] != words[3:]:
+    if verdict == ALIVE and pid == os.getpid() and text not in _held_locks.values():
         return DEAD
     if verdict == FOREIGN and _heartbeat_age(status.st_mtime) > LOCK_STALE * 2:
         return DEAD
     return verdict
 
 
-def _move_stale_lock_away(key: str) -> bool:
-    """Steal under the guard: rename, then make sure that it was the stale one that was renamed.
+def _move_stale_lock_away(key: str, judged: Any) -> bool:
+    """Steal under the guard: rename, then make sure that it was the stale one (`judged`) that was renamed.
 
     A provider knows no guard: between our look and our rename it may have replaced the stale lock by
     its own fresh one. That one is put back (the link fails if yet another has appeared).
     """
-    path, judged = lock_path(key), _read_lock(key)
+    path = lock_path(key)
     aside = "%s.%d.%s.stale" % (path, os.getpid(), os.urandom(4).hex())
     try:
         os.rename(path, aside)
@@ -2287,8 +2562,7 @@ def _move_stale_lock_away(key: str) -> bool:
         return True
     except OSError as error:
         raise _registry_trouble("replace", path, error) from None
-    found = _read_registry_file(aside)
-    same = (found[0].decode("utf-8", "replace") if found else None) == judged
+    same = bool(file_version(aside) == judged)
     if not same:
         try:
             os.link(aside, path)
@@ -2308,7 +2582,7 @@ def take_over_lock(key: str, expected: str) -> Optional[str]:
         if _read_lock(key) != expected:
             return None
         _write_new_file(lock_path(key), text.encode(), replace=True)
-    _held_locks[key] = text
+    _held_locks[key, get_ident()] = text
     return text
 
 
@@ -2832,7 +3106,7 @@ class _Runner:
 
     def _has_lost_the_lock(self) -> bool:
         """A provider that stole the same stale lock as our client did may have removed ours as stale."""
-        return _read_lock(self.key) not in (None, _held_locks.get(self.key)) and _judge_lock(self.key) == ALIVE
+        return _read_lock(self.key) not in (None, held_lock(self.key)) and _judge_lock(self.key) == ALIVE
 
     # -- the record
 
@@ -2882,15 +3156,10 @@ class _Runner:
     def _keep_record(self) -> None:
         """Publish the record again if others removed it; give way to another live owner's."""
         assert self.record is not None
-        try:
-            status = os.lstat(record_path(self.key))
-            version = (status.st_ino, status.st_mtime_ns, status.st_size)
-        except OSError:
-            version = None
-        if version == self.record_version:
-            if self._heartbeat(record_path(self.key)):
-                status = os.lstat(record_path(self.key))
-                self.record_version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        path = record_path(self.key)
+        if file_version(path) == self.record_version:
+            if self._heartbeat(path):
+                self.record_version = file_version(path)
             return
         with guard(timeout=1.0):
             if self._another_owner() is not None:
@@ -3064,7 +3333,7 @@ class _Runner:
 
     def _keep_spawners_out(self) -> None:
         """Who comes while the serve ends waits for its end: a large model twice is too much for many machines."""
-        if self.serve is not None and self.key not in _held_locks:
+        if self.serve is not None and not held_lock(self.key):
             try_lock(self.key, timeout=2.0)
 
     def _withdraw(self) -> None:
@@ -3601,13 +3870,13 @@ class _Resolver:
             pass
 
     def _resolve(self, patience: _Patience, previous: Optional[_Target]) -> _Target:
-        errors_before, waited, command = _version_of(error_path(self.key)), False, None
+        errors_before, waited, command = file_version(error_path(self.key)), False, None
         while True:
             found = self._attach(self._register(), patience, reused=True)
             if isinstance(found, _Target):
                 return found
             if found == MISS and not self._is_being_started():
-                if waited and _version_of(error_path(self.key)) not in (None, errors_before):
+                if waited and file_version(error_path(self.key)) not in (None, errors_before):
                     raise self._adopted_failure()
                 if command is None:  # the first miss: what a hit need not do
                     command = find_cli(self.serve_bin_path)
@@ -3747,7 +4016,7 @@ class _Resolver:
             "fleetKey": self.key, "apiKey": api_key, "port": self.pinned_port or port,
             "pinned": self.pinned_port is not None, "host": self.host, "configPath": config_path, "command": command,
             "serveBinPath": self.serve_bin_path, "startTimeoutMs": self.start_timeout * 1000,
-            "idleTimeoutMs": self.idle_timeout_ms, "lock": _held_locks[self.key],
+            "idleTimeoutMs": self.idle_timeout_ms, "lock": held_lock(self.key),
             "modelsFolder": os.path.join(qvac_home(), "models"),
         }  # fmt: skip
         config = {"serve": {**self.config["serve"], "load": {"cancelOnDisconnect": False}}}
@@ -3881,14 +4150,6 @@ def _new_api_key() -> str:
     import base64
 
     return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
-
-
-def _version_of(path: str) -> Any:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return (status.st_ino, status.st_mtime_ns)
 
 
 def _started_runner(argv: Sequence[str], log_fd: int) -> RunnerChannel:
@@ -4873,8 +5134,1902 @@ class _EchoServe:
 # ==================================================================================================
 
 
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NO_SERVE = 3
+EXIT_NOT_EXECUTABLE = 126  # these two as a shell has them
+EXIT_NOT_FOUND = 127
+EXIT_SIGNAL = 128  # plus the number of the signal
+EXIT_INTERRUPTED = 130
+
+_HOLD_INTERVAL = 1.0  # seconds between two looks of a holder at its serve: a restart is repaired this soon
+_WATCH_INTERVAL = 2.0  # seconds between two pictures of `ps --watch`
+_FOLLOW_INTERVAL = 0.25  # seconds between two looks of `logs -f` at the file
+_PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot be drawn over
+_RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
+_TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
+_MIN_NODE = 20  # major version that the CLI asks for
+_SHORT_KEY = 8  # hex digits of a fleet key in a narrow table; more where that is ambiguous
+_LOG_LINES = 100  # shown by `logs` unless told otherwise
+_AGENT_CONFIG = {"ctx_size": 32768, "tools": True}
+_LOW_DISK, _LITTLE_DISK = 2 * 10**9, 12 * 10**9  # bytes: room for a small model; for a middling one
+_CLI_PACKAGE = "@qvac/cli"
+
+
+class _CommandError(Exception):
+    """Ends a command with one line on stderr and an exit code."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_FAILED) -> None:
+        Exception.__init__(self, message)
+        self.exit_code = exit_code
+
+
+class _ReaderGone(Exception):
+    """Nobody reads our stdout any more (`| head -1`): no failure, but nothing is left to do."""
+
+
+class _Stopped(KeyboardInterrupt):
+    """A polite signal: unwinds like Ctrl-C, and keeps its own exit code."""
+
+    def __init__(self, signum: int) -> None:
+        KeyboardInterrupt.__init__(self)
+        self.signum = signum
+
+
+def _usage_error(message: str) -> _CommandError:
+    return _CommandError(message, EXIT_USAGE)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
-    return 0
+    """Run one command line (default: this process's own) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _prepare_streams()
+    previous = _install_stop_handlers()
+    try:
+        return _run_to_code(words)
+    finally:
+        _put_handlers_back(previous)
+
+
+def _run_to_code(words: List[str]) -> int:
+    """The one place where an error becomes a message and an exit code."""
+    try:
+        return _dispatch(words)
+    except _ReaderGone:
+        _discard_stdout()
+        return EXIT_DONE
+    except _Stopped as stop:
+        _complain(f"stopped by {_signal_name(stop.signum)}")
+        return EXIT_SIGNAL + stop.signum
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return EXIT_INTERRUPTED
+    except _CommandError as error:
+        _complain(str(error))
+        return error.exit_code
+    except Exception as error:
+        message = _expected_failure(error)
+        if message is None:
+            raise  # a defect of ours: the traceback is what helps
+        _complain(message)
+        return EXIT_FAILED
+
+
+def _expected_failure(error: Exception) -> Optional[str]:
+    """What a failure of the serve, the network or the disk says; None for anything else."""
+    from http.client import HTTPException
+
+    if isinstance(error, QvacManagedModeError):
+        return _one_line(str(error))
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return f"{error.filename}: {reason}" if error.filename else reason
+    if isinstance(error, HTTPException):
+        return "the serve broke off its answer (%s); try again" % (error or type(error).__name__)
+    return None
+
+
+def _one_line(text: str) -> str:
+    """An error with the output of a serve behind it, cut down to that output's last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["failed"]
+    if len(lines) == 1:
+        return lines[0]
+    return f"{lines[0]} Its last words: {_shorten(lines[-1], 200)} (the rest: {_program()} logs MODEL)"
+
+
+def _dispatch(words: List[str]) -> int:
+    if not words:
+        raise _usage_error(f"no command; {_program()} demo shows what this does, --help lists all")
+    if words[0] in ("-h", "--help", "help"):
+        topic = words[1] if len(words) > 1 and words[0] == "help" else ""
+        _out(_command_help(topic) if topic in _COMMANDS else _overview())
+        return EXIT_DONE
+    if words[0] in ("-V", "--version"):
+        _out(f"qvac-managed {VERSION}")
+        return EXIT_DONE
+    if words[0] == "__complete":
+        return _complete(words[1:])
+    if words[0] not in _COMMANDS:
+        kind = "option" if words[0].startswith("-") else "command"
+        raise _usage_error(f"no {kind} {words[0]!r}{_or_did_you_mean(words[0], _COMMANDS)}; --help lists all")
+    args = _parse(words[0], words[1:])
+    if args.help:
+        _out(_command_help(words[0]))
+        return EXIT_DONE
+    code: int = _COMMANDS[words[0]].run(args)
+    return code
+
+
+def _or_did_you_mean(word: str, known: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return "; did you mean {}?".format(" or ".join(close)) if close else ""
+
+
+# Streams and signals.
+
+
+def _prepare_streams() -> None:
+    # A name that the locale cannot write, or bytes that it cannot read, are no reason to crash.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _out(text: str, end: str = "\n") -> None:
+    """Write to stdout now. Raise _ReaderGone if nobody is there, _CommandError if it cannot be written."""
+    if sys.stdout is None:  # `>&-`
+        return
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+            raise _ReaderGone() from None
+        _discard_stdout()
+        raise _CommandError(f"cannot write the output: {error.strerror}") from None
+
+
+def _discard_stdout() -> None:
+    # What is still buffered would be flushed at exit, and fail again with a traceback.
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def _err(text: str, end: str = "\n") -> None:
+    """Write to stderr, if there is one: a message is never worth another failure."""
+    try:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def _complain(message: str) -> None:
+    _err(_paint("qvac-managed:", "red", sys.stderr) + " " + " ".join(message.split()))
+
+
+def _note(args: Any, text: str) -> None:
+    if not args.quiet:
+        _err(text)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    _out(json.dumps(value, indent=2 if _is_terminal(sys.stdout) else None))
+
+
+_COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
+
+
+def _paint(text: str, colour: str, stream: Any) -> str:
+    if os.environ.get("NO_COLOR") or not _is_terminal(stream):
+        return text
+    return f"\033[{_COLOURS[colour]}m{text}\033[0m" if enable_ansi(stream) else text
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+def _columns(stream: Any) -> int:
+    """The width of the terminal behind STREAM; 0, which is no limit, without one."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if _is_terminal(stream) else 0
+
+
+def _install_stop_handlers() -> List[Tuple[int, Any]]:
+    import signal
+
+    def stop(signum: int, _frame: Any) -> None:
+        raise _Stopped(signum)
+
+    previous = []
+    for signum in stop_signals():
+        # One that is ignored stays so: that is how nohup works. Only the main thread may ask for others.
+        try:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                previous.append((signum, signal.signal(signum, stop)))
+        except ValueError:
+            break
+    return previous
+
+
+def _put_handlers_back(previous: List[Tuple[int, Any]]) -> None:
+    import signal
+
+    for signum, handler in previous:
+        signal.signal(signum, handler)
+
+
+def _signal_name(signum: int) -> str:
+    import signal
+
+    return signal.Signals(signum).name
+
+
+# Arguments. Each converter takes the flag, for its message, and the text behind it.
+
+
+def _whole_number(flag: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise _usage_error(f"{flag} {text}: give a whole number")
+    return int(text)
+
+
+def _port_number(flag: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise _usage_error(f"{flag} {text}: give a port between 1 and 65535")
+    return int(text)
+
+
+def _seconds(flag: str, text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    unit = units.get(text[-1:])
+    number = text if unit is None else text[:-1]
+    if not number.isascii() or not number.replace(".", "", 1).isdigit():
+        raise _usage_error(f"{flag} {text}: give seconds, or a time like 90s, 5m, 2h")
+    return float(number) * (unit or 1)
+
+
+def _seconds_or_never(flag: str, text: str) -> Optional[float]:
+    return None if text == "never" else _seconds(flag, text)
+
+
+def _setting(flag: str, text: str) -> Tuple[str, Any]:
+    import json
+
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise _usage_error(f"{flag} {text}: write it as KEY=VALUE, like ctx_size=8192")
+    try:
+        return key, json.loads(value, parse_constant=lambda name: json.loads(f'"{name}"'))
+    except ValueError:
+        return key, value
+
+
+def _specs(flag: str, text: str) -> List[Any]:
+    import json
+
+    source, where = text, f"{flag}"
+    if not text.lstrip().startswith(("[", "{")):
+        where = f"{flag} {text}"
+        try:
+            with open(text, encoding="utf-8") as file:
+                source = file.read()
+        except (OSError, ValueError) as error:
+            raise _usage_error("{}: {}".format(where, getattr(error, "strerror", None) or error)) from None
+    try:
+        value = json.loads(source)
+    except ValueError as error:
+        raise _usage_error(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, (dict, list)):
+        raise _usage_error(f"{where}: one model spec, or a list of them")
+    return value if isinstance(value, list) else [value]
+
+
+def _package_version(flag: str, text: str) -> str:
+    # It becomes part of what npm installs: a URL, a path or an option has no business there.
+    if not text or not all(c.isalnum() or c in ".-+" for c in text) or text[0] in ".-+":
+        raise _usage_error(f"{flag} {text}: give a version like 0.13.1, or latest")
+    return text
+
+
+def _one_of(*names: str) -> Callable[[str, str], str]:
+    def convert(flag: str, text: str) -> str:
+        if text not in names:
+            raise _usage_error("{} {}: give one of {}".format(flag, text, ", ".join(names)))
+        return text
+
+    return convert
+
+
+_SHELLS = ("sh", "fish", "powershell", "cmd")
+
+# name: flags, what its value is called ("" for a switch), converter, default ([]: may be repeated), help
+_FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str, str], Any]], Any, str]] = {
+    "ctx_size": ("--ctx-size", "N", _whole_number, None, "context length in tokens"),
+    "set": ("--set", "KEY=VALUE", _setting, [], "one config value, JSON or text; may be repeated"),
+    "agent": ("--agent", "", None, False, "for coding agents: ctx_size 32768, tools true"),
+    "spec": ("--spec", "JSON|FILE", _specs, [], "models as JSON: one spec, or a list of them"),
+    "echo": ("--echo", "", None, False, "the built-in echo serve: no Node.js, no model"),
+    "bin": ("--bin", "PATH", None, None, "the qvac command to use (default: found)"),
+    "host": ("--host", "ADDRESS", None, DEFAULT_HOST, f"address to listen on (default {DEFAULT_HOST})"),
+    "port": ("--port", "N", _port_number, None, "port to listen on (default: any free one)"),
+    "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
+    "idle_timeout": ("--idle-timeout", "T", _seconds_or_never, DEFAULT_IDLE_TIMEOUT,
+                     "end this long after the last use: 90s, 5m, 2h, never"),
+    "start_timeout": ("--start-timeout", "T", _seconds, DEFAULT_START_TIMEOUT,
+                      "give up a start that stands still this long"),
+    "json": ("--json", "", None, False, "print JSON"),
+    "quiet": ("-q --quiet", "", None, False, "no progress and no notes on stderr"),
+    "shell": ("--shell", "NAME", _one_of(*_SHELLS), None, "sh, fish, powershell or cmd"),
+    "watch": ("-w --watch", "", None, False, "draw it again every 2 seconds, until Ctrl-C"),
+    "all": ("--all", "", None, False, "every serve"),
+    "lines": ("-n --lines", "N", _whole_number, _LOG_LINES, f"how many lines (default {_LOG_LINES})"),
+    "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
+    "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
+    "system": ("--system", "TEXT", None, None, "the system message"),
+    "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
+    "fix": ("--fix", "", None, False, "remove what is stale, put file modes right"),
+    "version": ("--version", "V", _package_version, "latest", "which version (default latest)"),
+}
+
+_MODEL_FLAGS = ("ctx_size", "set", "agent", "spec")
+_PLACE_FLAGS = ("echo", "bin", "host", "port", "private")
+_TIME_FLAGS = ("idle_timeout", "start_timeout")
+
+
+def _parse(name: str, words: List[str]) -> Any:
+    """The flags of one command, with `.words` (what is no flag) and `.tail` (what follows `--`, or None)."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise _usage_error(f"{name}: {message}")
+
+    # Words are no business of this parser: argparse would not let flags stand between them.
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.set_defaults(**{key: default for key, (_f, _v, _c, default, _h) in _FLAGS.items()})
+    for key in _COMMANDS[name].flags:
+        _add_flag(parser, key)
+    cut = words.index("--") if "--" in words else len(words)
+    args, rest = parser.parse_known_args(words[:cut])
+    args.command = name
+    args.tail = words[cut + 1 :] if cut < len(words) else None
+    args.words = rest if name == "run" else rest + (args.tail or [])
+    _refuse_strays(name, rest, args)
+    return args
+
+
+def _add_flag(parser: Any, key: str) -> None:
+    flags, value, convert, default, _help = _FLAGS[key]
+    if not value:
+        parser.add_argument(*flags.split(), dest=key, action="store_true")
+        return
+    long_name = flags.split()[-1]
+    parser.add_argument(
+        *flags.split(),
+        dest=key,
+        action="append" if default == [] else "store",
+        type=str if convert is None else lambda text: convert(long_name, text),
+    )
+
+
+def _refuse_strays(name: str, rest: List[str], args: Any) -> None:
+    if args.help:
+        return
+    command = _COMMANDS[name]
+    for word in rest:
+        if word.startswith("-") and word != "-":
+            flags = [flag for key in command.flags for flag in _FLAGS[key][0].split()]
+            raise _usage_error(f"{name}: no option {word}{_or_did_you_mean(word, flags)}")
+    if command.most is not None and len(args.words) > command.most:
+        raise _usage_error(f"{name}: {args.words[command.most]!r} is too much; see {name} --help")
+
+
+def _is_model_file(text: str) -> bool:
+    return "://" in text or "/" in text or os.sep in text or text.endswith(".gguf")
+
+
+def _model_spec(text: str, config: Dict[str, Any]) -> Any:
+    """What a MODEL word asks for, as `create_qvac` takes it."""
+    alias, equals, name = text.partition("=")
+    if not equals or _is_model_file(alias):
+        alias, equals, name = "", "", text
+    if not name.strip() or (equals and not alias.strip()):
+        raise _usage_error(f"{text!r} is no model: give NAME, ALIAS=NAME or ALIAS=/path/model.gguf")
+    if _is_model_file(name) and not equals:
+        stem = os.path.splitext(os.path.basename(name))[0] or "mine"
+        raise _usage_error(f"a model file needs a name to be asked for by: write {stem}={name}")
+    if _is_model_file(name):
+        spec: Dict[str, Any] = {"name": alias, "src": _model_source(name)}
+    else:
+        spec = {"name": alias, "model": name} if equals else {"name": name}
+    if config:
+        spec["config"] = dict(config)
+    return spec
+
+
+def _model_source(name: str) -> str:
+    if "://" in name:
+        return name
+    path = os.path.abspath(os.path.expanduser(name))
+    if os.path.isdir(path):
+        raise _CommandError(f"{path} is a folder; give the model file in it")
+    if not os.path.exists(path):
+        raise _CommandError(f"{path}: there is no such model file")
+    return path
+
+
+def _models(args: Any, words: Sequence[str]) -> List[Any]:
+    config: Dict[str, Any] = dict(_AGENT_CONFIG) if args.agent else {}
+    if args.ctx_size is not None:
+        config["ctx_size"] = args.ctx_size
+    config.update(args.set or [])
+    specs = [spec for group in args.spec or [] for spec in group]
+    if config and not words:
+        raise _usage_error("--ctx-size, --set and --agent are for a MODEL; a --spec has its own \"config\"")
+    if not words and not specs:
+        raise _usage_error(f"{args.command}: name a model, like {_sample_model()}; `models` lists them")
+    return [_model_spec(word, config) for word in words] + specs
+
+
+def _sample_model() -> str:
+    name: str = QVAC_CATALOG[0].id
+    return name
+
+
+def _serve_bin_path(args: Any) -> Optional[str]:
+    if args.echo and args.bin:
+        raise _usage_error("--echo and --bin exclude each other")
+    path: Optional[str] = args.bin
+    if path and (os.sep in path or "/" in path):
+        return os.path.abspath(os.path.expanduser(path))
+    return ECHO if args.echo else path
+
+
+def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
+    """Attach to the serve that the arguments ask for, or start it, with progress on stderr."""
+    options: Dict[str, Any] = {
+        "models": _models(args, words),
+        "serve_host": args.host,
+        "serve_port": args.port,
+        "serve_bin_path": _serve_bin_path(args),
+        "serve_idle_timeout": args.idle_timeout,
+        "serve_start_timeout": args.start_timeout,
+        # Not left open: for the API a pinned port means a private serve, but `up --port N` must outlive `up`.
+        "reuse": not args.private,
+    }
+    progress = _ProgressLine(args.quiet)
+    try:
+        client: ManagedQvac = create_qvac("managed", on_progress=progress, **options)
+    finally:
+        progress.clear()
+    return client
+
+
+def _refuse_private(args: Any) -> None:
+    if args.private:
+        raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
+
+
+# Progress and tables.
+
+
+class _ProgressLine:
+    """What a start is doing, on stderr: one line drawn over on a terminal, else a plain line now and then."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.live = not quiet and _is_terminal(sys.stderr)
+        self.samples: List[Tuple[float, int]] = []  # (elapsed seconds, bytes), for the rate
+        self.next_plain = _PLAIN_INTERVAL
+        self.drawn = 0  # characters of the line that stands on the terminal
+
+    def __call__(self, progress: Any) -> None:
+        if self.quiet:
+            return
+        self._sample(progress)
+        if self.live:
+            self._draw(self._text(progress, max(_columns(sys.stderr) - 1, 20)))
+        elif progress.elapsed_s >= self.next_plain:
+            self.next_plain = progress.elapsed_s + _PLAIN_INTERVAL
+            _err(self._text(progress, 0))
+
+    def clear(self) -> None:
+        """Take the line off the terminal, so that something else can be said."""
+        if self.drawn:
+            self.drawn += len("^C")  # what the terminal may have echoed behind it
+            self._draw("")
+            _err("\r", end="")
+
+    def _draw(self, text: str) -> None:
+        _err("\r" + text + " " * (self.drawn - len(text)), end="")
+        self.drawn = len(text)
+
+    def _text(self, progress: Any, width: int) -> str:
+        head = f"{progress.phase:11} {_span(progress.elapsed_s):>5}"
+        if progress.bytes_done is None:
+            return head[:width] if width else head
+        facts = self._download_facts(progress)
+        room = width - len(head) - len(facts) - 6
+        if progress.bytes_total and room >= 5:
+            facts = f"{_bar(progress.bytes_done / progress.bytes_total, min(room, 30))}  {facts}"
+        text = head + "  " + facts
+        return text[:width] if width else text
+
+    def _sample(self, progress: Any) -> None:
+        if progress.bytes_done is None:
+            return
+        if self.samples and progress.bytes_done < self.samples[-1][1]:
+            self.samples = []  # the next file
+        self.samples.append((progress.elapsed_s, progress.bytes_done))
+        while len(self.samples) > 2 and self.samples[1][0] < progress.elapsed_s - _RATE_WINDOW:
+            del self.samples[0]
+
+    def _download_facts(self, progress: Any) -> str:
+        (begin, first), (end, last) = self.samples[0], self.samples[-1]
+        rate = (last - first) / (end - begin) if end > begin else 0.0
+        done, total = progress.bytes_done, progress.bytes_total
+        parts = [_size(done)]
+        if total:
+            parts = [f"{min(100 * done // total, 100):3}%", f"{_size(done)} of {_size(total)}"]
+        if rate > 0:
+            parts.append(_size(rate) + "/s")
+            if total and total > done:
+                parts.append(_span((total - done) / rate) + " left")
+        return "  ".join(parts)
+
+
+def _bar(part: float, width: int) -> str:
+    full, empty = "█", "░"
+    try:
+        (full + empty).encode(getattr(sys.stderr, "encoding", None) or "ascii")
+    except UnicodeError:
+        full, empty = "#", "-"
+    filled = int(min(max(part, 0.0), 1.0) * width)
+    return full * filled + empty * (width - filled)
+
+
+def _size(count: Optional[float]) -> str:
+    """Bytes as people say them: 812 MB, 2.6 GB."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.1f} {unit}" if count < 10 and unit in ("MB", "GB") else f"{count:.0f} {unit}"
+        count /= 1000.0
+    return f"{count:.1f} TB"
+
+
+def _span(seconds: Optional[float]) -> str:
+    """Seconds as people say them: 42s, 4m12s, 2h05m, 3d04h."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    for unit, size, small, small_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // small_size
+            return f"{whole // size}{unit}" + (f"{rest:02}{small}" if rest else "")
+    return f"{whole}s"
+
+
+def _table(rows: List[List[str]], flexible: int, width: int, right: Sequence[int] = ()) -> List[str]:
+    """ROWS, the heading first, aligned; the column FLEXIBLE gives way where WIDTH (0: any) is too little."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    if width and excess > 0:
+        widths[flexible] = max(len(rows[0][flexible]), widths[flexible] - excess)
+    lines = []
+    for row in rows:
+        cells = [_clip(cell, widths[i]) for i, cell in enumerate(row)]
+        padded = (c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(cells))
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+# serve, up, run, env.
+
+
+def _do_serve(args: Any) -> int:
+    with _attach(args, args.words) as client:
+        try:
+            _announce(args, client)
+            _note(args, "Ctrl-C detaches")
+            _hold(args, client)
+        except _Stopped as stop:
+            # Ended by its supervisor, as it should be: systemd and docker take 143 for a failure.
+            if _signal_name(stop.signum) == "SIGTERM":
+                return EXIT_DONE
+            raise
+    return EXIT_DONE
+
+
+def _hold(args: Any, client: ManagedQvac) -> None:
+    url = client.base_url
+    while True:
+        time.sleep(_HOLD_INTERVAL)
+        client.ensure()
+        if client.base_url != url:
+            url = client.base_url
+            _note(args, f"the serve was lost; another one is at {url}")
+
+
+def _announce(args: Any, client: ManagedQvac) -> None:
+    how = "attached to the running serve" if client.reused else "started a serve"
+    _note(args, f"{how} (key {client.fleet_key}, pid {client.pid})")
+    if args.json:
+        _print_json(serve_info(client).as_dict())
+    else:
+        _out(client.base_url)
+
+
+def _do_up(args: Any) -> int:
+    _refuse_private(args)
+    with _attach(args, args.words) as client:
+        _announce(args, client)
+    return EXIT_DONE
+
+
+def _do_env(args: Any) -> int:
+    _refuse_private(args)
+    with _attach(args, args.words) as client:
+        variables = client.environ()
+    if args.json:
+        _print_json(variables)
+        return EXIT_DONE
+    shell = args.shell or default_env_shell()
+    for name, value in variables.items():
+        _out(_assignment(shell, name, value))
+    if _is_terminal(sys.stdout):
+        command = " ".join([_program(), "env", *args.words])
+        _note(args, "# to set them in this shell: " + _eval_hint(shell, command))
+    return EXIT_DONE
+
+
+def _assignment(shell: str, name: str, value: str) -> str:
+    """A line that sets a variable to exactly VALUE in SHELL."""
+    if shell == "fish":
+        return f"set -gx {name} {_quote_for_fish(value)}"
+    if shell == "powershell":
+        return "$env:{} = '{}'".format(name, value.replace("'", "''"))
+    if shell == "cmd":
+        return f'set "{name}={value}"'
+    return f"export {name}={_quote_for_sh(value)}"
+
+
+def _quote_for_sh(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _quote_for_fish(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _eval_hint(shell: str, command: str) -> str:
+    return {
+        "fish": f"{command} --shell fish | source",
+        "powershell": f"{command} --shell powershell | Invoke-Expression",
+        "cmd": f"for /f \"delims=\" %i in ('{command} --shell cmd') do @%i",
+    }.get(shell, f'eval "$({command})"')
+
+
+def _do_run(args: Any) -> int:
+    if not args.tail:
+        raise _usage_error(f"run: put the command after --, like: run {_sample_model()} -- aider")
+    _models(args, args.words)  # what is wrong with the words comes before what is wrong with the command
+    _refuse_command(args.tail[0])
+    with _attach(args, args.words) as client:
+        keeper = _Keeper(client)
+        try:
+            return run_in_foreground(args.tail, dict(os.environ, **client.environ()), keeper.start)
+        except OSError as error:
+            code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_NOT_EXECUTABLE
+            raise _CommandError(f"{args.tail[0]}: {error.strerror}", code) from None
+        finally:
+            keeper.stop()
+
+
+def _refuse_command(name: str) -> None:
+    # Before anything is started: a typing error must not load a model.
+    import shutil
+
+    if shutil.which(name):
+        return
+    folders = [""] if os.path.dirname(name) else os.environ.get("PATH", os.defpath).split(os.pathsep)
+    for folder in folders:
+        path = os.path.join(folder, name)
+        if name and os.path.isfile(path):
+            raise _CommandError(f"{path}: not executable; try chmod +x", EXIT_NOT_EXECUTABLE)
+        if name and os.path.isdir(path) and folder == "":
+            raise _CommandError(f"{path}: a folder, not a command", EXIT_NOT_EXECUTABLE)
+    raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
+
+
+class _Keeper:
+    """Keeps a client's serve alive in the background, while the main thread waits for a command."""
+
+    def __init__(self, client: ManagedQvac) -> None:
+        import threading
+
+        self.client = client
+        self.ended = threading.Event()
+        self.unsilence: Callable[[], None] = lambda: None
+        # A daemon, and never joined: it may be in the middle of a start when the command ends, and the
+        # command's exit code must not wait for that.
+        self.thread = threading.Thread(target=self._run, name="qvac-keeper", daemon=True)
+
+    def start(self) -> None:
+        # The command has the terminal from here on: what this module logs must not be drawn into it.
+        self.unsilence = _silence_logging()
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.unsilence()
+
+    def _run(self) -> None:
+        while not self.ended.wait(_HOLD_INTERVAL):
+            try:
+                self.client.ensure()
+            except (QvacManagedModeError, OSError):
+                pass  # the next round tries again; the command sees its own connection errors
+
+
+def _silence_logging() -> Callable[[], None]:
+    import logging
+
+    logger, handler = logging.getLogger("qvac_managed"), logging.NullHandler()
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+
+    def undo() -> None:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+    return undo
+
+
+# ps, stop, logs.
+
+
+def _do_ps(args: Any) -> int:
+    if not args.watch:
+        _show_serves(args)
+        return EXIT_DONE
+    redraw = _is_terminal(sys.stdout) and enable_ansi(sys.stdout) and not args.json
+    while True:
+        _show_serves(args, redraw)
+        time.sleep(_WATCH_INTERVAL)
+
+
+def _show_serves(args: Any, redraw: bool = False) -> None:
+    serves = list_serves()
+    if args.json:
+        _print_json([serve.as_dict() for serve in serves])
+        return
+    lines = _serve_lines(serves, _columns(sys.stdout))
+    if redraw:
+        # Home, clear to the end of each line and of the screen: no flicker, as nothing is blanked first.
+        _out("\033[H" + "".join(line + "\033[K\n" for line in lines[: _rows() - 1]) + "\033[J", end="")
+    elif serves or args.watch:
+        _out("\n".join(lines))
+    else:
+        _note(args, f"no serve is running; start one: {_program()} up {_sample_model()}")
+
+
+def _rows() -> int:
+    import shutil
+
+    return max(shutil.get_terminal_size().lines, 3)
+
+
+def _serve_lines(serves: Sequence[ServeInfo], width: int) -> List[str]:
+    """The table of `ps`: as much of it as WIDTH takes (0: all)."""
+    keys = [serve.fleet_key for serve in serves]
+    full = [["KEY", "STATE", "MODELS", "PORT", "PID", "USERS", "CONNS", "UP", "IDLE/LEFT", "MEM"]]
+    full += [_serve_row(serve, serve.fleet_key) for serve in serves]
+    wide = _table(full, 2, 0)
+    if width and max(len(line) for line in wide) > width:
+        short = [[cell for i, cell in enumerate(row) if i not in (4, 6)] for row in full]
+        for row, key in zip(short[1:], keys):
+            row[0] = _short_key(key, keys)
+        wide = _table(short, 2, width)
+    return [_paint(wide[0], "bold", sys.stdout), *map(_paint_state, serves, wide[1:])]
+
+
+def _serve_row(serve: ServeInfo, key: str) -> List[str]:
+    idle = "never" if serve.idle_timeout_s is None else _span(serve.idle_timeout_s)
+    left = "" if serve.time_left_s is None else "/" + _span(serve.time_left_s)
+    cells = [key, serve.state, _model_list(serve), serve.port, serve.pid, serve.consumers, serve.connections]
+    return ["-" if cell is None else str(cell) for cell in cells] + [
+        _span(serve.uptime_s),
+        idle + left,
+        _size(serve.rss_bytes),
+    ]
+
+
+def _model_list(serve: ServeInfo) -> str:
+    """Aliases; one that is not loaded has its state behind it."""
+    words = []
+    for model in serve.models or []:
+        state = model.get("state")
+        words.append(model["id"] if state in (None, "ready") else "{}({})".format(model["id"], state))
+    return ",".join(words) or "-"
+
+
+def _paint_state(serve: ServeInfo, line: str) -> str:
+    colours = {"ready": "green", "starting": "yellow", "restarting": "yellow", "foreign": "dim"}
+    painted = _paint(serve.state, colours.get(serve.state, "red"), sys.stdout)
+    return line.replace(" " + serve.state, " " + painted, 1)
+
+
+def _short_key(key: str, keys: Sequence[str]) -> str:
+    """As little of KEY as `stop` and `logs` can tell from the other KEYS."""
+    if "-priv-" in key:
+        return "priv-" + key.rsplit("-", 1)[1]
+    for length in range(_SHORT_KEY, len(key)):
+        if sum(other.startswith(key[:length]) and "-priv-" not in other for other in keys) == 1:
+            return key[:length]
+    return key
+
+
+def _named_keys(text: str, aliases: Mapping[str, Sequence[str]]) -> List[str]:
+    """The keys of ALIASES (key: its models' names) that TEXT, a key, part of one, or a model, stands for."""
+    if text in aliases:
+        return [text]
+    for fits in (_is_short_for, lambda word, key: word in aliases[key]):
+        found = [key for key in aliases if fits(text, key)]
+        if found:
+            return found
+    return []
+
+
+def _is_short_for(text: str, key: str) -> bool:
+    if "-priv-" in key:
+        return (key.startswith(text) and "-" in text) or text == "priv-" + key.rsplit("-", 1)[1]
+    return text != "" and key.startswith(text)
+
+
+def _one_key(text: str, aliases: Mapping[str, Sequence[str]]) -> str:
+    found = _named_keys(text, aliases)
+    if len(found) > 1:
+        raise _CommandError(f"{text} could be any of {', '.join(sorted(found))}; give more of the key")
+    if not found:
+        known = ", ".join(sorted(aliases)) or "none is running"
+        raise _CommandError(f"no serve {text!r} (known: {known}); see {_program()} ps", EXIT_NO_SERVE)
+    return found[0]
+
+
+def _aliases_by_key(*more: str) -> Dict[str, List[str]]:
+    """The serves on disk, also those that just start, and the names they answer to, without asking them.
+
+    MORE are endings of other files that a key is to be found by, like `.log`.
+    """
+    keys = (name.rpartition(".") for name in sorted(_listdir(managed_serves_dir())))
+    found = [key for key, dot, ending in keys if dot + ending in (".json", ".lock", *more) and is_valid_fleet_key(key)]
+    return {key: sorted(_record_models(read_record(key)) or {}) for key in found}
+
+
+def _record_models(record: Optional[ServeRecord]) -> Optional[Dict[str, Any]]:
+    """The `models` part of the config a serve was started with; None if it cannot be read."""
+    found = _read_registry_file(record.config_path) if record else None
+    config = _strict_json(found[0]) if found else None
+    try:
+        models = config["serve"]["models"] if config else None
+    except (LookupError, TypeError):
+        return None
+    return models if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values()) else None
+
+
+def _do_stop(args: Any) -> int:
+    if not args.words and not args.all:
+        raise _usage_error(f"stop: name a serve by key or model, or say --all; see {_program()} ps")
+    aliases = _aliases_by_key()
+    keys, missing = (list(aliases), None) if args.all else _stop_targets(args.words, aliases)
+    results = [{"fleet_key": key, "stopped": stop_serve(key)} for key in keys]
+    if args.json:
+        _print_json(results)
+    for result in [] if args.json else results:
+        _out("{} {}".format("stopped" if result["stopped"] else "was gone already:", result["fleet_key"]))
+    if missing is not None:
+        raise missing
+    if not results and not args.json:
+        _note(args, "no serve is running")
+    return EXIT_DONE
+
+
+def _stop_targets(
+    words: Sequence[str], aliases: Mapping[str, Sequence[str]]
+) -> Tuple[List[str], Optional[_CommandError]]:
+    """The keys to stop, and the first word that names none: that one is said after the others are stopped."""
+    keys: List[str] = []
+    missing = None
+    for word in words:
+        try:
+            key = _one_key(word, aliases)
+            keys += [key] if key not in keys else []
+        except _CommandError as error:
+            missing = missing or error
+    return keys, missing
+
+
+def _do_logs(args: Any) -> int:
+    if not args.words:
+        raise _usage_error(f"logs: name a serve by key or model; see {_program()} ps")
+    aliases = _aliases_by_key(".log")
+    key = _one_key(_key_of_past_model(args.words[0], aliases), aliases)
+    path = log_path(key)
+    if not os.path.exists(path):
+        raise _CommandError(f"{key} keeps no log: the JavaScript provider started it")
+    with open(path, "rb") as file:
+        _copy_last_lines(file, args.lines)
+        position = file.tell()
+    while args.follow:
+        time.sleep(_FOLLOW_INTERVAL)
+        position = _copy_growth(path, position)
+    return EXIT_DONE
+
+
+def _key_of_past_model(word: str, aliases: Mapping[str, Sequence[str]]) -> str:
+    """WORD, or the key that a serve for this model had while it lived: its log outlives it."""
+    if _named_keys(word, aliases):
+        return word
+    try:
+        config = synthesize_serve_config([_model_spec(word, {})])
+    except (QvacManagedModeError, _CommandError):
+        return word
+    for bin_path in (None, ECHO):
+        key = compute_fleet_key(config, DEFAULT_HOST, serve_bin_path=bin_path)
+        if key in aliases:
+            return key
+    return word
+
+
+def _copy_last_lines(file: Any, count: int) -> None:
+    import collections
+
+    for line in collections.deque(file, maxlen=count):
+        _out_bytes(line)
+
+
+def _copy_growth(path: str, position: int) -> int:
+    """Copy what PATH has behind POSITION; return the new one. A file that shrank was cut: it is all new."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < position:
+                position = 0
+            file.seek(position)
+            while True:
+                piece = file.read(65536)
+                if not piece:
+                    return file.tell()
+                _out_bytes(piece)
+    except FileNotFoundError:
+        return 0  # being replaced, or swept: whatever comes next is new
+
+
+def _out_bytes(data: bytes) -> None:
+    # A log is bytes: a character cut in half at the end of a piece must not be mangled on the way.
+    if sys.stdout is None or not hasattr(sys.stdout, "buffer"):
+        _out(data.decode("utf-8", "replace"), end="")
+        return
+    try:
+        sys.stdout.buffer.write(data)
+    except BrokenPipeError:
+        raise _ReaderGone() from None
+    _out("", end="")
+
+
+# models, chat.
+
+
+def _do_models(args: Any) -> int:
+    pattern = args.words[0] if args.words else ""
+    rows = [row for row in _model_rows() if _model_fits(row, pattern, args.endpoint)]
+    if args.json:
+        _print_json(rows)
+        return EXIT_DONE
+    if not rows:
+        close = close_matches(pattern) if pattern else []
+        hint = "; did you mean {}?".format(" or ".join(close[:3])) if close else ""
+        raise _CommandError("no model fits {}{}".format(pattern or f"--endpoint {args.endpoint}", hint))
+    shown = rows
+    if _is_terminal(sys.stdout) and not pattern and not args.endpoint:
+        shown = [row for row in rows if row["catalog_id"]]  # the constants would push them off the screen
+    _print_models(shown)
+    if len(shown) < len(rows):
+        hidden = len(rows) - len(shown)
+        _note(args, f"and {hidden} constants: give a PATTERN, an --endpoint, or pipe this into a pager")
+    return EXIT_DONE
+
+
+def _model_rows() -> List[Dict[str, Any]]:
+    """Every model that can be asked for, the catalog ids first."""
+    table = {info.name: info for info in all_models()}
+    names = [(entry.id, entry.constant) for entry in QVAC_CATALOG] + [("", name) for name in sorted(table)]
+    rows = []
+    for catalog_id, constant in names:
+        info = table.get(constant)
+        row: Dict[str, Any] = {"name": catalog_id or constant, "constant": constant}
+        row["catalog_id"] = catalog_id or None
+        row["endpoint"] = info.endpoint if info else None
+        row["size_bytes"] = info.size if info else None
+        row["params"] = info.params if info else None
+        row["quantization"] = info.quantization if info else None
+        rows.append(row)
+    return rows
+
+
+def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str]) -> bool:
+    import fnmatch
+
+    if endpoint and (row["endpoint"] or "").lower() != endpoint.lower():
+        return False
+    glob = pattern.lower() if any(c in pattern for c in "*?[") else f"*{pattern.lower()}*"
+    return any(fnmatch.fnmatchcase((row[key] or "").lower(), glob) for key in ("name", "constant"))
+
+
+def _print_models(rows: List[Dict[str, Any]]) -> None:
+    lines = [["NAME", "ENDPOINT", "SIZE", "PARAMS", "QUANT"]]
+    for row in rows:
+        facts = [row["endpoint"], _size(row["size_bytes"]), row["params"], row["quantization"]]
+        lines.append([row["name"]] + [str(fact or "-") for fact in facts])
+    text = _table(lines, 0, _columns(sys.stdout), right=(2,))
+    _out("\n".join([_paint(text[0], "bold", sys.stdout), *text[1:]]))
+
+
+def _do_chat(args: Any) -> int:
+    words = list(args.words)
+    models = [] if args.spec else words[:1]
+    prompt = " ".join(words[len(models) :]) if len(words) > len(models) else None
+    if prompt == "-":
+        prompt = sys.stdin.read() if sys.stdin else ""
+    if prompt is not None and not prompt.strip():
+        raise _usage_error("chat: the prompt is empty")
+    if prompt is None and args.json:
+        raise _usage_error("chat: --json is for one PROMPT, not for a conversation")
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    with _attach(args, models) as client:
+        if prompt is None:
+            return _converse(args, client, messages)
+        _answer(args, client, [*messages, {"role": "user", "content": prompt}])
+    return EXIT_DONE
+
+
+def _answer(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> str:
+    """Stream one answer to stdout and return it; Ctrl-C ends it early, in a conversation only."""
+    began, first, pieces = time.monotonic(), None, []
+    stream: Any = client.stream_chat(messages)
+    try:
+        for piece in stream:
+            first = first or time.monotonic()
+            pieces.append(piece)
+            if not args.json:
+                _out(_printable(piece), end="")
+    finally:
+        stream.close()
+        if pieces and not args.json and not pieces[-1].endswith("\n"):
+            _out("")
+    content = "".join(pieces)
+    stats = _answer_stats(len(pieces), began, first or began)
+    if args.json:
+        _print_json(dict(content=content, **stats))
+    if args.stats:
+        _err(_stats_line(stats))
+    return content
+
+
+def _printable(text: str) -> str:
+    """TEXT without what a terminal would take for a command: a model may say anything."""
+    if not _is_terminal(sys.stdout):
+        return text
+    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c < "\xa0"))
+
+
+def _answer_stats(tokens: int, began: float, first: float) -> Dict[str, Any]:
+    # A piece of the stream is a token; the first has waited for the whole prompt, so the rate leaves it out.
+    spent = time.monotonic() - first
+    rate = (tokens - 1) / spent if tokens > 1 and spent > 0 else None
+    first_s = round(first - began, 3)
+    return {"tokens": tokens, "first_token_s": first_s, "tokens_per_s": rate and round(rate, 1)}
+
+
+def _stats_line(stats: Dict[str, Any]) -> str:
+    rate = "-" if stats["tokens_per_s"] is None else "{:.1f}".format(stats["tokens_per_s"])
+    return f"{stats['tokens']} tokens, the first after {stats['first_token_s']:.2f} s, {rate} tokens/s"
+
+
+def _converse(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> int:
+    if _is_terminal(sys.stdin):
+        _note(args, "/bye or Ctrl-D ends, /clear forgets what was said, Ctrl-C cuts an answer short")
+    system = list(messages)
+    while True:
+        line = _read_line()
+        if line is None or line.strip() == "/bye":
+            return EXIT_DONE
+        if line.strip() == "/clear":
+            messages = list(system)
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            _take_turn(args, client, messages)
+
+
+def _take_turn(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> None:
+    try:
+        messages.append({"role": "assistant", "content": _answer(args, client, messages)})
+    except _Stopped:
+        raise
+    except KeyboardInterrupt:
+        _err("(cut short)")
+        messages.pop()
+    except ServeHTTPError as error:
+        _complain(str(error))
+        messages.pop()
+
+
+def _read_line() -> Optional[str]:
+    """The next line a person or a pipe has to say; None at its end."""
+    if not _is_terminal(sys.stdin):
+        line = sys.stdin.readline() if sys.stdin else ""
+        return line.rstrip("\n") if line else None
+    try:
+        import readline  # noqa: F401  line editing and history for input(), where the system has it
+    except ImportError:
+        pass
+    try:
+        return input(">>> ")
+    except EOFError:
+        _out("")
+        return None
+
+
+# explain, doctor.
+
+
+def _do_explain(args: Any) -> int:
+    config = synthesize_serve_config(_models(args, args.words))
+    bin_path = _serve_bin_path(args)
+    key = compute_fleet_key(config, args.host, serve_bin_path=bin_path, serve_port=args.port)
+    wanted = _fleet_inputs(config["serve"]["models"], args.host, bin_path, args.port)
+    records = read_all_records()
+    others = [(r, _differences(wanted, r, args)) for r in records if r.fleet_key != key]
+    running = next((record for record in records if record.fleet_key == key), None)
+    if args.private:
+        running = None  # it would be that key with its owner behind it, and nobody else's
+    if args.json:
+        _print_json(_explanation(key, config, args, running, others))
+    else:
+        _print_explanation(key, config, args, running, others)
+    return EXIT_DONE
+
+
+def _fleet_inputs(models: Mapping[str, Any], host: str, bin_path: Optional[str], port: Any) -> Dict[str, Any]:
+    """Everything that goes into a fleet key, as one flat table: field name to value."""
+    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add(f"{name}.{key}", inner)
+        else:
+            fields[name] = value
+
+    for alias, entry in models.items():
+        add("models." + alias, entry)
+    return fields
+
+
+def _differences(wanted: Dict[str, Any], record: ServeRecord, args: Any) -> Optional[List[Dict[str, Any]]]:
+    """The inputs in which RECORD's serve differs from WANTED; None if its config cannot be read."""
+    import json
+
+    models = _record_models(record)
+    if models is None:
+        return None
+    bin_path, port = _record_place(record, models, args)
+    actual = _fleet_inputs(models, record.host, bin_path, port)
+    result = []
+    for field in sorted(set(wanted) | set(actual)):
+        # As JSON: 1 and true are equal in Python, and are two different serves.
+        mine, theirs = (s.get(field, "(not set)") for s in (wanted, actual))
+        if json.dumps(mine, sort_keys=True) != json.dumps(theirs, sort_keys=True):
+            result.append({"field": field, "wanted": mine, "running": theirs})
+    return result
+
+
+def _record_place(record: ServeRecord, models: Mapping[str, Any], args: Any) -> Tuple[Any, Any]:
+    """The CLI path and the pinned port in RECORD's key: ours say so; a provider's are tried out."""
+    known = record.serve_bin_path or None, record.pinned_port or None
+    bins = dict.fromkeys((known[0], None, _serve_bin_path(args)))
+    ports = dict.fromkeys((known[1], None, record.port))
+    config = {"serve": {"models": dict(models)}}
+    for bin_path, port in [(bin_path, port) for bin_path in bins for port in ports]:
+        key = compute_fleet_key(config, record.host, serve_bin_path=bin_path, serve_port=port)
+        if key == record.fleet_key[:16]:
+            return bin_path, port
+    return known if any(known) else ("(another)", None)
+
+
+def _explanation(key: str, config: Any, args: Any, running: Any, others: Any) -> Dict[str, Any]:
+    return {
+        "fleet_key": key,
+        "private": args.private,
+        "host": args.host,
+        "serve_bin_path": _serve_bin_path(args),
+        "serve_port": args.port,
+        "config": config,
+        "running": None if running is None else {"base_url": running.base_url, "pid": running.serve_pid},
+        "others": [{"fleet_key": record.fleet_key, "differences": found} for record, found in others],
+    }
+
+
+def _print_explanation(key: str, config: Any, args: Any, running: Any, others: Any) -> None:
+    import json
+
+    _out("key     " + key + (" (and the owner behind it: private)" if args.private else ""))
+    _out("cli     " + _cli_text(args))
+    _out("config  " + json.dumps(config, indent=2, ensure_ascii=False).replace("\n", "\n        "))
+    if running is None:
+        _out("serve   none has this key; up would start one")
+    else:
+        _out(f"serve   {running.base_url} (pid {running.serve_pid})")
+    for record, found in others:
+        _out(f"\nother   {record.fleet_key} at {record.base_url}")
+        for line in _difference_lines(found):
+            _out("        " + line)
+
+
+def _cli_text(args: Any) -> str:
+    try:
+        return " ".join(find_cli(_serve_bin_path(args)))
+    except QvacManagedModeError as error:
+        return f"none: {error}"
+
+
+def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
+    import json
+
+    if found is None:
+        return ["its config cannot be read"]
+    if not found:
+        return ["the same, but private"]
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    rows = [["DIFFERS IN", "WANTED", "RUNNING"]]
+    rows += [[item["field"], text(item["wanted"]), text(item["running"])] for item in found]
+    return _table(rows, 1, 0)
+
+
+if TYPE_CHECKING:
+    _Finding = Tuple[str, str, str, str]  # status (ok, warn, fail), check, what was found, what to type
+
+
+def _do_doctor(args: Any) -> int:
+    findings: List[_Finding] = []
+    checks = [_check_python, _check_node, _check_cli, _check_folder, _check_serves]
+    for check in checks + [_check_disk, _check_network]:
+        try:
+            found = check(args)
+        except QvacManagedModeError as error:
+            found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), "put that right first")]
+        for finding in found:
+            findings.append(finding)
+            if not args.json:
+                _print_finding(finding)
+    if args.json:
+        _print_json([dict(zip(("status", "check", "detail", "todo"), finding)) for finding in findings])
+    return EXIT_FAILED if any(finding[0] == "fail" for finding in findings) else EXIT_DONE
+
+
+def _print_finding(finding: _Finding) -> None:
+    status, check, detail, todo = finding
+    colour = {"ok": "green", "warn": "yellow", "fail": "red"}[status]
+    _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {check:9} {detail}")
+    if todo:
+        _out("                -> " + todo)
+
+
+def _check_python(_args: Any) -> List[_Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return [
+        ("ok", "module", f"{VERSION} at {_THIS_FILE}", ""),
+        ("ok", "python", f"{version} at {sys.executable}", ""),
+    ]
+
+
+def _tool_output(argv: Sequence[str]) -> str:
+    """What a command prints, stripped. Raise _CommandError with its last line if it fails."""
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise _CommandError(f"{argv[0]} does not answer") from None
+    except OSError as error:
+        raise _CommandError(f"{argv[0]}: {error.strerror}") from None
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        raise _CommandError(f"{argv[0]} failed with {done.returncode}: {lines[-1]}")
+    return done.stdout.decode("utf-8", "replace").strip()
+
+
+def _node_version() -> str:
+    """What `node --version` says. Raise _CommandError, which says what to do, if it is missing or too old."""
+    import shutil
+
+    get_it = f"install Node.js {_MIN_NODE} or newer: https://nodejs.org"
+    node = shutil.which("node")
+    if not node:
+        raise _CommandError("Node.js is not on PATH; " + get_it)
+    text = _tool_output([node, "--version"])
+    major = text.lstrip("v").split(".")[0]
+    if not major.isdigit() or int(major) < _MIN_NODE:
+        raise _CommandError(f"Node.js {text} is too old; {get_it}")
+    return text
+
+
+def _check_node(_args: Any) -> List[_Finding]:
+    try:
+        return [("ok", "node", _node_version(), "")]
+    except _CommandError as error:
+        problem, _, todo = str(error).partition("; ")
+        return [("fail", "node", problem, todo)]
+
+
+def _check_cli(_args: Any) -> List[_Finding]:
+    try:
+        argv = find_cli()
+    except QvacManagedModeError:
+        return [("fail", "qvac", "the qvac command was not found", f"{_program()} install-cli")]
+    try:
+        lines = _tool_output([*list(argv), "--version"]).splitlines() or ["no version"]
+    except _CommandError as error:
+        return [("fail", "qvac", str(error), f"{_program()} install-cli")]
+    return [("ok", "qvac", f"{lines[-1]} at {argv[-1]}", "")]
+
+
+def _check_folder(args: Any) -> List[_Finding]:
+    folder = managed_serves_dir()
+    if not os.path.lexists(folder):
+        return [("ok", "folder", f"{folder}: not there yet", "")]
+    try:
+        names = sorted(os.listdir(folder))
+        exposed = [(path, why) for path in [folder] + [os.path.join(folder, name) for name in names]
+                   for why in [_exposure(path)] if why]
+    except OSError as error:
+        return [("fail", "folder", f"{folder}: {error.strerror}", f"chown -R $(id -un) {folder}")]
+    if not exposed:
+        return [("ok", "folder", f"{folder}: yours alone", "")]
+    if args.fix:
+        return [_make_private(path) for path, _why in exposed]
+    todo = f"{_program()} doctor --fix"
+    return [("warn", "folder", f"{path}: {why}", todo) for path, why in exposed]
+
+
+def _exposure(path: str) -> Optional[str]:
+    try:
+        return folder_exposure(path)
+    except FileNotFoundError:
+        return None  # a serve ended just now
+
+
+def _make_private(path: str) -> _Finding:
+    try:
+        os.chmod(path, 0o700 if os.path.isdir(path) else 0o600)
+    except OSError as error:
+        return ("fail", "folder", f"{path}: {error.strerror}", f"chown -R $(id -un) {path}")
+    return ("ok", "folder", f"{path}: now yours alone", "")
+
+
+def _check_serves(args: Any) -> List[_Finding]:
+    advice = {
+        "dead": f"{_program()} doctor --fix",
+        "orphaned": f"{_program()} doctor --fix",
+        "hung": f"{_program()} stop %s",
+    }
+    if args.fix:
+        swept = sweep_serves()
+        if swept:
+            return [("ok", "serves", "removed {}".format(", ".join(swept)), "")]
+    serves = list_serves()
+    sick = [serve for serve in serves if serve.state in advice]
+    if not sick:
+        return [("ok", "serves", f"{len(serves)} on disk, none stale", "")]
+    return [
+        ("warn", "serves", f"{s.fleet_key} is {s.state}", advice[s.state].replace("%s", s.fleet_key))
+        for s in sick
+    ]
+
+
+def _check_disk(_args: Any) -> List[_Finding]:
+    import shutil
+
+    folder = place = os.path.join(qvac_home(), "models")
+    while not os.path.isdir(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    found = f"{_size(free)} free for models in {folder}"
+    if free >= _LITTLE_DISK:
+        return [("ok", "disk", found, "")]
+    status = "fail" if free < _LOW_DISK else "warn"
+    return [(status, "disk", found, "make room: a model of 9 billion parameters takes 6 GB")]
+
+
+def _check_network(_args: Any) -> List[_Finding]:
+    import socket
+
+    findings: List[_Finding] = []
+    try:
+        with socket.socket() as probe:
+            probe.bind((DEFAULT_HOST, 0))
+        findings.append(("ok", "loopback", f"{DEFAULT_HOST} can be listened on", ""))
+    except OSError as error:
+        found = f"{DEFAULT_HOST}: {error.strerror}"
+        findings.append(("fail", "loopback", found, "allow programs to listen there"))
+    names = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+    proxies = [name for name in names if os.environ.get(name)]
+    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if not proxies or DEFAULT_HOST in spared or spared.strip() == "*":
+        findings.append(("ok", "proxy", f"none in the way of {DEFAULT_HOST}", ""))
+    else:
+        found = f"{proxies[0]} is set: this module goes past it, other clients send the key there"
+        findings.append(("warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost"))
+    return findings
+
+
+# install-cli, demo.
+
+
+def _do_install_cli(args: Any) -> int:
+    import shutil
+
+    _node_version()
+    npm = shutil.which("npm")
+    if not npm:
+        raise _CommandError("npm is not on PATH; it comes with Node.js: https://nodejs.org")
+    staging = _staging_folder()
+    try:
+        _npm_install(npm, staging, args)
+        version = _installed_version(staging)
+        target = _put_in_place(staging)
+    finally:
+        _remove_tree(staging)
+    if args.json:
+        _print_json({"path": target, "version": version})
+    else:
+        _out(f"qvac {version} is in {target}")
+    return EXIT_DONE
+
+
+def _staging_folder() -> str:
+    """A new folder beside the final one, under a name that nobody takes for a CLI."""
+    import tempfile
+
+    home = qvac_home()
+    try:
+        os.makedirs(home, mode=0o700, exist_ok=True)
+        staging = tempfile.mkdtemp(prefix="cli.", dir=home)
+        with open(os.path.join(staging, "package.json"), "w") as file:
+            file.write('{"private": true}\n')  # else npm looks for a project further up
+    except OSError as error:
+        raise _CommandError(f"cannot write to {home}: {error.strerror}") from None
+    return staging
+
+
+def _npm_install(npm: str, staging: str, args: Any) -> None:
+    import subprocess
+
+    package = f"{_CLI_PACKAGE}@{args.version}"
+    logs = os.path.join(staging, "npm-logs")
+    argv = [npm, "install", "--prefix", staging, "--logs-dir", logs, "--no-audit", "--no-fund", package]
+    # Its own descriptors, not a pipe: npm draws its progress only on a terminal. Our stdout stays ours.
+    shown: Any = subprocess.DEVNULL if args.quiet or sys.stderr is None else sys.stderr
+    child = subprocess.Popen(argv, cwd=staging, stdin=subprocess.DEVNULL, stdout=shown, stderr=shown)
+    try:
+        code = child.wait()
+    except BaseException:
+        child.terminate()  # Ctrl-C has reached it too; a signal for us alone has not
+        child.wait()
+        raise
+    if code:
+        raise _CommandError(f"npm could not install {package} (exit code {code}): {_npm_reason(logs)}")
+
+
+def _npm_reason(logs: str) -> str:
+    """What npm complained about, out of its log: on the terminal it may be screens away."""
+    said = []
+    for name in sorted(os.listdir(logs) if os.path.isdir(logs) else []):
+        with open(os.path.join(logs, name), encoding="utf-8", errors="replace") as file:
+            parts = [line.strip().split(" ", 2) for line in file]
+        said += [part[2] for part in parts if len(part) == 3 and part[1] == "error"]
+    said = [line for line in said if line.strip() and "complete log" not in line]
+    return "; ".join(said[:3]) or "it gave no reason"
+
+
+def _installed_version(staging: str) -> str:
+    """Prove that the new CLI runs, and return its version."""
+    import shutil
+
+    qvac = shutil.which("qvac", path=os.path.join(staging, "node_modules", ".bin"))
+    if not qvac:
+        raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
+    lines = _tool_output([qvac, "--version"]).splitlines()
+    return lines[-1] if lines else "of unknown version"
+
+
+def _put_in_place(staging: str) -> str:
+    """Make STAGING the CLI. Between the renames there is none; if the second fails the old one comes back."""
+    target = os.path.join(qvac_home(), "cli")
+    old = staging + ".old"
+    replaced = os.path.lexists(target)
+    if replaced:
+        os.rename(target, old)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if replaced:
+            os.rename(old, target)
+        raise
+    _remove_tree(old)
+    return target
+
+
+def _remove_tree(path: str) -> None:
+    import shutil
+
+    for _attempt in range(20):  # npm's helpers may still be writing for a moment after it was stopped
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.1)
+
+
+def _do_demo(args: Any) -> int:
+    import shutil
+    import tempfile
+
+    before = os.environ.get("QVAC_MANAGED_DIR")
+    folder = os.environ["QVAC_MANAGED_DIR"] = tempfile.mkdtemp(prefix="qvac-demo.")
+    try:
+        _Demo(folder).run()
+    finally:
+        for serve in list_serves():
+            stop_serve(serve.fleet_key)
+        shutil.rmtree(folder, ignore_errors=True)
+        if before is None:
+            del os.environ["QVAC_MANAGED_DIR"]
+        else:
+            os.environ["QVAC_MANAGED_DIR"] = before
+    return EXIT_DONE
+
+
+class _Demo:
+    """The life of a serve, told as it happens."""
+
+    idle_timeout = 2.0  # seconds; the default is minutes
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        _out(f"{time.monotonic() - self.began:5.1f} s  {text}")
+
+    def run(self) -> None:
+        model = _sample_model()
+        self.say(f"asking for {model} on the built-in echo serve: no model is loaded")
+        options: Dict[str, Any] = {"models": [model], "serve_bin_path": ECHO}
+        with create_qvac("managed", serve_idle_timeout=self.idle_timeout, **options) as client:
+            self.say(f"a serve runs at {client.base_url} (pid {client.pid}, its runner {client.runner_pid})")
+            self.say("it says: {}".format(client.chat("hello")))
+            self.share(model, client)
+            self.recover(client)
+        self.say(f"the last user is gone; idle for {self.idle_timeout:.0f} s, then it ends")
+        self.wait_for_reap()
+
+    def share(self, model: str, client: ManagedQvac) -> None:
+        import json
+
+        words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(self.idle_timeout), model]
+        other = json.loads(_tool_output([*_own_command(), *words]))
+        if other["pid"] != client.pid:
+            raise _CommandError("the second process got another serve (pid {})".format(other["pid"]))
+        self.say(f"a second process asked for the same and got the same serve (pid {other['pid']})")
+
+    def recover(self, client: ManagedQvac) -> None:
+        pid = client.pid
+        kill_process(pid)
+        self.say(f"killed the serve (pid {pid})")
+        answer = client.chat("are you back?")
+        self.say(f"the same client asked again, and waited: {answer}")
+        self.say(f"a serve runs at {client.base_url} (pid {client.pid})")
+
+    def wait_for_reap(self) -> None:
+        deadline = time.monotonic() + self.idle_timeout + 10.0
+        while self.files() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self.files():
+            raise _CommandError(f"left behind in {self.folder}: {', '.join(self.files())}")
+        self.say("it is gone, and so is every file of it but the log")
+
+    def files(self) -> List[str]:
+        """What has to be gone in the end."""
+        return [name for name in sorted(os.listdir(self.folder)) if not name.endswith((".log", ".guard"))]
+
+
+def _own_command() -> List[str]:
+    """What runs this command line again: this file, or, where it is inside a zip, an import of it."""
+    if os.path.isfile(_THIS_FILE):
+        return [sys.executable, _THIS_FILE]
+    folder, name = os.path.split(_THIS_FILE)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import %s as m; sys.exit(m.main())"
+    return [sys.executable, "-c", code % os.path.splitext(name)[0], folder]
+
+
+# completion.
+
+# In each the words up to the cursor go to `__complete`, which prints what the last one may become. Where
+# there is no qvac-managed command (this file was copied, not installed), SELF makes one out of it.
+_COMPLETION_SCRIPTS = {
+    "bash": """\
+command -v qvac-managed >/dev/null || qvac-managed() { SELF "$@"; }
+_qvac_managed() {
+    local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    [ "${words[COMP_CWORD-1]}" = "=" ] && words[COMP_CWORD-1]=""
+    COMPREPLY=($(qvac-managed __complete "${words[@]}" 2>/dev/null))
+}
+complete -o default -F _qvac_managed qvac-managed
+""",
+    "zsh": """\
+#compdef qvac-managed
+command -v qvac-managed >/dev/null || qvac-managed() { SELF "$@"; }
+_qvac_managed() {
+    local -a found
+    found=("${(@f)$(qvac-managed __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    if [[ -n "$found" ]]; then compadd -- "${found[@]}"; else _files; fi
+}
+compdef _qvac_managed qvac-managed
+""",
+    "fish": """\
+type -q qvac-managed; or function qvac-managed; SELF $argv; end
+function __qvac_managed
+    qvac-managed __complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null
+end
+complete -c qvac-managed -f -a '(__qvac_managed)'
+complete -c qvac-managed -n '__fish_seen_argument -l spec -l bin' -F
+complete -c qvac-managed -n '__fish_seen_subcommand_from run; and contains -- -- (commandline -opc)' -F
+""",
+}
+
+
+def _do_completion(args: Any) -> int:
+    if len(args.words) != 1 or args.words[0] not in _COMPLETION_SCRIPTS:
+        raise _usage_error("completion: say for which shell: {}".format(", ".join(_COMPLETION_SCRIPTS)))
+    quote = _quote_for_fish if args.words[0] == "fish" else _quote_for_sh
+    _out(_COMPLETION_SCRIPTS[args.words[0]].replace("SELF", " ".join(map(quote, _own_command()))), end="")
+    return EXIT_DONE
+
+
+def _complete(words: List[str]) -> int:
+    """Print what the last of WORDS, which may be empty, can become; nothing where file names are wanted."""
+    current = words[-1] if words else ""
+    if len(words) < 2:
+        choices = [*list(_COMMANDS), "--help", "--version"]
+    elif words[0] in _COMMANDS and "--" not in words[:-1]:
+        choices = _choices(words[0], words[-2], current)
+    else:
+        choices = []
+    for choice in choices:
+        if choice.startswith(current):
+            _out(choice)
+    return EXIT_DONE
+
+
+def _choices(name: str, before: str, current: str) -> List[str]:
+    command = _COMMANDS[name]
+    for key in command.flags:
+        flags, value, _convert, _default, _help = _FLAGS[key]
+        if value and before in flags.split():
+            return _flag_values(key)
+    if current.startswith("-"):
+        return ["--help"] + [_FLAGS[key][0].split()[-1] for key in command.flags]
+    if "KEY" in command.words:
+        aliases = _aliases_by_key()
+        return sorted(aliases) + sorted({alias for names in aliases.values() for alias in names})
+    if name == "completion":
+        return list(_COMPLETION_SCRIPTS)
+    if "MODEL" in command.words or "PATTERN" in command.words:
+        prefix = current[: current.find("=") + 1]
+        return [prefix + model for model in _model_names()]
+    return []
+
+
+def _model_names() -> List[str]:
+    return [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
+
+
+def _flag_values(key: str) -> List[str]:
+    if key == "shell":
+        return list(_SHELLS)
+    if key == "endpoint":
+        return sorted({info.endpoint for info in all_models() if info.endpoint})
+    return ["5m", "2h", "never"] if key == "idle_timeout" else []
+
+
+# The table of commands, and the help made out of it.
+
+
+class _Command:
+    """One row of the table: what runs it, what it takes, what its help says."""
+
+    def __init__(
+        self,
+        run: Callable[[Any], int],
+        words: str,
+        most: Optional[int],
+        flags: Sequence[str],
+        about: str,
+        examples: Sequence[str],
+    ) -> None:
+        self.run = run
+        self.words = words  # as in the usage line
+        self.most = most  # how many words it takes; None: any number
+        self.flags = flags
+        self.about = about  # its first line is the summary
+        self.examples = examples
+
+
+_COMMANDS: Dict[str, _Command] = {
+    "serve": _Command(
+        _do_serve, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("json", "quiet"),
+        "Start or attach to a serve, print its URL, hold it till Ctrl-C.\n"
+        "SIGTERM detaches and exits with 0, Ctrl-C with 130.",
+        ("serve qwen3.5-9b", "serve gpt-4o-mini=qwen3.5-9b --ctx-size 8192 --port 11434"),
+    ),
+    "up": _Command(
+        _do_up, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("json", "quiet"),
+        "Start or attach to a serve, print its URL, return.\n"
+        "It lives while it is used, and for the idle timeout after that.",
+        ("up qwen3.5-9b", "up qwen3.5-9b --idle-timeout 2h", "up tiny=./tiny.gguf --set device=cpu"),
+    ),
+    "run": _Command(
+        _do_run, "MODEL... -- COMMAND...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("quiet",),
+        "Run a command, and hold a serve for as long as it runs.\n"
+        "The command finds it in OPENAI_BASE_URL, OPENAI_API_KEY, QVAC_BASE_URL...\n"
+        "Exit code: the command's, 128+n for signal n, 127 if there is no such command.",
+        ("run --agent qwen3.5-9b -- aider", "run tiny=./tiny.gguf -- python app.py"),
+    ),
+    "env": _Command(
+        _do_env, "MODEL...", None, ("shell", *_MODEL_FLAGS, *_PLACE_FLAGS, *_TIME_FLAGS, "json", "quiet"),
+        "Start or attach to a serve, print its variables for a shell.",
+        ('eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source"),
+    ),
+    "ps": _Command(
+        _do_ps, "", 0, ("watch", "json", "quiet"),
+        "List every serve with its state, models, users and times.\n"
+        "A model that is not loaded has its state behind it. IDLE/LEFT: how long the\n"
+        "serve stays when unused, and what is left of that. MEM: serve and worker.",
+        ("ps", "ps --watch", "ps --json"),
+    ),
+    "stop": _Command(
+        _do_stop, "KEY|MODEL...", None, ("all", "json", "quiet"),
+        "Stop serves now, whoever uses them; returns when they are gone.\n"
+        "A key may be cut short. Exit code 3: no such serve.",
+        ("stop qwen3.5-9b", "stop ff42c973", "stop --all"),
+    ),
+    "logs": _Command(
+        _do_logs, "KEY|MODEL", 1, ("lines", "follow"),
+        "Show what a serve printed; also that of one which is gone.",
+        ("logs qwen3.5-9b", "logs -n 20 -f ff42c973"),
+    ),
+    "models": _Command(
+        _do_models, "[PATTERN]", 1, ("endpoint", "json", "quiet"),
+        "List the models that can be named, with their sizes.\n"
+        "PATTERN is part of a name, or has * and ? in it.",
+        ("models", "models qwen3", "models --endpoint embeddings"),
+    ),
+    "chat": _Command(
+        _do_chat, "MODEL [PROMPT]", None,
+        ("system", "stats", *_MODEL_FLAGS, *_PLACE_FLAGS, *_TIME_FLAGS, "json", "quiet"),
+        "Answer one prompt, or hold a conversation.\n"
+        "PROMPT - is read from stdin. In a conversation /bye or Ctrl-D ends.",
+        ("chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b -"),
+    ),
+    "explain": _Command(
+        _do_explain, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + ("json",),
+        "Show the config and key these arguments make; start nothing.\n"
+        "Also whether a serve has that key, and in what each other one differs.",
+        ("explain qwen3.5-9b --agent",),
+    ),
+    "doctor": _Command(
+        _do_doctor, "", 0, ("fix", "json"),
+        "Check what serves need, and say what to type.\n"
+        "Changes nothing without --fix. Exit code 1: a check failed.",
+        ("doctor", "doctor --fix"),
+    ),
+    "install-cli": _Command(
+        _do_install_cli, "", 0, ("version", "json", "quiet"),
+        "Install the qvac command under ~/.qvac/cli, with npm.\n"
+        f"For those who have Node.js {_MIN_NODE} or newer and nothing else.",
+        ("install-cli", "install-cli --version 0.13.1"),
+    ),
+    "demo": _Command(
+        _do_demo, "", 0, (),
+        "Show the whole life of a serve in seconds, without a model.",
+        ("demo",),
+    ),
+    "completion": _Command(
+        _do_completion, "bash|zsh|fish", 1, (),
+        "Print a script that completes commands, models and keys.",
+        ('eval "$(PROGRAM completion bash)"', "completion fish | source"),
+    ),
+}
+
+_WORD_HELP = {
+    "MODEL": "NAME, ALIAS=NAME or ALIAS=/path/model.gguf (see `models`)",
+    "KEY|MODEL": "a key or the start of one, or a model of the serve (see `ps`)",
+}
+
+
+def _program() -> str:
+    """How this command line was called, so that what a message says to type works."""
+    name = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else ""
+    if not name.endswith((".py", ".pyz", ".zip")):
+        return "qvac-managed"
+    python = os.path.basename(sys.executable or "python3").replace(".exe", "")
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"{python} -m {spec.name}" if spec else f"{python} {sys.argv[0]}"
+
+
+def _overview() -> str:
+    lines = [f"usage: {_program()} COMMAND [options]", ""]
+    lines += ["Local model servers that start when needed and end when unused. Try: demo", ""]
+    lines += [f"  {name:12} {command.about.splitlines()[0]}" for name, command in _COMMANDS.items()]
+    lines += ["", "COMMAND --help says more, with examples. --version prints the version."]
+    return "\n".join(lines)
+
+
+def _command_help(name: str) -> str:
+    command = _COMMANDS[name]
+    options = " [options]" if command.flags else ""
+    words = command.words.split(" -- ")
+    usage = words[0] + options + "".join(" -- " + word for word in words[1:])
+    word = words[0].replace("...", "").split(" ")[0]
+    rows = [(word, _WORD_HELP[word])] if word in _WORD_HELP else []
+    for key in command.flags:
+        flags, value, _convert, _default, text = _FLAGS[key]
+        rows.append((flags.replace(" ", ", ") + (" " + value if value else ""), text))
+    left = max([len(row[0]) for row in rows] or [0])
+    lines = [f"usage: {_program()} {name} {usage.strip()}", "", command.about, ""]
+    lines += [f"  {row[0].ljust(left)}  {row[1]}" for row in rows]
+    lines += [""] if rows else []
+    return "\n".join(lines + ["  " + _example(text) for text in command.examples])
+
+
+def _example(text: str) -> str:
+    return text.replace("PROGRAM", _program()) if "PROGRAM" in text else f"{_program()} {text}"
 
 
 # ==================================================================================================
