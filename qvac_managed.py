@@ -2421,7 +2421,7 @@ class guard:
     """
 
     def __init__(self, timeout: float = GUARD_TIMEOUT) -> None:
-        self._timeout = timeout
+        self._timeout, self._fd, self._owner = timeout, -1, os.getpid()
 
     def __enter__(self) -> None:
         path = os.path.join(ensure_managed_serves_dir(), "registry.guard")
@@ -2432,7 +2432,7 @@ class guard:
         try:
             self._wait_for_lock(path)
         except BaseException:
-            os.close(self._fd)
+            self._close()
             raise
         _guard_fds.add(self._fd)
 
@@ -2446,9 +2446,18 @@ class guard:
             pause = min(pause * 1.5, 0.02)
 
     def __exit__(self, *_: Any) -> None:
-        _guard_fds.discard(self._fd)
         unlock_file(self._fd)
-        os.close(self._fd)
+        self._close()
+
+    def _close(self) -> None:
+        _guard_fds.discard(self._fd)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def __del__(self) -> None:
+        """For a Ctrl-C before the block began: a program that lives on would lock all others out."""
+        if self._fd >= 0 and self._owner == os.getpid():
+            self._close()
 
 
 RUNNER_MARK = "runner-"  # begins the nonce of a lock that a runner holds
@@ -3644,7 +3653,7 @@ def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, s
 def _retarget(url: str, base_url: str) -> str:
     """A path joined to base_url, or the path and query of a URL at base_url's address."""
     scheme, found, rest = url.partition("://")
-    if not found or "/" in scheme:
+    if not found or not scheme.isalpha():
         return "%s/%s" % (base_url, url.lstrip("/"))
     ends = [rest.index(c) for c in "/?#" if c in rest]
     path = rest[min(ends) :] if ends else "/"
@@ -3786,7 +3795,7 @@ class _Resolver:
             self._make_private()
         self.consumer_id = _new_consumer_id()
         self.cancelled = False
-        self._state = allocate_lock()
+        self._state = RLock()  # a signal handler of the host may close the client in the middle of it
         self._pending: Tuple[Any, float] = (None, 0.0)  # which record has refused connections since when
         self._spawned = False  # this resolution has started the serve: if it fails, it is ours to stop
 
@@ -3803,7 +3812,7 @@ class _Resolver:
 
     def forget_parent(self) -> None:
         """In a forked child: the marker is the parent's; a request of the child will write its own."""
-        self._state = allocate_lock()
+        self._state = RLock()
         self.consumer_id = _new_consumer_id()
 
     def register_again_if_lost(self) -> None:
@@ -3846,6 +3855,7 @@ class _Resolver:
                     self._withdraw_marker()
                     self._make_private()
         except BaseException:
+            release_lock(self.key)
             self._withdraw_marker()
             if self._spawned:
                 self._stop_if_unused()
@@ -4266,6 +4276,7 @@ def create_qvac(
 
     Raises the errors of this module (base: QvacManagedModeError); then nothing is left behind.
     """
+    headers = _checked_headers(headers)
     if mode == "external":
         return Qvac(base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL,
                     api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY,
@@ -4285,9 +4296,25 @@ def create_qvac(
         _on_resolver(resolver)
     if close_on_parent_exit:
         _watch_parent(resolver)  # before resolving: a parent may die during a long first download
-    client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
-    _open_clients[id(client)] = client
-    return client
+    try:
+        client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
+        _open_clients[id(client)] = client
+        return client
+    except BaseException:
+        resolver.cancel()  # and with it the watch on the parent
+        raise
+
+
+def _checked_headers(headers: Any) -> Dict[str, str]:
+    """Before anything is started, not when it is done."""
+    refusal = InvalidManagedModelError("`headers` is a mapping of names to values, both strings.")
+    try:
+        checked = dict(headers or {})
+    except (TypeError, ValueError):
+        raise refusal from None
+    if not all(isinstance(text, str) for pair in checked.items() for text in pair):
+        raise refusal
+    return checked
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
