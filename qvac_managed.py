@@ -719,7 +719,7 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return ctypes.WinDLL("kernel32", use_last_error=True)
 
     def this_place() -> str:
-        return "%s:0:0" % _machine_id()
+        return "%s::0" % _machine_id()  # no id of the boot: start times are of the wall clock, so none is needed
 
     def process_start(pid: int) -> Optional[str]:
         """A token that tells this process from a later one with its pid; None: dead; "": cannot tell."""
@@ -1513,7 +1513,7 @@ else:
                 if os.readlink("/proc/self") != str(os.getpid()):
                     namespace = -namespace  # /proc shows another namespace's processes: see process_start
             except OSError:
-                namespace = 0
+                boot, namespace = "", 0  # it could be any container of this machine
             return "%s:%s:%d" % (_machine_id(), boot, namespace)
 
         def _stat_fields(pid: Union[int, str]) -> List[bytes]:
@@ -1837,11 +1837,10 @@ _places: Dict[int, str] = {}
 
 def place() -> str:
     """`this_place()`, once per process."""
-    pid = os.getpid()
-    if pid not in _places:
-        _places.clear()
-        _places[pid] = this_place()
-    return _places[pid]
+    found = _places.get(os.getpid())
+    if found is None:
+        found = _places[os.getpid()] = this_place()
+    return found
 
 
 def process_alive(pid: int) -> bool:
@@ -1856,19 +1855,33 @@ is_process_alive = process_alive  # the provider's name for it
 ALIVE, DEAD, FOREIGN = "alive", "dead", "foreign"
 
 
+def judge_place(where: str) -> str:
+    """ALIVE: it is here. DEAD: an earlier boot of this machine. FOREIGN: elsewhere, or it cannot be told.
+
+    No two boots have the same id, so a machine that has got another name since (laptops do) is still here.
+    """
+    if where == place():
+        return ALIVE
+    machine, boot, namespace = where.split(":") if where.count(":") == 2 else ("", "", "")
+    my_machine, my_boot, my_namespace = place().split(":")
+    if not boot or not my_boot:
+        return FOREIGN
+    if boot == my_boot:
+        return ALIVE if namespace == my_namespace else FOREIGN
+    return DEAD if machine == my_machine else FOREIGN
+
+
 def judge_process(pid: int, start: str, where: str) -> str:
     """Whether the process that wrote its identity still lives: ALIVE, DEAD, or FOREIGN (cannot tell).
 
-    Its start time settles it, for pids are used again. An identity from an earlier boot of this
-    machine is dead; one from another machine or pid namespace sharing the folder is FOREIGN:
-    neither to be trusted nor to be cleared away.
+    Its start time settles it, for pids are used again. One from another machine or pid namespace sharing
+    the folder is FOREIGN: neither to be trusted nor to be cleared away.
     """
-    here = place()
     if not 0 < pid < 2**31:
         return DEAD  # to the kernel, 0 and the negative ones are groups
-    if where != here:
-        machine, boot = where.split(":")[:2] if where.count(":") == 2 else ("", "")
-        return DEAD if (machine == here.split(":")[0] and boot and boot != here.split(":")[1]) else FOREIGN
+    verdict = judge_place(where)
+    if verdict != ALIVE:
+        return verdict
     now = process_start(pid)
     if now is None:
         return DEAD
@@ -2691,6 +2704,8 @@ def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -
     try:
         with _openers()[1].open(request, timeout=timeout) as response:
             body = response.read(MAX_BODY_BYTES + 1)
+            if response.length and len(body) <= MAX_BODY_BYTES:  # what is still to come never came
+                raise http.client.IncompleteRead(body, response.length)
     except urllib.error.HTTPError as error:
         with error:
             state = BUSY if error.code >= 500 or error.code == 429 else WRONG
@@ -3559,7 +3574,7 @@ class Qvac:
 
     def models(self) -> List[Dict[str, Any]]:
         """The serve's models as it lists them: dicts with `id` and, on a QVAC serve, `state`."""
-        return list(self._json("/models", None, None)["data"])
+        return self._json("/models", None, None, lambda answer: [{**model, "id": str(model["id"])} for model in answer["data"]])
 
     def chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
              **params: Any) -> str:  # fmt: skip
@@ -3568,7 +3583,8 @@ class Qvac:
         Raises ServeHTTPError with the serve's own message, and urllib's errors when it cannot be reached.
         """
         body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params}
-        return str(self._json("/chat/completions", body, timeout)["choices"][0]["message"].get("content") or "")
+        content = self._json("/chat/completions", body, timeout, lambda answer: answer["choices"][0]["message"]["content"])
+        return str(content or "")
 
     def stream_chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: Any) -> Iterator[str]:  # fmt: skip
@@ -3592,8 +3608,10 @@ class Qvac:
     def embed(self, texts: Any, model: Optional[str] = None, *, timeout: Optional[float] = None) -> List[List[float]]:
         """One vector for each text; a single string gives a list with one vector."""
         inputs = [texts] if isinstance(texts, str) else list(texts)
-        data = self._json("/embeddings", {"model": self._model(model), "input": inputs}, timeout)["data"]
-        return [item["embedding"] for item in sorted(data, key=lambda item: item.get("index", 0))]
+        body = {"model": self._model(model), "input": inputs}
+        items = self._json("/embeddings", body, timeout, lambda answer: [
+            (item.get("index", 0), item["embedding"]) for item in answer["data"]])  # fmt: skip
+        return [vector for _, vector in sorted(items, key=lambda item: item[0])]
 
     def environ(self) -> Dict[str, str]:
         """The variables that lead OpenAI and QVAC tools to this serve, its key among them."""
@@ -3616,11 +3634,17 @@ class Qvac:
         except urllib.error.HTTPError as error:
             raise _serve_error(error) from None
 
-    def _json(self, path: str, body: Any, timeout: Optional[float]) -> Any:
+    def _json(self, path: str, body: Any, timeout: Optional[float], pick: Callable[[Any], Any]) -> Any:
+        """What `pick` takes out of the JSON answer; an answer of another shape is a ServeHTTPError, too."""
         import json
 
         with self._open_json(path, body, timeout) as response:
-            return json.loads(response.read())
+            data = response.read()
+        try:
+            return pick(json.loads(data))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            shown = _shorten(data[:MAX_FILE_BYTES].decode("utf-8", "replace"), 300)
+            raise ServeHTTPError(200, "this is no answer to POST %s: %s" % (path, shown), data[:MAX_FILE_BYTES]) from None
 
 
 def _as_messages(prompt_or_messages: Any) -> List[Any]:
@@ -3830,7 +3854,8 @@ class _Resolver:
                 if not has_consumer(self.key, self.consumer_id):
                     add_consumer(self.key, self.consumer_id)
                 record = read_record(self.key)
-                if record is not None and record.place == place() and record.idle_timeout_ms < self.idle_timeout_ms:
+                is_here = record is not None and judge_place(record.place) == ALIVE
+                if record is not None and is_here and record.idle_timeout_ms < self.idle_timeout_ms:
                     # The longest wish wins; the runner sees that its record says more than it wrote.
                     record = record.with_fields(idle_timeout_ms=self.idle_timeout_ms)
                     write_record(record)
