@@ -3163,10 +3163,9 @@ class _Runner:
         return (record.runner_pid, record.runner_start, record.place) == (me, process_start(me), place())
 
     def _write_record(self, serve_pid: int) -> None:
-        """Under the guard. A client may have written a longer life into our record: the longest wish wins."""
-        me, current = os.getpid(), _read_any_record(self.key)
-        if current is not None and self._is_mine(current):
-            self.idle_timeout_ms = max(self.idle_timeout_ms, current.idle_timeout_ms)
+        """Under the guard."""
+        me = os.getpid()
+        self._hear_wishes()
         self.record = ServeRecord(
             fleet_key=self.key, api_key=self.api_key, serve_pid=serve_pid, runner_pid=me, port=self.port,
             host=self.host, base_url=base_url_of(self.host, self.port), config_path=self.config_path,
@@ -3176,6 +3175,12 @@ class _Runner:
             idle_since=self.empty_since or 0.0, ready_at=self.ready_at, serve_bin_path=self.serve_bin_path,
             pinned_port=self.port if self.pinned else 0)  # fmt: skip
         self.record_version = write_record(self.record)
+
+    def _hear_wishes(self) -> None:
+        """Under the guard. A client may have written a longer life into our record: the longest wish wins."""
+        current = _read_any_record(self.key)
+        if current is not None and self._is_mine(current):
+            self.idle_timeout_ms = max(self.idle_timeout_ms, current.idle_timeout_ms)
 
     def _keep_record(self) -> None:
         """Publish the record again if others removed it; give way to another live owner's."""
@@ -3284,7 +3289,8 @@ class _Runner:
         withdrawn = False
         try:
             with guard(timeout=1.0):
-                if live_consumers(self.key):
+                self._hear_wishes()
+                if live_consumers(self.key) or time.monotonic() - self.used_at < self._idle_timeout():
                     return False
                 self._remove_own_record()
             time.sleep(WITHDRAW_PAUSE)
@@ -3742,10 +3748,11 @@ class ManagedQvac(Qvac):
 
     def _recover(self, failed: _Target, original: Optional[BaseException]) -> _Target:
         """Resolve again, once for all threads that saw the same serve fail, and share what came of it."""
+        asked_at = time.monotonic()
         with self._recovery_lock:
             if self._target is not failed:
                 return self._target
-            if self._failure is not None and self._failure[0] is failed and self._waited_together():
+            if self._failure is not None and self._failure[0] is failed and asked_at < self._failed_at:
                 raise self._failure[1]
             try:
                 self._target = self._resolver.resolve(failed)
@@ -3757,9 +3764,6 @@ class ManagedQvac(Qvac):
                 raise
             self._failure = None
             return self._target
-
-    def _waited_together(self) -> bool:
-        return time.monotonic() - self._failed_at < 1.0
 
     def close(self) -> None:
         """Detach. Idempotent, quick, and final: nothing resolves, registers or spawns afterwards."""
@@ -4191,8 +4195,9 @@ def _started_runner(argv: Sequence[str], log_fd: int) -> RunnerChannel:
     try:
         return RunnerChannel(argv, log_fd)
     except OSError as error:
-        raise ServeSpawnFailedError("Could not start a runner with %s: %s. %s" % (
-            argv[0], error.strerror or error, _TROUBLE_HINTS.get(error.errno or 0, ""))) from None  # fmt: skip
+        hint = _TROUBLE_HINTS[error.errno] if error.errno in (errno.EMFILE, errno.EAGAIN) else ""
+        raise ServeSpawnFailedError(
+            "Could not start a runner with %s: %s. %s" % (argv[0], error.strerror or error, hint)) from None  # fmt: skip
 
 
 def _runner_died(key: str, code: Optional[int], api_key: str) -> str:
