@@ -4196,8 +4196,8 @@ def _started_runner(argv: Sequence[str], log_fd: int) -> RunnerChannel:
         return RunnerChannel(argv, log_fd)
     except OSError as error:
         hint = _TROUBLE_HINTS[error.errno] if error.errno in (errno.EMFILE, errno.EAGAIN) else ""
-        raise ServeSpawnFailedError(
-            "Could not start a runner with %s: %s. %s" % (argv[0], error.strerror or error, hint)) from None  # fmt: skip
+        text = "Could not start a runner with %s: %s. %s" % (argv[0], error.strerror or error, hint)
+        raise ServeSpawnFailedError(text) from None
 
 
 def _runner_died(key: str, code: Optional[int], api_key: str) -> str:
