@@ -2751,8 +2751,13 @@ def is_refused(error: BaseException) -> bool:
 
 def _serve_error(error: Any) -> ServeHTTPError:
     """An HTTP error answer (urllib.error.HTTPError) as ServeHTTPError, with the serve's own message."""
+    import http.client
+
     with error:
-        body = error.read(MAX_FILE_BYTES)
+        try:
+            body = error.read(MAX_FILE_BYTES)
+        except (OSError, http.client.HTTPException):
+            body = b""  # the connection broke, but its status was there
     answer = _strict_json(body)
     inner = answer.get("error") if isinstance(answer, dict) else None
     message = inner.get("message") if isinstance(inner, dict) else inner
@@ -3580,7 +3585,9 @@ class Qvac:
 
     def models(self) -> List[Dict[str, Any]]:
         """The serve's models as it lists them: dicts with `id` and, on a QVAC serve, `state`."""
-        return self._json("/models", None, None, lambda answer: [{**model, "id": str(model["id"])} for model in answer["data"]])
+        models: List[Dict[str, Any]] = self._json("/models", None, None, lambda answer: [
+            {**model, "id": str(model["id"])} for model in answer["data"]])  # fmt: skip
+        return models
 
     def chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
              **params: Any) -> str:  # fmt: skip
@@ -3589,8 +3596,8 @@ class Qvac:
         Raises ServeHTTPError with the serve's own message, and urllib's errors when it cannot be reached.
         """
         body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params}
-        content = self._json("/chat/completions", body, timeout, lambda answer: answer["choices"][0]["message"]["content"])
-        return str(content or "")
+        message = self._json("/chat/completions", body, timeout, lambda answer: {**answer["choices"][0]["message"]})
+        return str(message.get("content") or "")
 
     def stream_chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: Any) -> Iterator[str]:  # fmt: skip
@@ -3649,8 +3656,9 @@ class Qvac:
         try:
             return pick(json.loads(data))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            shown = _shorten(data[:MAX_FILE_BYTES].decode("utf-8", "replace"), 300)
-            raise ServeHTTPError(200, "this is no answer to POST %s: %s" % (path, shown), data[:MAX_FILE_BYTES]) from None
+            data = data[:MAX_FILE_BYTES]
+            shown = _shorten(data.decode("utf-8", "replace"), 300)
+            raise ServeHTTPError(200, "this is no answer to %s: %s" % (path, shown), data) from None
 
 
 def _as_messages(prompt_or_messages: Any) -> List[Any]:
