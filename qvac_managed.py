@@ -710,13 +710,18 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def detach() -> None:
         """The flags that it was started with have detached it."""
 
-    _QUERY, _SYNCHRONIZE, _TERMINATE = 0x1000, 0x100000, 0x0001  # PROCESS_* access rights (winnt.h)
+    _QUERY, _SYNCHRONIZE = 0x1000, 0x100000  # PROCESS_* access rights (winnt.h)
     _STILL_ACTIVE = 259
 
     def _kernel32() -> Any:
+        """A handle is as wide as a pointer: without these, ctypes would cut what it returns to an int."""
         import ctypes
+        from ctypes import wintypes
 
-        return ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+        for function in (kernel32.OpenProcess, kernel32.CreateJobObjectW, kernel32.CreateToolhelp32Snapshot):
+            function.restype = wintypes.HANDLE
+        return kernel32
 
     def this_place() -> str:
         return "%s::0" % _machine_id()  # no id of the boot: start times are of the wall clock, so none is needed
@@ -727,7 +732,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         from ctypes import wintypes
 
         kernel32 = _kernel32()
-        kernel32.OpenProcess.restype = wintypes.HANDLE
         handle = kernel32.OpenProcess(_QUERY, False, pid)
         if not handle:
             return "" if ctypes.get_last_error() == 5 else None  # ERROR_ACCESS_DENIED: it exists
@@ -756,7 +760,37 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return None
 
     def parent_of(pid: int) -> Optional[int]:
-        return None
+        return _parents().get(pid)
+
+    def _parents() -> Dict[int, int]:
+        """Each process's parent, as it was when the process was made (tlhelp32.h)."""
+        import ctypes
+        from ctypes import wintypes
+
+        class Entry(ctypes.Structure):  # PROCESSENTRY32W
+            _fields_ = [
+                ("dwSize", wintypes.DWORD), ("cntUsage", wintypes.DWORD), ("th32ProcessID", wintypes.DWORD),
+                ("th32DefaultHeapID", ctypes.c_size_t), ("th32ModuleID", wintypes.DWORD),
+                ("cntThreads", wintypes.DWORD), ("th32ParentProcessID", wintypes.DWORD),
+                ("pcPriClassBase", wintypes.LONG), ("dwFlags", wintypes.DWORD), ("szExeFile", wintypes.WCHAR * 260),
+            ]  # fmt: skip
+
+        kernel32, parents, entry = _kernel32(), {}, Entry()
+        entry.dwSize = ctypes.sizeof(entry)
+        snapshot = wintypes.HANDLE(kernel32.CreateToolhelp32Snapshot(0x2, 0))  # TH32CS_SNAPPROCESS
+        found = kernel32.Process32FirstW(snapshot, ctypes.byref(entry))
+        while found:
+            parents[int(entry.th32ProcessID)] = int(entry.th32ParentProcessID)
+            found = kernel32.Process32NextW(snapshot, ctypes.byref(entry))
+        kernel32.CloseHandle(snapshot)
+        return parents
+
+    def _descends(pid: int, ancestor: int, parents: Mapping[int, int]) -> bool:
+        seen: Set[int] = set()
+        while pid != ancestor and pid in parents and pid not in seen:
+            seen.add(pid)
+            pid = parents[pid]
+        return pid == ancestor
 
     def command_line(pid: int) -> Optional[List[str]]:
         return None
@@ -783,10 +817,28 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
 
+    def replace_file(source: str, target: str) -> None:
+        _while_in_use(lambda: os.replace(source, target))
+
+    def remove_file(path: str) -> None:
+        _while_in_use(lambda: os.unlink(path))
+
+    def _while_in_use(action: Callable[[], None]) -> None:
+        """A file that somebody is just reading can be neither replaced nor removed here: try again for a moment."""
+        deadline = time.monotonic() + 0.5
+        while True:
+            try:
+                return action()
+            except PermissionError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.005)
+
     class RunnerChannel:
         """The client's end of a starting runner: what it reports, line by line, and whether it lives."""
 
         def __init__(self, argv: Sequence[str], log_fd: int) -> None:
+            import queue
             import subprocess
             import threading
 
@@ -794,21 +846,26 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
             self._child = subprocess.Popen(
                 list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_fd, creationflags=flags,
                 env=runner_environ())  # fmt: skip
-            self._data, self._ended = b"", threading.Event()
-            self._thread = threading.Thread(target=self._drain, daemon=True)
-            self._thread.start()
+            self._lines: queue.Queue[bytes] = queue.Queue()  # an empty one is the end
+            threading.Thread(target=self._drain, daemon=True).start()
 
         def _drain(self) -> None:
             assert self._child.stdout is not None
             with self._child.stdout as pipe:
                 for line in pipe:
-                    self._data += line
-            self._ended.set()
+                    self._lines.put(line)
+            self._lines.put(b"")
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
-            self._ended.wait(timeout if not self._data else 0)
-            data, self._data = self._data, b""
-            return data, self._ended.is_set()
+            import queue
+
+            try:
+                line = self._lines.get(timeout=timeout)
+            except queue.Empty:
+                return b"", False
+            if not line:
+                self._lines.put(line)  # for the next one who asks
+            return line, not line
 
         def close(self) -> Optional[int]:
             code = self._child.poll()
@@ -829,14 +886,19 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
         def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
             import subprocess
+            from ctypes import wintypes
 
-            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+            # Ctrl-Break reaches only who shares the sender's console: the runner's, which has no window. A runner
+            # under pythonw has no console to share, and its serve would open one with a window.
+            flags = subprocess.CREATE_NEW_PROCESS_GROUP
+            flags |= 0 if _kernel32().GetConsoleCP() else subprocess.CREATE_NO_WINDOW
             self._job = _kill_on_close_job()
             self._child = subprocess.Popen(
                 list(argv), stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, creationflags=flags,
                 env=dict(environ), cwd=folder)  # fmt: skip
             self.pid = self._child.pid
-            _kernel32().AssignProcessToJobObject(self._job, int(self._child._handle))  # type: ignore[attr-defined]
+            handle = wintypes.HANDLE(int(self._child._handle))  # type: ignore[attr-defined]
+            _kernel32().AssignProcessToJobObject(self._job, handle)
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
             code = self._child.poll()
@@ -845,7 +907,7 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         def terminate(self) -> None:
             import signal
 
-            # A console-less child cannot be sent Ctrl-C; Ctrl-Break reaches a process group of its own.
+            # A process group of its own ignores Ctrl-C, but not Ctrl-Break.
             try:
                 self._child.send_signal(signal.CTRL_BREAK_EVENT)
             except OSError:
@@ -869,7 +931,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         from ctypes import wintypes
 
         kernel32 = _kernel32()
-        kernel32.CreateJobObjectW.restype = wintypes.HANDLE
         job = wintypes.HANDLE(kernel32.CreateJobObjectW(None, None))
         # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, class 9; LimitFlags is its third field (offset 16), and
         # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE is 0x2000.
@@ -888,10 +949,11 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def wait_for_event(timeout: float) -> None:
         time.sleep(min(timeout, 0.1))
 
-    def ask_to_stop(pid: int, folder: str) -> None:
+    def ask_to_stop(pid: int, folders: Sequence[str]) -> None:
         """Windows has no SIGTERM: a file in the serve's folder asks the runner to stop."""
-        with open(os.path.join(folder, "stop"), "w"):
-            pass
+        for folder in folders:
+            with open(os.path.join(folder, "stop"), "w"):
+                pass
 
     def terminate_process(pid: int) -> None:
         os.kill(pid, 15)  # TerminateProcess: there is nothing gentler
@@ -924,13 +986,17 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def who_listens(host: str, port: int, pid: int) -> str:
         if not _accepts_connections(host, port):
             return NOBODY
-        rows = [row for row in _netstat_rows(_netstat(), port) if row[0] == "LISTENING"]
-        # The listener may be a child of PID (a .cmd wrapper), which netstat cannot say.
-        return OURS if all(row[2] == str(pid) for row in rows) else UNKNOWN
+        # The names of the states are in the language of the system, so other columns have to tell them apart:
+        # a listener has no remote port, and what is in TIME_WAIT no process.
+        listeners = {row[2] for row in _netstat_rows(_netstat(), port) if row[1].endswith(":0")}
+        if not listeners or not all(owner.isdigit() for owner in listeners):
+            return UNKNOWN
+        parents = _parents()  # a wrapper's child may be the one that listens
+        return OURS if all(_descends(int(owner), pid, parents) for owner in listeners) else STRANGER
 
     def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
-        rows = _netstat_rows(_netstat(), port)
-        return (sum(row[0] == "ESTABLISHED" for row in rows), {row[1] for row in rows if row[0] == "TIME_WAIT"})
+        rows = [row for row in _netstat_rows(_netstat(), port) if not row[1].endswith(":0")]
+        return sum(row[2] != "0" for row in rows), {row[1] for row in rows if row[2] == "0"}
 
     def reserve_port(host: str, port: int) -> Tuple[Any, int]:
         import socket
@@ -940,11 +1006,12 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
     def parent_handle() -> Any:
         """A handle on the parent, opened while it lives: a pid alone may later be another process."""
-        kernel32 = _kernel32()
-        return kernel32.OpenProcess(_SYNCHRONIZE, False, os.getppid())
+        return _kernel32().OpenProcess(_SYNCHRONIZE, False, os.getppid())
 
     def parent_has_gone(handle: Any) -> bool:
-        return bool(_kernel32().WaitForSingleObject(handle, 0) == 0)
+        from ctypes import wintypes
+
+        return bool(_kernel32().WaitForSingleObject(wintypes.HANDLE(handle), 0) == 0)  # WAIT_OBJECT_0
 
     def command_for(path: str) -> List[str]:
         """How to start a found CLI: npm's .cmd shims cannot be started safely, so their script is."""
@@ -1039,6 +1106,8 @@ else:
         except OSError as error:
             return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR)
         return True
+
+    replace_file, remove_file = os.replace, os.unlink
 
     def unlock_file(fd: int) -> None:
         try:
@@ -1273,7 +1342,7 @@ else:
             except BlockingIOError:
                 pass
 
-    def ask_to_stop(pid: int, folder: str) -> None:
+    def ask_to_stop(pid: int, folders: Sequence[str]) -> None:
         os.kill(pid, _SIGTERM)
 
     def terminate_process(pid: int) -> None:
@@ -2062,7 +2131,7 @@ def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
         finally:
             os.close(fd)
         if replace:
-            os.replace(target, path)
+            replace_file(target, path)
     except BaseException:
         _unlink(target)
         raise
@@ -2082,7 +2151,7 @@ def file_version(path: str) -> Optional[Tuple[int, int, int]]:
 
 def _unlink(path: str) -> bool:
     try:
-        os.unlink(path)
+        remove_file(path)
         return True
     except OSError:
         return False
@@ -3462,6 +3531,13 @@ def remove_serve_folder(key: str, folder: str) -> None:
         _rmdir(folder)
 
 
+def serve_folders(key: str) -> List[str]:
+    """The folders of a key's serves: one, but for what a dead runner has left."""
+    folder = managed_serves_dir()
+    names = [name for name in _listdir(folder) if is_serve_folder_name(name) and name.startswith(key + ".")]
+    return [os.path.join(folder, name) for name in names]
+
+
 def is_serve_folder_name(name: str) -> bool:
     parts = name.split(".")
     return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
@@ -4600,7 +4676,7 @@ def stop_serve(fleet_key: str) -> bool:
     if FOREIGN in (serve, runner):
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if runner == ALIVE and _is_runner_of(record):
-        _stop_runner(record.runner_pid, record.runner_start, [os.path.dirname(record.config_path)])
+        _stop_runner(fleet_key, record.runner_pid, record.runner_start)
     elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.has_identities):
         raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
@@ -4612,28 +4688,26 @@ def _is_runner_of(record: ServeRecord) -> bool:
     return record.has_identities or (record.names_its_serve and parent_of(record.serve_pid) == record.runner_pid)
 
 
-def _stop_runner(pid: int, start: str, folders: Sequence[str]) -> None:
+def _stop_runner(key: str, pid: int, start: str) -> None:
     """SIGTERM, and after the time its own stop ladder may take, SIGKILL: its guard then kills the serve."""
-    try:
-        for folder in folders:
-            ask_to_stop(pid, folder)
-    except OSError:
-        return
+    start = start or process_start(pid) or ""  # a provider's record does not tell it
     deadline = time.monotonic() + STOP_GRACE + 3 * GROUP_GRACE
-    while process_start(pid) == (start or process_start(pid)) and process_start(pid) is not None:
-        if time.monotonic() > deadline:
-            kill_process(pid)
-            deadline += STOP_GRACE
-        time.sleep(0.01)
+    try:
+        ask_to_stop(pid, serve_folders(key))
+        while process_start(pid) == start:
+            if time.monotonic() > deadline:
+                kill_process(pid)
+                deadline += STOP_GRACE
+            time.sleep(0.01)
+    except OSError:
+        pass  # it has gone in between
 
 
 def _stop_starting(fleet_key: str) -> bool:
     """Stop a runner whose serve is not ready yet: it holds the spawn lock."""
     runner_pid = _starting_runner(fleet_key)
     if runner_pid:
-        names = [name for name in _listdir(managed_serves_dir()) if name.startswith(fleet_key + ".")]
-        folders = [os.path.join(managed_serves_dir(), name) for name in names if is_serve_folder_name(name)]
-        _stop_runner(runner_pid, process_start(runner_pid) or "", folders or [""])
+        _stop_runner(fleet_key, runner_pid, "")
     return bool(runner_pid)
 
 
@@ -4700,11 +4774,16 @@ def _sweep_leftovers() -> None:
         stale_after = _stale_after(name, rest, is_owned)
         if stale_after is None or age <= stale_after:
             continue
-        if rest == "consumers":
-            if not _live_markers(key):
-                _rmdir(path)
-        elif not _unlink(path):
-            remove_serve_folder(key, path)
+        try:
+            if rest == "consumers":
+                if not _live_markers(key):
+                    _rmdir(path)
+            elif is_serve_folder_name(name):
+                remove_serve_folder(key, path)
+            else:
+                _unlink(path)
+        except RegistryError:
+            pass  # unreadable: not a reason for every start to fail
 
 
 def _stale_after(name: str, rest: str, is_owned: bool) -> Optional[float]:
