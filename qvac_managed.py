@@ -5421,9 +5421,7 @@ def _expected_failure(error: Exception) -> Optional[str]:
 def _one_line(text: str) -> str:
     """An error with the output of a serve behind it, cut down to that output's last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["failed"]
-    if len(lines) == 1:
-        return lines[0]
-    return f"{lines[0]} Its last words: {_shorten(lines[-1], 200)} (the rest: {_program()} logs MODEL)"
+    return lines[0] if len(lines) == 1 else f"{lines[0]} Its last words: {_shorten(lines[-1], 200)}"
 
 
 def _dispatch(words: List[str]) -> int:
@@ -5456,7 +5454,7 @@ def _or_did_you_mean(word: str, known: Any) -> str:
     return "; did you mean {}?".format(" or ".join(close)) if close else ""
 
 
-# Streams and signals.
+# -- streams and signals
 
 
 def _prepare_streams() -> None:
@@ -5567,11 +5565,11 @@ def _signal_name(signum: int) -> str:
     return signal.Signals(signum).name
 
 
-# Arguments. Each converter takes the flag, for its message, and the text behind it.
+# -- arguments: each converter takes the flag, for its message, and the text behind it
 
 
 def _whole_number(flag: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise _usage_error(f"{flag} {text}: give a whole number")
     return int(text)
 
@@ -5602,15 +5600,15 @@ def _setting(flag: str, text: str) -> Tuple[str, Any]:
     if not (key and equals):
         raise _usage_error(f"{flag} {text}: write it as KEY=VALUE, like ctx_size=8192")
     try:
-        return key, json.loads(value, parse_constant=lambda name: json.loads(f'"{name}"'))
-    except ValueError:
+        return key, json.loads(value, parse_constant=str)
+    except (ValueError, RecursionError):
         return key, value
 
 
 def _specs(flag: str, text: str) -> List[Any]:
     import json
 
-    source, where = text, f"{flag}"
+    source, where = text, flag
     if not text.lstrip().startswith(("[", "{")):
         where = f"{flag} {text}"
         try:
@@ -5620,7 +5618,7 @@ def _specs(flag: str, text: str) -> List[Any]:
             raise _usage_error("{}: {}".format(where, getattr(error, "strerror", None) or error)) from None
     try:
         value = json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _usage_error(f"{where} is not JSON: {error}") from None
     if not isinstance(value, (dict, list)):
         raise _usage_error(f"{where}: one model spec, or a list of them")
@@ -5695,7 +5693,7 @@ def _parse(name: str, words: List[str]) -> Any:
         _add_flag(parser, key)
     cut = words.index("--") if "--" in words else len(words)
     args, rest = parser.parse_known_args(words[:cut])
-    args.command = name
+    args.command, args.typed = name, words
     args.tail = words[cut + 1 :] if cut < len(words) else None
     args.words = rest if name == "run" else rest + (args.tail or [])
     _refuse_strays(name, rest, args)
@@ -5804,9 +5802,19 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
     progress = _ProgressLine(args.quiet)
     try:
         client: ManagedQvac = create_qvac("managed", on_progress=progress, **options)
+    except ServeExitedError as error:
+        progress.clear()
+        raise _CommandError(f"{_one_line(str(error))} (all of them: {_program()} logs {_key(args, words)})") from None
     finally:
         progress.clear()
     return client
+
+
+def _key(args: Any, words: Sequence[str]) -> str:
+    """The fleet key that the arguments make."""
+    bin_path = _serve_bin_path(args)
+    config = synthesize_serve_config(_models(args, words), bin_path)
+    return compute_fleet_key(config, args.host, serve_bin_path=bin_path, serve_port=args.port)
 
 
 def _refuse_private(args: Any) -> None:
@@ -5814,7 +5822,7 @@ def _refuse_private(args: Any) -> None:
         raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
 
 
-# Progress and tables.
+# -- progress and tables
 
 
 class _ProgressLine:
@@ -5933,7 +5941,7 @@ def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
-# serve, up, run, env.
+# -- serve, up, run, env
 
 
 def _do_serve(args: Any) -> int:
@@ -5987,7 +5995,9 @@ def _do_env(args: Any) -> int:
     for name, value in variables.items():
         _out(_assignment(shell, name, value))
     if _is_terminal(sys.stdout):
-        command = " ".join([_program(), "env", *args.words])
+        import shlex
+
+        command = " ".join([_program(), "env", *map(shlex.quote, args.typed)])
         _note(args, "# to set them in this shell: " + _eval_hint(shell, command))
     return EXIT_DONE
 
@@ -6095,7 +6105,7 @@ def _silence_logging() -> Callable[[], None]:
     return undo
 
 
-# ps, stop, logs.
+# -- ps, stop, logs
 
 
 def _do_ps(args: Any) -> int:
@@ -6232,15 +6242,22 @@ def _do_stop(args: Any) -> int:
         raise _usage_error(f"stop: name a serve by key or model, or say --all; see {_program()} ps")
     aliases = _aliases_by_key()
     keys, missing = (list(aliases), None) if args.all else _stop_targets(args.words, aliases)
-    results = [{"fleet_key": key, "stopped": stop_serve(key)} for key in keys]
+    failure: Optional[Exception] = missing
+    results = []
+    for key in keys:
+        try:
+            results.append({"fleet_key": key, "stopped": stop_serve(key)})
+        except QvacManagedModeError as error:
+            failure = failure or error  # the others are stopped all the same
+            continue
+        if not args.json:
+            _out("{} {}".format("stopped" if results[-1]["stopped"] else "was gone already:", key))
     if args.json:
         _print_json(results)
-    for result in [] if args.json else results:
-        _out("{} {}".format("stopped" if result["stopped"] else "was gone already:", result["fleet_key"]))
-    if missing is not None:
-        raise missing
-    if not results and not args.json:
+    elif not keys and failure is None:
         _note(args, "no serve is running")
+    if failure is not None:
+        raise failure
     return EXIT_DONE
 
 
@@ -6267,12 +6284,11 @@ def _do_logs(args: Any) -> int:
     path = log_path(key)
     if not os.path.exists(path):
         raise _CommandError(f"{key} keeps no log: the JavaScript provider started it")
-    with open(path, "rb") as file:
-        _copy_last_lines(file, args.lines)
-        position = file.tell()
+    log = _LogReader(path)
+    log.copy_last_lines(args.lines)
     while args.follow:
         time.sleep(_FOLLOW_INTERVAL)
-        position = _copy_growth(path, position)
+        log.copy_growth()
     return EXIT_DONE
 
 
@@ -6291,27 +6307,41 @@ def _key_of_past_model(word: str, aliases: Mapping[str, Sequence[str]]) -> str:
     return word
 
 
-def _copy_last_lines(file: Any, count: int) -> None:
-    import collections
+class _LogReader:
+    """Copies a log to stdout, and goes on with it when its runner cuts it or another file takes its place."""
 
-    for line in collections.deque(file, maxlen=count):
-        _out_bytes(line)
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.inode = 0
+        self.position = 0
+        self.last = b""  # the end of what was copied: found again in a log that was cut, copying goes on there
 
+    def copy_last_lines(self, count: int) -> None:
+        with open(self.path, "rb") as file:
+            data = file.read()
+            self.inode = os.fstat(file.fileno()).st_ino
+        lines = data.splitlines(True)
+        _out_bytes(b"".join(lines[max(len(lines) - count, 0) :]))
+        self._note(data)
 
-def _copy_growth(path: str, position: int) -> int:
-    """Copy what PATH has behind POSITION; return the new one. A file that shrank was cut: it is all new."""
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < position:
-                position = 0
-            file.seek(position)
-            while True:
-                piece = file.read(65536)
-                if not piece:
-                    return file.tell()
-                _out_bytes(piece)
-    except FileNotFoundError:
-        return 0  # being replaced, or swept: whatever comes next is new
+    def copy_growth(self) -> None:
+        try:
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_size < self.position or status.st_ino != self.inode:
+                    self.inode, self.position = status.st_ino, 0
+                file.seek(self.position)
+                data = file.read()
+        except FileNotFoundError:
+            return  # being replaced, or swept
+        if data:
+            known = data.rfind(self.last) if self.position == 0 and self.last else -1
+            _out_bytes(data[known + len(self.last) :] if known >= 0 else data)
+            self._note(data)
+
+    def _note(self, data: bytes) -> None:
+        self.position += len(data)
+        self.last = (self.last + data)[-4096:]
 
 
 def _out_bytes(data: bytes) -> None:
@@ -6326,7 +6356,7 @@ def _out_bytes(data: bytes) -> None:
     _out("", end="")
 
 
-# models, chat.
+# -- models, chat
 
 
 def _do_models(args: Any) -> int:
@@ -6489,13 +6519,12 @@ def _read_line() -> Optional[str]:
         return None
 
 
-# explain, doctor.
+# -- explain, doctor
 
 
 def _do_explain(args: Any) -> int:
-    config = synthesize_serve_config(_models(args, args.words))
-    bin_path = _serve_bin_path(args)
-    key = compute_fleet_key(config, args.host, serve_bin_path=bin_path, serve_port=args.port)
+    key, bin_path = _key(args, args.words), _serve_bin_path(args)
+    config = synthesize_serve_config(_models(args, args.words), bin_path)
     wanted = _fleet_inputs(config["serve"]["models"], args.host, bin_path, args.port)
     records = read_all_records()
     others = [(r, _differences(wanted, r, args)) for r in records if r.fleet_key != key]
@@ -6689,8 +6718,8 @@ def _check_node(_args: Any) -> List[_Finding]:
 def _check_cli(_args: Any) -> List[_Finding]:
     try:
         argv = find_cli()
-    except QvacManagedModeError:
-        return [("fail", "qvac", "the qvac command was not found", f"{_program()} install-cli")]
+    except QvacManagedModeError as error:
+        return [("fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli")]
     try:
         lines = _tool_output([*list(argv), "--version"]).splitlines() or ["no version"]
     except _CommandError as error:
@@ -6737,15 +6766,13 @@ def _check_serves(args: Any) -> List[_Finding]:
         "orphaned": f"{_program()} doctor --fix",
         "hung": f"{_program()} stop %s",
     }
-    if args.fix:
-        swept = sweep_serves()
-        if swept:
-            return [("ok", "serves", "removed {}".format(", ".join(swept)), "")]
+    swept = sweep_serves() if args.fix else []
+    removed: List[_Finding] = [("ok", "serves", f"{key}: removed", "") for key in swept]
     serves = list_serves()
     sick = [serve for serve in serves if serve.state in advice]
     if not sick:
-        return [("ok", "serves", f"{len(serves)} on disk, none stale", "")]
-    return [
+        return removed or [("ok", "serves", f"{len(serves)} on disk, none stale", "")]
+    return removed + [
         ("warn", "serves", f"{s.fleet_key} is {s.state}", advice[s.state].replace("%s", s.fleet_key))
         for s in sick
     ]
@@ -6787,7 +6814,7 @@ def _check_network(_args: Any) -> List[_Finding]:
     return findings
 
 
-# install-cli, demo.
+# -- install-cli, demo
 
 
 def _do_install_cli(args: Any) -> int:
@@ -6842,7 +6869,7 @@ def _npm_install(npm: str, staging: str, args: Any) -> None:
         child.wait()
         raise
     if code:
-        raise _CommandError(f"npm could not install {package} (exit code {code}): {_npm_reason(logs)}")
+        raise _CommandError(f"npm could not install {package}, nothing was changed: {_npm_reason(logs)}")
 
 
 def _npm_reason(logs: str) -> str:
@@ -6853,7 +6880,7 @@ def _npm_reason(logs: str) -> str:
             parts = [line.strip().split(" ", 2) for line in file]
         said += [part[2] for part in parts if len(part) == 3 and part[1] == "error"]
     said = [line for line in said if line.strip() and "complete log" not in line]
-    return "; ".join(said[:3]) or "it gave no reason"
+    return "; ".join(said[:2]) or "it gave no reason"
 
 
 def _installed_version(staging: str) -> str:
@@ -6871,16 +6898,14 @@ def _put_in_place(staging: str) -> str:
     """Make STAGING the CLI. Between the renames there is none; if the second fails the old one comes back."""
     target = os.path.join(qvac_home(), "cli")
     old = staging + ".old"
-    replaced = os.path.lexists(target)
-    if replaced:
-        os.rename(target, old)
     try:
+        if os.path.lexists(target):
+            os.rename(target, old)
         os.rename(staging, target)
-    except OSError:
-        if replaced:
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(target):
             os.rename(old, target)
-        raise
-    _remove_tree(old)
+        _remove_tree(old)
     return target
 
 
@@ -6976,7 +7001,7 @@ def _own_command() -> List[str]:
     return [sys.executable, "-c", code % os.path.splitext(name)[0], folder]
 
 
-# completion.
+# -- completion
 
 # In each the words up to the cursor go to `__complete`, which prints what the last one may become. Where
 # there is no qvac-managed command (this file was copied, not installed), SELF makes one out of it.
@@ -7066,7 +7091,7 @@ def _flag_values(key: str) -> List[str]:
     return ["5m", "2h", "never"] if key == "idle_timeout" else []
 
 
-# The table of commands, and the help made out of it.
+# -- the table of commands, and the help made out of it
 
 
 class _Command:
