@@ -4188,6 +4188,7 @@ class _Resolver:
         }  # fmt: skip
         config = {"serve": {**self.config["serve"], "load": {"cancelOnDisconnect": False}}}
         log_fd = -1
+        _clear_before_start(self.key)
         try:
             log_fd = open_log(self.key)
             os.mkdir(folder, 0o700)
@@ -4828,6 +4829,21 @@ def _sweep_leftovers() -> None:
                 _unlink(path)
         except RegistryError:
             pass  # unreadable: not a reason for every start to fail
+
+
+def _clear_before_start(key: str) -> None:
+    """With the spawn lock held: what killed starts of this serve have left, keys among it, however young it is.
+
+    Nobody else can be starting it, a runner that still serves has read its files, and what is written
+    beside a file to replace it is written under the guard.
+    """
+    folder = managed_serves_dir()
+    with guard():
+        for name in _listdir(folder):
+            if name.startswith(key + ".") and name.endswith((".runner-params.json", ".tmp", ".stale")):
+                _unlink(os.path.join(folder, name))
+            elif name.startswith(key + ".") and is_serve_folder_name(name):
+                remove_serve_folder(key, os.path.join(folder, name))
 
 
 def _stale_after(name: str, rest: str, is_owned: bool) -> Optional[float]:
