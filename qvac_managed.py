@@ -1286,16 +1286,20 @@ else:
             kill_group_of(self.pid)
 
         def reap(self) -> None:
-            """End the guard (what it kills is pinned by the zombie, and dead), then let the zombie go."""
+            """End the guard, which has nothing to kill any more, then let the zombie go."""
             if self._guard_pipe >= 0:
                 os.close(self._guard_pipe)
                 self._guard_pipe = -1
-            for pid in (self._guard, self.pid):
-                try:
-                    if pid:
-                        os.waitpid(pid, 0)
-                except ChildProcessError:
-                    pass  # `ended` has reaped it where there is no waitid
+            try:
+                if self._guard:
+                    kill_process(self._guard)  # it may have been stopped, and would not see the pipe's end
+                    os.waitpid(self._guard, 0)
+            except (ProcessLookupError, ChildProcessError):
+                pass
+            try:
+                os.waitpid(self.pid, 0)
+            except ChildProcessError:
+                pass  # `ended` has reaped it where there is no waitid
 
     def _exec_serve(argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
         import signal
@@ -3098,6 +3102,7 @@ class _Runner:
         self.record: Optional[ServeRecord] = None  # as published last
         self.record_version: Any = None
         self.old_cli = False  # it takes the key on its command line only
+        self.called_off = False  # by those who wanted the serve
         self.superseded = False  # another owner's record stands where ours was: finish requests, then go
         self.crashes = self.restarts = 0
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
@@ -3231,7 +3236,7 @@ class _Runner:
     def _fail_if_ended(self) -> None:
         assert self.serve is not None
         if was_asked_to_stop(self.folder):
-            raise ServeSpawnFailedError("The start was called off: its runner was told to stop.")
+            raise self._call_off("its runner was told to stop")
         ended = self.serve.ended()
         if ended is not None:
             self._stop_serve()
@@ -3243,8 +3248,13 @@ class _Runner:
         since = None if live_consumers(self.key) else since if since is not None else now
         patience = self._idle_timeout() if self.record is not None else min(self._idle_timeout(), 30.0)
         if since is not None and now - since >= patience:
-            raise ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
+            raise self._call_off("nobody waits for it any more")
         return since
+
+    def _call_off(self, why: str) -> ServeSpawnFailedError:
+        """A failure of this start only: who has come meanwhile is to try another, so it goes into no KEY.error."""
+        self.called_off = True
+        return ServeSpawnFailedError("The start was called off: %s." % why)
 
     def _has_lost_the_lock(self) -> bool:
         """A provider that stole the same stale lock as our client did may have removed ours as stale."""
@@ -3270,8 +3280,10 @@ class _Runner:
         other = _read_any_record(self.key)
         if other is None or self._is_mine(other) or DEAD in (other.judge_runner(), other.judge_serve()):
             return None
-        if FOREIGN in (other.judge_runner(), other.judge_serve()) or other.is_restarting:
+        if FOREIGN in (other.judge_runner(), other.judge_serve()):
             return other
+        if other.is_restarting:
+            return other if other.has_identities else None
         is_there = who_listens(other.host, other.port, other.serve_pid) in (OURS, UNKNOWN)
         return other if is_there and other.names_its_serve else None
 
@@ -3468,7 +3480,7 @@ class _Runner:
         report = {"superseded": True} if failure is None else _error_to_json(failure)
         steps: List[Callable[[], Any]] = [
             self._keep_spawners_out, self._withdraw, self._stop_serve, self._free_port, self._remove_folder,
-            lambda: self._leave_error(failure, report) if failure is not None else None,
+            lambda: self._leave_error(failure, report) if failure is not None and not self.called_off else None,
             lambda: release_lock(self.key), lambda: self._tell(report)]  # fmt: skip
         for step in steps:
             try:
@@ -4355,8 +4367,11 @@ def load_failure_reason(key: str, alias: str, secret: str) -> str:
         lines = []
     for index, line in enumerate(lines):
         if line.startswith('Failed to preload "%s": ' % alias):
-            causes = [more.strip() for more in lines[index + 1 : index + 4] if more.startswith("  caused by:")]
-            found = " ".join([line.partition('": ')[2].strip(), *causes])
+            found = line.partition('": ')[2].strip()
+            for more in lines[index + 1 : index + 7]:  # "  caused by: ...", or what a config check objects to
+                if not more.startswith(("  ", "\u2716", "\u2192")):
+                    break
+                found += " " + more.strip()
     return found or "the serve does not say why (its log: %s)" % log_path(key)
 
 
@@ -4721,7 +4736,10 @@ def stop_serve(fleet_key: str) -> bool:
     if FOREIGN in (serve, runner):
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if runner == ALIVE and _is_runner_of(record):
+        start = process_start(record.serve_pid)
         _stop_runner(fleet_key, record.runner_pid, record.runner_start)
+        if start and process_start(record.serve_pid) == start:  # a provider's runner that had to be killed leaves it
+            stop_stray_group(record.serve_pid, lambda: process_start(record.serve_pid) == start)
     elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.has_identities):
         raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
