@@ -7195,7 +7195,7 @@ _COMMANDS: Dict[str, _Command] = {
         _do_models, "[PATTERN]", 1, ("endpoint", "json", "quiet"),
         "List the models that can be named, with their sizes.\n"
         "PATTERN is part of a name, or has * and ? in it.",
-        ("models", "models qwen3", "models --endpoint embeddings"),
+        ("models", "models qwen3", "models --endpoint embedding"),
     ),
     "chat": _Command(
         _do_chat, "MODEL [PROMPT]", None,
