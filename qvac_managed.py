@@ -1925,12 +1925,17 @@ def _note_stop(number: int, _frame: Any) -> None:
     _stop_signals.append(number)
 
 
+def lookup_name(host: str) -> Any:
+    """The host as socket functions take it without loading the tables of IDNA: 2 ms, 0.4 MB."""
+    return host.encode() if host.isascii() else host
+
+
 def _bound_socket(make_socket: Any, host: str, port: int, reuse: bool = False) -> Any:
     """A socket bound to host and port; PortAllocationFailedError with what to do if that cannot be."""
     import socket
 
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, proto, _, address = socket.getaddrinfo(lookup_name(host), port, type=socket.SOCK_STREAM)[0]
         sock = make_socket(family, kind, proto)
         try:
             if reuse:
@@ -2769,6 +2774,7 @@ def _openers() -> Any:
         class DeadlineConnection(http.client.HTTPConnection):
             def connect(self) -> None:
                 deadline = time.monotonic() + (self.timeout or HEALTH_TIMEOUT)
+                self.host = lookup_name(self.host)
                 super().connect()
                 self.sock = DeadlineSocket(fileno=self.sock.detach())
                 self.sock.settimeout(self.timeout)
@@ -4068,6 +4074,7 @@ class _Resolver:
                     if started is not None:
                         return started
             waited = True
+            _openers()  # 30 ms of imports that the health check needs, while there is nothing else to do
             patience.wait()
 
     def _is_being_started(self) -> bool:
@@ -4160,6 +4167,7 @@ class _Resolver:
         channel, params_path, folder = self._start_runner(command, api_key, port)
         self._spawned, heard = True, b""
         try:
+            _openers()  # 30 ms of imports that the health check needs, in the runner's time
             while True:
                 data, ended = channel.read(min(0.25, max(0.0, patience.left())))
                 *lines, heard = (heard + data).split(b"\n")
