@@ -4746,7 +4746,7 @@ def stop_serve(fleet_key: str) -> bool:
     if runner == ALIVE and _is_runner_of(record):
         start = process_start(record.serve_pid)
         _stop_runner(fleet_key, record.runner_pid, record.runner_start)
-        if start and process_start(record.serve_pid) == start:  # a provider's runner that had to be killed leaves it
+        if serve == ALIVE and start and process_start(record.serve_pid) == start:  # a killed provider's runner leaves it
             stop_stray_group(record.serve_pid, lambda: process_start(record.serve_pid) == start)
     elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.has_identities):
         raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
