@@ -557,7 +557,7 @@ def _checked_json(value: Any, where: str, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
-        if not abs(value) < 1.7976931348623158e308:  # false for NaN too
+        if not abs(value) <= 1.7976931348623157e308:  # the largest double; false for NaN too
             raise InvalidManagedModelError("JSON cannot carry the number %s in the %s." % (
                 _shorten(repr(value) if isinstance(value, float) else hex(value), 40), where))  # fmt: skip
         return value
@@ -2610,6 +2610,8 @@ def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
     """
     text, taken = _lock_text(os.urandom(8).hex()), False
     with guard(timeout):
+        if held_lock(key) and _read_lock(key) == held_lock(key):
+            return False
         # Noted first: Ctrl-C between two steps must not leave a lock that nobody would release.
         _held_locks[key, get_ident()] = text
         try:
@@ -4744,9 +4746,9 @@ def stop_serve(fleet_key: str) -> bool:
     if FOREIGN in (serve, runner):
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if runner == ALIVE and _is_runner_of(record):
-        start = process_start(record.serve_pid)
+        start = process_start(record.serve_pid) if serve == ALIVE else None
         _stop_runner(fleet_key, record.runner_pid, record.runner_start)
-        if serve == ALIVE and start and process_start(record.serve_pid) == start:  # a killed provider's runner leaves it
+        if start and process_start(record.serve_pid) == start:  # a provider's runner that had to be killed leaves it
             stop_stray_group(record.serve_pid, lambda: process_start(record.serve_pid) == start)
     elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.has_identities):
         raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
