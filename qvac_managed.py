@@ -2414,9 +2414,15 @@ def read_all_records() -> List[ServeRecord]:
 
 
 def _all_records() -> List[ServeRecord]:
-    records = (_read_any_record(name[:-5]) for name in _listdir(managed_serves_dir())
-               if name.endswith(".json") and is_valid_fleet_key(name[:-5]))  # fmt: skip
-    return [record for record in records if record is not None]
+    return list(_each_record())
+
+
+def _each_record() -> Iterator[ServeRecord]:
+    for name in _listdir(managed_serves_dir()):
+        if name.endswith(".json") and is_valid_fleet_key(name[: -len(".json")]):
+            record = _read_any_record(name[: -len(".json")])
+            if record is not None:
+                yield record
 
 
 def _listdir(folder: str) -> List[str]:
@@ -4067,7 +4073,7 @@ class _Resolver:
                     raise self._adopted_failure()
                 if command is None:  # the first miss: what a hit need not do
                     command = find_cli(self.serve_bin_path)
-                    sweep_serves()
+                    sweep_serves(HEALTH_TIMEOUT)
                 if try_lock(self.key):
                     try:
                         started = self._start(command, patience, previous)
@@ -4807,15 +4813,18 @@ def _drop_record(record: ServeRecord) -> bool:
     return True
 
 
-def sweep_serves() -> List[str]:
+def sweep_serves(limit: float = float("inf")) -> List[str]:
     """Clear what the dead have left behind; returns the fleet keys of the records that were dropped.
 
     A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it
     answers as ours, else kept for a later sweep. A live serve with a live runner is never touched.
-    Hung ones cost one health timeout altogether.
+    Hung ones cost one health timeout altogether. After `limit` seconds of reading records the rest of
+    them is left to the next sweep.
     """
-    swept, orphans = [], []
-    for record in _all_records():
+    swept, orphans, deadline = [], [], time.monotonic() + limit
+    for record in _each_record():
+        if time.monotonic() > deadline:
+            break
         serve, runner = record.judge_serve(), record.judge_runner()
         if FOREIGN in (serve, runner):
             continue
