@@ -133,6 +133,7 @@ LOG_STALE = 7 * 24 * 3600.0  # seconds a log outlives its serve
 CLOCK_SLACK = 2 * 3600.0  # seconds the wall clock may have been set by, when file times must do
 
 RUNNER_TICK = 0.5  # seconds between looks at the consumers: bounds how late a reap can be
+CONNECTIONS_TICK = 5.0  # seconds between looks at connections, at most: one takes 0.5 ms, with `netstat` 20
 PARENT_TICK = 1.0  # seconds between looks at the parent for close_on_parent_exit
 STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL, the provider's own
 GROUP_GRACE = 1.0  # seconds the serve's worker gets to follow it; the real one needs 0.05
@@ -2030,8 +2031,10 @@ def parent_is_gone(original: int, current: int) -> bool:
 
 
 def runner_environ() -> Dict[str, str]:
-    """What runner and serve inherit: all of the first caller's environment but the key of another serve."""
-    return {name: value for name, value in os.environ.items() if name != "QVAC_API_KEY"}
+    """What runner and serve inherit: all of the first caller's environment but the key of another serve (see
+    Qvac.environ, which has it under both names)."""
+    key, names = os.environ.get("QVAC_API_KEY"), ("QVAC_API_KEY", "OPENAI_API_KEY")
+    return {name: value for name, value in os.environ.items() if name not in names or value != key}
 
 
 _THIS_FILE = os.path.abspath(__file__)  # now: the program may change its folder
@@ -3123,6 +3126,7 @@ class _Runner:
         self.ready_at = self.used_at = 0.0  # monotonic
         self.empty_since: Optional[float] = None
         self.closed_connections: Set[str] = set()
+        self.open_connections, self.next_look = 0, 0.0
         self.looks_under_way = 0  # requests for the list of models whose connections may still be open
         self.touched_at = 0.0
 
@@ -3400,11 +3404,20 @@ class _Runner:
         return float("inf") if self.idle_timeout_ms >= NEVER_MS else self.idle_timeout_ms / 1000
 
     def _look_for_users(self, consumers: int) -> Tuple[int, bool]:
-        """`(consumers, else open connections; whether there was a request since the last look)`."""
+        """`(consumers, else open connections; whether there was a request since the last look)`.
+
+        Connections are looked at when the last consumer has gone, when the idle timeout is over, and now and
+        then meanwhile: a request notes its end that much too late, by a fiftieth of the timeout.
+        """
+        now = time.monotonic()
         if consumers:
-            self.log_seen = os.fstat(self.log_fd).st_size
+            self.log_seen, self.next_look = os.fstat(self.log_fd).st_size, 0.0
             return consumers, False
+        if now < self.next_look and now - self.used_at < self._idle_timeout():
+            return self.open_connections, False
+        self.next_look = now + min(CONNECTIONS_TICK, self._idle_timeout() / 50)
         opened, closed = connections_to(self.host, self.port)
+        self.open_connections = opened
         news, self.closed_connections = len(closed - self.closed_connections), closed
         size = os.fstat(self.log_fd).st_size  # in this order: what has left a connection is in the log
         requests, looks = _requests_in(read_log(self.log_fd, self.log_seen) if size != self.log_seen else b"")
@@ -3747,22 +3760,30 @@ class Qvac:
 
     def stream_chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: Any) -> Iterator[str]:  # fmt: skip
-        """chat(), piece by piece, each as soon as the serve sends it. Closing the iterator ends the request."""
+        """chat(), piece by piece, each as soon as the serve sends it. Closing the iterator ends the request.
+
+        An answer that breaks off is a ConnectionResetError, never a short answer.
+        """
         body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params, "stream": True}
+        ended = False
         with self._open_json("/chat/completions", body, timeout) as response:
             for line in response:
                 if not line.startswith(b"data:"):
                     continue
                 event = _strict_json(line[len(b"data:") :].strip())
                 if not isinstance(event, dict):
-                    continue  # [DONE]
+                    ended = True  # [DONE]
+                    continue
                 if "error" in event:
                     error = event["error"]
                     raise ServeHTTPError(200, str(error.get("message") if isinstance(error, dict) else error), line)
                 for choice in event.get("choices", []):
+                    ended = ended or bool(choice.get("finish_reason"))
                     piece = (choice.get("delta") or {}).get("content")
                     if piece:
                         yield piece
+        if not ended:  # http.client takes the end of a broken chunked answer for its end
+            raise ConnectionResetError(errno.ECONNRESET, "the serve broke off its answer")
 
     def embed(self, texts: Any, model: Optional[str] = None, *, timeout: Optional[float] = None) -> List[List[float]]:
         """One vector for each text; a single string gives a list with one vector."""
@@ -4385,7 +4406,7 @@ def load_failure_reason(key: str, alias: str, secret: str) -> str:
         if line.startswith('Failed to preload "%s": ' % alias):
             found = line.partition('": ')[2].strip()
             for more in lines[index + 1 : index + 7]:  # "  caused by: ...", or what a config check objects to
-                if not more.startswith(("  ", "\u2716", "\u2192")):
+                if not more.startswith(("  ", "\u2716")):  # not the arrow: with that a request begins
                     break
                 found += " " + more.strip()
     return found or "the serve does not say why (its log: %s)" % log_path(key)
@@ -4468,14 +4489,16 @@ def create_qvac(
     """
     headers = _checked_headers(headers)
     if mode == "external":
-        return Qvac(base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL,
-                    api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY,
+        url = base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL
+        if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
+            raise InvalidManagedModelError("base_url begins with http:// or https://, unlike %r." % (url,))
+        return Qvac(url, api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY,
                     headers, opener)  # fmt: skip
     if mode != "managed":
         raise InvalidManagedModelError("The mode is 'external' or 'managed', not %r." % (mode,))
     options = {
         "models": models if models is not None else [], "serve_host": serve_host, "serve_port": serve_port,
-        "serve_bin_path": os.fspath(serve_bin_path) if serve_bin_path is not None else None,
+        "serve_bin_path": os.fsdecode(serve_bin_path) if isinstance(serve_bin_path, os.PathLike) else serve_bin_path,
         "serve_start_timeout": serve_start_timeout, "serve_idle_timeout": serve_idle_timeout, "reuse": reuse,
         "require_ready": require_ready, "on_progress": on_progress,
     }  # fmt: skip
@@ -4521,8 +4544,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise InvalidManagedModelError("serve_start_timeout is a number of seconds above 0, not %r." % (start,))
     if idle is not None and (not is_number(idle) or not 0 <= idle <= 1e9):
         raise InvalidManagedModelError("serve_idle_timeout is None or a number of seconds from 0: not %r." % (idle,))
-    if options["serve_bin_path"] == "":
-        raise InvalidManagedModelError("serve_bin_path is empty: leave it out to search for the `qvac` command.")
+    path = options["serve_bin_path"]
+    if path is not None and (not isinstance(path, str) or not path):
+        raise InvalidManagedModelError("serve_bin_path is a path, or left out to search for `qvac`: not %r." % (path,))
 
 
 async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
@@ -4726,10 +4750,14 @@ def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: 
     def work(index: int) -> None:
         results[index] = function(items[index])
 
-    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(len(items))]
-    deadline = time.monotonic() + timeout
-    for thread in threads:
-        thread.start()
+    threads, deadline = [], time.monotonic() + timeout
+    for index in range(len(items)):
+        thread = threading.Thread(target=work, args=(index,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            break  # this process may have no more threads
+        threads.append(thread)
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return [results[index] for index in sorted(results)]
