@@ -4837,6 +4837,7 @@ def _drop_record(record: ServeRecord) -> bool:
         if current is None or (current.version[0], current.serve_pid) != (record.version[0], record.serve_pid):
             return False
         remove_record(record.fleet_key, preserve_consumers=True)
+        _rmdir(consumers_dir(record.fleet_key))  # if it is empty: nobody else is going to
     remove_serve_folder(record.fleet_key, os.path.dirname(record.config_path))
     return True
 
