@@ -43,7 +43,8 @@ Index: create_qvac create_qvac_async Qvac ManagedQvac ManagedModel Progress ECHO
 Sections: 1 header, 2 constants, 3 errors, 4 catalog and model specs, 5 serve config and fleet key,
 6 platform, 7 registry, 8 spawn lock and guard, 9 HTTP, 10 serve process, 11 runner, 12 clients and
 public verbs, 13 echo serve, 14 command line, 15 model table, 16 main guard. Each uses only what
-stands above it (the generated model table aside, which is read at run time).
+stands above it. Section 4 alone looks further, when it is called: into the generated model table,
+and with find_cli into the installed SDK for a constant that the table lacks.
 
 Heavy modules (urllib, json, subprocess ...) are imported inside the functions that need them:
 importing this file has to stay cheap, and the runner, which lives long, has to stay small.
@@ -3658,16 +3659,6 @@ def _run_runner(params_path: str) -> int:
     if not isinstance(params, dict):
         return 1  # swept, or another user's: the client sees the channel end
     return _Runner(params, report_fd).run()
-
-
-def _reexecuted(argv: List[str]) -> int:
-    """Entry of the processes that are this file again: `runner PARAMS` and `echo ARGUMENTS...`."""
-    if argv[0] == "--detach":
-        detach()
-        argv = argv[1:]
-    if argv[0] == "echo":
-        return run_echo_serve(argv[1:])
-    return _run_runner(argv[1])
 
 
 # ==================================================================================================
@@ -7752,6 +7743,17 @@ WHISPER_TINY_Q8_0 transcription 43537433 - q8_0
 # ==================================================================================================
 # 16. Main guard
 # ==================================================================================================
+
+
+def _reexecuted(argv: List[str]) -> int:
+    """Entry of the processes that are this file again: `runner PARAMS` and `echo ARGUMENTS...`."""
+    if argv[0] == "--detach":
+        detach()
+        argv = argv[1:]
+    if argv[0] == "echo":
+        return run_echo_serve(argv[1:])
+    return _run_runner(argv[1])
+
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--reexecuted"]:
