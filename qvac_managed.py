@@ -24,16 +24,18 @@ that dies in use, and reaps it once nobody has used it for the idle timeout. A s
 the same models (from Python or from the JavaScript provider, npm @qvac/ai-sdk-provider) finds the
 record and shares the serve.
 
-File under ~/.qvac/managed-serves/ ($QVAC_MANAGED_DIR)   who writes it     who deletes it
-KEY.json                    the record of a running serve  its runner      its runner, a sweep
-KEY.consumers/PID.RAND      marker of one live consumer    the consumer    the consumer; whoever
-                                                                           finds it dead
-KEY.lock                    spawn lock                     spawner, runner the same; a stealer
-KEY.error                   why the last spawn failed      runner          the next spawner
-KEY.PID.RAND.runner-params.json  hand-off to the runner    spawner         runner, a sweep
-KEY.RAND.d/                 serve's config and key file    spawner, runner runner, a sweep
-KEY.log                     output of serve and runner     serve, runner   a sweep, when old
-registry.guard              held for short sections        anybody         nobody
+File in ~/.qvac/managed-serves/     what it is                    who writes it    who deletes it
+($QVAC_MANAGED_DIR)
+KEY.json                            record of a running serve     runner [1]       runner, a sweep, a stop
+KEY.consumers/PID.RAND              marker of a live consumer     the consumer     it; who finds it dead
+KEY.lock                            spawn lock                    spawner, runner  the same; a stealer
+KEY.error                           why the last start failed     runner           the next spawner [2]
+KEY.PID.RAND.runner-params.json     hand-off to the runner        spawner          runner, a sweep
+KEY.RAND.d/                         serve's config and key file   spawner, runner  runner, a sweep
+KEY.log                             output of serve and runner    serve, runner    a sweep, when old
+registry.guard                      held for short sections       anybody          nobody
+[1] A client that wishes a longer idle timeout writes it into the record; the longest wish wins.
+[2] And who was told of the failure, if nobody else waits to read it; a sweep, when old.
 
 Index: create_qvac create_qvac_async Qvac ManagedQvac ManagedModel Progress ECHO
        list_serves stop_serve sweep_serves serve_info ServeInfo find_cli
@@ -2453,7 +2455,8 @@ def _is_own_folder(path: str) -> bool:
 
 
 def write_record(record: ServeRecord) -> Any:
-    """Publish a record whole, by temp file and rename. Returns its version. Its runner alone calls this."""
+    """Publish a record whole, by temp file and rename. Returns its version. Its runner calls this, under the
+    guard; a client only to lengthen the idle timeout (see _Resolver._register)."""
     path = record_path(record.fleet_key)
     ensure_managed_serves_dir()
     try:
@@ -3088,7 +3091,7 @@ class _Superseded(Exception):
 
 
 class _Runner:
-    """One serve's owner, from its start to its end. It alone writes the record.
+    """One serve's owner, from its start to its end. It writes the record; a client only its longer idle wish.
 
     run() in short: take over the lock, bring the serve up, publish the record, tell the client; then
     watch: restart the serve if it dies in use, reap it if nobody uses it; whatever happens, end with
