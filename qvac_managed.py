@@ -5901,6 +5901,7 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
         raise _CommandError(f"{_one_line(str(error))} (all of them: {_program()} logs {_key(args, words)})") from None
     finally:
         progress.clear()
+        progress.quiet = True  # a later recovery must not draw into an answer, or another program's screen
     return client
 
 
