@@ -2807,17 +2807,21 @@ def _openers() -> Any:
             def http_open(self, request: Any) -> Any:
                 return self.do_open(DeadlineConnection, request)
 
+        class HTTPSHandler(urllib.request.AbstractHTTPHandler):
+            """urllib's own reads all certificates as it is made: 30 ms, and a lock that a fork may find held."""
+
+            https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(http.client.HTTPSConnection, request)
+
         def build(*handlers: Any) -> Any:
             opener = urllib.request.OpenerDirector()
             for handler in (*handlers, urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
                 opener.add_handler(handler)
             return opener
 
-        _opener_cache = (
-            build(urllib.request.HTTPHandler(), urllib.request.HTTPSHandler())
-            if hasattr(urllib.request, "HTTPSHandler") else build(urllib.request.HTTPHandler()),
-            build(DeadlineHandler()),
-        )  # fmt: skip
+        _opener_cache = build(urllib.request.HTTPHandler(), HTTPSHandler()), build(DeadlineHandler())
     return _opener_cache
 
 

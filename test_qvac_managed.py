@@ -1,0 +1,9649 @@
+"""Tests of qvac_managed. Standard library only:
+
+    python test_qvac_managed.py
+
+runs all of them, in parallel processes, in less than two minutes; `python test_qvac_managed.py Name ...` runs
+some (names of classes, or Class.test); `-j N` sets the number of processes. Nothing outside temporary folders
+is read or written, and no process is left.
+
+QVAC_TEST_REAL=FOLDER      also test with the real CLI: the folder that holds its `qvac` command
+QVAC_TEST_PROVIDER=FOLDER  also test beside the JavaScript provider: a folder with @qvac/ai-sdk-provider, its
+                           peers and @qvac/cli in node_modules
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import unittest.mock
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from unittest import mock
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MODULE = os.path.join(HERE, "qvac_managed.py")
+sys.path.insert(0, HERE)
+
+import qvac_managed as q  # noqa: E402
+
+REAL = os.environ.get("QVAC_TEST_REAL", "")
+PROVIDER = os.environ.get("QVAC_TEST_PROVIDER", "")
+POSIX = os.name == "posix"
+LINUX = sys.platform == "linux"
+MODEL = "qwen3.5-2b"
+PATIENCE = 20.0  # seconds for what should take one: these machines are noisy
+TAG = "QVAC_TEST_TAG"  # every process that a test starts inherits it, so none can hide
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE, what: str = "") -> Any:
+    """The condition's first true value; AssertionError after the timeout."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("timed out waiting for %s" % (what or condition))
+        time.sleep(0.01)
+
+
+def tagged_processes(tag: str) -> Dict[int, str]:
+    """Pid and command line of every live process (zombies apart) whose environment has the tag. Linux."""
+    found = {}
+    for name in os.listdir("/proc") if LINUX else []:
+        if name.isdigit() and int(name) != os.getpid():
+            try:
+                with open("/proc/%s/environ" % name, "rb") as file:
+                    if tag.encode() not in file.read():
+                        continue
+                with open("/proc/%s/stat" % name, "rb") as file:
+                    if file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
+                        continue
+                with open("/proc/%s/cmdline" % name, "rb") as file:
+                    found[int(name)] = file.read().replace(b"\0", b" ").decode("utf-8", "replace")
+            except OSError:
+                pass
+    return found
+
+
+class Case(unittest.TestCase):
+    """A test with a HOME of its own; when it ends, no process that it started may be left.
+
+    Its serves are echo serves or fakes with an idle timeout of `IDLE`, so that they end by themselves.
+    """
+
+    IDLE = 1.0
+
+    def setUp(self) -> None:
+        self.home = tempfile.mkdtemp(prefix="qvac-test-")
+        self.tag = "%s=%s" % (TAG, os.path.basename(self.home))
+        environ = {
+            name: value for name, value in os.environ.items()
+            if not name.startswith(("QVAC_", "OPENAI_")) and not name.lower().endswith("_proxy")
+        }  # fmt: skip
+        environ.update(HOME=self.home, USERPROFILE=self.home, NO_COLOR="1", **dict([self.tag.split("=")]))
+        patched = mock.patch.dict(os.environ, environ, clear=True)
+        patched.start()
+        self.addCleanup(self._remove_home)
+        self.addCleanup(patched.stop)
+        self.addCleanup(self._end_processes)
+        self.folder = os.path.join(self.home, ".qvac", "managed-serves")
+        self.fake_log = os.path.join(self.home, "fake.log")
+
+    def _remove_home(self) -> None:
+        import shutil
+
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def _end_processes(self) -> None:
+        q._detach_all()
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGCONT if POSIX else signal.SIGTERM)
+        deadline = time.monotonic() + 15
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left = self.processes()
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL if POSIX else signal.SIGTERM)
+        self.assertEqual({}, left, "processes were left")
+
+    # -- processes and files
+
+    def processes(self) -> Dict[int, str]:
+        return tagged_processes(self.tag)
+
+    def files(self) -> List[str]:
+        """What lies in the registry, the guard and logs apart."""
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted(name for name in names if name != "registry.guard" and not name.endswith(".log"))
+
+    def assert_all_gone(self, timeout: float = PATIENCE) -> None:
+        """Every process of this test ends, and the registry is empty but for guard and logs."""
+        wait_until(lambda: not self.processes(), timeout, "the end of %s" % self.processes())
+        self.assertEqual([], self.files())
+
+    def write(self, name: str, content: Any) -> str:
+        """A file in the registry (text, bytes, or a JSON value)."""
+        q.ensure_managed_serves_dir()
+        path = os.path.join(self.folder, name)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        if not isinstance(content, (str, bytes)):
+            content = json.dumps(content)
+        with open(path, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+        os.chmod(path, 0o600)
+        return path
+
+    # -- clients
+
+    def create(self, models: Any = (MODEL,), **options: Any) -> q.ManagedQvac:
+        """A managed client on the echo serve, closed when the test ends."""
+        options = {"serve_bin_path": q.ECHO, "serve_idle_timeout": self.IDLE, "serve_start_timeout": 30.0, **options}
+        client = q.create_qvac("managed", models=list(models), **options)
+        self.addCleanup(client.close)
+        return client
+
+    def fake(self, **knobs: Any) -> str:
+        """The path of a misbehaving serve (see FAKE_SERVE) with these knobs; call again to change them."""
+        path, knob_path = os.path.join(self.home, "fake"), os.path.join(self.home, "fake.json")
+        with open(knob_path + ".new", "w") as file:
+            json.dump(knobs, file)
+        os.replace(knob_path + ".new", knob_path)
+        if not os.path.exists(path):
+            with open(path, "w") as file:
+                file.write("#!%s -IS\n" % sys.executable + FAKE_SERVE)
+            os.chmod(path, 0o755)
+        os.environ.update(QVAC_FAKE=knob_path, QVAC_FAKE_LOG=self.fake_log)
+        return path
+
+    def fake_events(self, kind: str = "") -> List[Dict[str, Any]]:
+        """What the fake serves of this test have noted: starts, requests, signals, exits."""
+        if not os.path.exists(self.fake_log):
+            return []
+        with open(self.fake_log) as file:
+            events = [json.loads(line) for line in file]
+        return [event for event in events if kind in ("", event["event"])]
+
+    def python(self, code: str, *args: str, **options: Any) -> subprocess.Popen[str]:
+        """A Python process with `q`, `sys`, `os`, `time` at hand; killed when the test ends."""
+        text = "import sys, os, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n%s" % (HERE, code)
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        child = subprocess.Popen([sys.executable, "-c", text, *args], **options)
+        self.addCleanup(self._end_child, child)
+        return child
+
+    @staticmethod
+    def _end_child(child: subprocess.Popen[str]) -> None:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
+
+    def run_python(self, code: str, *args: str, timeout: float = 60.0) -> str:
+        """The standard output of such a process; an AssertionError with its stderr if it fails."""
+        child = self.python(code, *args)
+        out, err = child.communicate(timeout=timeout)
+        self.assertEqual(0, child.returncode, err)
+        return out.strip()
+
+
+# A process that attaches (see `create` there), prints `pid port reused`, and holds until its stdin ends.
+HOLDER = """
+client = q.create_qvac("managed", models=eval(sys.argv[1]), serve_bin_path=sys.argv[2] or None,
+                       serve_idle_timeout=float(sys.argv[3]), serve_start_timeout=30.0)
+print(client.pid, client.port, client.reused, client.runner_pid, flush=True)
+sys.stdin.read()
+"""
+
+
+# What `serve_bin_path` is in most tests of faults. Its knobs are in its docstring.
+FAKE_SERVE = r'''"""A misbehaving stand-in for `qvac serve`: takes its command line, behaves as the JSON file $QVAC_FAKE says.
+
+The file is read again at the start, at every request and at every signal. Without knobs this is a good serve.
+Each start, request, signal and exit is a JSON line appended to $QVAC_FAKE_LOG.
+
+Before it listens (in this order):
+  echo              true: argv and environment to stdout
+  stderr            text for stderr
+  old_cli           true: refuses --api-key-file as an old CLI does, exit 1
+  grandchildren     list of modes, in the serve's group unless said otherwise: "plain", "ignore_term",
+                    "setsid" (a session of its own), "stopped" (SIGSTOPped), "polite" (ends with the serve);
+                    they live grandchild_s (60); grandchild_output true: they keep stdout and stderr open
+  exit              code: exits with it after exit_after_s (negative: dies of that signal);
+                    fail_starts N: only the first N starts in the log do
+  flood_mb          N MB of binary output without a line end; blocks while nobody reads
+  preload_s         seconds before the port opens
+  load_errors       {alias: reason}: failed preloads, state "error"
+  never_bind        true: never opens the port
+  port_offset       N: opens another port than it was told
+  no_reuseaddr      true: no SO_REUSEADDR
+  listen_delay_s    seconds between bind and listen
+While it listens:
+  crash_after_s / crash_after_requests / crash_after_posts   dies N seconds after listening / after its Nth
+                    answer; with crash_code (1; negative: of that signal); crash_unanswered true: before it
+  no_auth           true: any key will do
+  answer_delay_s    seconds before any answer but /v1/models
+  token_s           seconds between the words of a streamed answer
+  reset_after       N: resets the connection after N words of an answer (0: right after the head)
+  request_flood_mb  N MB of output at every request
+  quiet             true: requests leave no line in the output
+GET /v1/models:
+  models            "ok", "drip" (one byte per drip_s, 1, for ever), "drip_head", "infinite", "redirect" (to
+                    location), "html", "garbage" (not HTTP), "reset", "close", "hang"
+  models_s          seconds before the answer
+  models_status     200; else an error answer with that status
+  aliases           list of ids instead of the configured ones
+  states            {alias: state}; no_state true: no state at all
+At the end:
+  ignore_term       true
+  term_s            on SIGTERM closes the listener at once, exits so many seconds later
+  term_code         exit code after SIGTERM, 0
+Always:
+  life_s            it ends itself after so long, 300
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+
+FLAGS = ("serve", "--openai", "--no-default")
+OPTIONS = ("--config", "--port", "--host", "--api-key", "--api-key-file")
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+LOG_PATH = os.environ.get("QVAC_FAKE_LOG", os.devnull)
+
+
+def knobs():
+    for _ in range(100):
+        try:
+            with open(os.environ["QVAC_FAKE"], encoding="utf-8") as file:
+                return json.load(file)
+        except (KeyError, FileNotFoundError):
+            break
+        except ValueError:
+            time.sleep(0.01)  # a test is just writing it
+    return {}
+
+
+def log(event, **facts):
+    line = json.dumps(dict(facts, event=event, pid=os.getpid(), time=time.time(), monotonic=time.monotonic()))
+    file = os.open(LOG_PATH, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(file, line.encode() + b"\n")
+    os.close(file)
+
+
+def say(text, stream=1):
+    try:
+        os.write(stream, text.encode("utf-8", "replace") + b"\n")
+    except OSError:
+        pass
+
+
+def flood(megabytes):
+    block = bytes(range(256)).replace(b"\n", b"\xff") * 256
+    try:
+        for _ in range(int(megabytes * 16)):
+            view = memoryview(block)
+            while view:
+                view = view[os.write(1, view) :]
+    except OSError:
+        pass
+
+
+def end(code, why):
+    """Exit at once, from any thread; a negative code is the signal to die of."""
+    log("exit", code=code, why=why)
+    if code < 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
+        os.kill(os.getpid(), -code)
+        time.sleep(5)
+    os._exit(code)
+
+
+def start_facts():
+    """What the serve inherited, for tests of how it was started."""
+    facts = {"argv": sys.argv, "cwd": os.getcwd(), "ppid": os.getppid()}
+    if hasattr(signal, "pthread_sigmask"):
+        facts["sigmask"] = sorted(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+        facts.update(ignored=[int(number) for number in ignored], pgid=os.getpgrp(), sid=os.getsid(0))
+    umask = os.umask(0o077)
+    os.umask(umask)
+    descriptors = {}
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        try:
+            descriptors[name] = os.readlink("/proc/self/fd/" + name)
+        except OSError:
+            pass  # the one that listed the folder
+    return dict(facts, umask=umask, fds=descriptors)
+
+
+def starts_in_log():
+    """How many starts the log has up to our own."""
+    count = 0
+    with open(LOG_PATH, encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            if entry["event"] == "start":
+                count += 1
+                if entry["pid"] == os.getpid():
+                    break
+    return count
+
+
+def spawn_grandchild(mode, knob):
+    serve = os.getpid()
+    child = os.fork()
+    if child:
+        log("grandchild", mode=mode, child=child)
+        return
+    if mode == "setsid":
+        os.setsid()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if mode == "ignore_term" else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    if not knob.get("grandchild_output"):
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+    if mode == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    deadline = time.monotonic() + knob.get("grandchild_s", 60)
+    while time.monotonic() < deadline and not (mode == "polite" and os.getppid() != serve):
+        time.sleep(0.05)
+    os._exit(0)
+
+
+class Serve:
+    def __init__(self, options):
+        self.options = options
+        self.key = options.get("api-key")
+        if "api-key-file" in options:
+            with open(options["api-key-file"], encoding="utf-8") as file:
+                self.key = file.read().strip()
+        with open(options["config"], encoding="utf-8") as file:
+            models = json.load(file)["serve"]["models"]
+        self.preload = [alias for alias in models if models[alias].get("preload", "model" in models[alias])]
+        self.states = {alias: "ready" if alias in self.preload else "idle" for alias in models}
+        self.listener = None
+        self.answered = {"requests": 0, "posts": 0}
+        self.counting = threading.Lock()
+
+    def run(self, knob):
+        """Open the port and accept, in a thread of its own: the main thread waits for signals."""
+        if "exit" in knob and ("fail_starts" not in knob or starts_in_log() <= knob["fail_starts"]):
+            time.sleep(knob.get("exit_after_s", 0))
+            end(knob["exit"], "exit knob")
+        flood(knob.get("flood_mb", 0))
+        say("Preloading %d model(s): %s" % (len(self.preload), ", ".join(self.preload)))
+        time.sleep(knob.get("preload_s", 0))
+        for alias, reason in knob.get("load_errors", {}).items():
+            self.states[alias] = "error"
+            say('Failed to preload "%s": %s' % (alias, reason), stream=2)
+        if knob.get("never_bind"):
+            return
+        host = self.options.get("host", "127.0.0.1").strip("[]")
+        port = int(self.options.get("port", "11434")) + knob.get("port_offset", 0)
+        self.listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if not knob.get("no_reuseaddr"):
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.listener.bind((host, port))
+            time.sleep(knob.get("listen_delay_s", 0))
+            self.listener.listen(511)
+        except OSError as error:
+            name = "EADDRINUSE: address already in use" if error.errno in (48, 98, 10048) else str(error)
+            say("\n❌ Error: listen %s %s:%d" % (name, host, port), stream=2)
+            end(1, "bind")
+        port = self.listener.getsockname()[1]
+        log("listen", host=host, port=port)
+        say("QVAC API server listening on http://%s:%d" % (host, port))
+        if "crash_after_s" in knob:
+            timer = threading.Timer(knob["crash_after_s"], end, (knob.get("crash_code", 1), "crash"))
+            timer.daemon = True
+            timer.start()
+        self.accept()
+
+    def accept(self):
+        while True:
+            try:
+                client = self.listener.accept()[0]
+            except OSError:
+                return  # closed by SIGTERM
+            threading.Thread(target=self.converse, args=(client,), daemon=True).start()
+
+    def converse(self, client):
+        try:
+            with client, client.makefile("rb") as stream:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                lines = list(iter(lambda: stream.readline().decode("latin-1").strip(), ""))
+                words = lines[0].split() if lines else []
+                fields = [line.partition(":") for line in lines[1:]]
+                headers = {name.lower(): value.strip() for name, _, value in fields}
+                body = stream.read(int(headers.get("content-length", 0)))
+                if len(words) == 3:
+                    self.answer(client, words[0], words[1].partition("?")[0], headers, body)
+        except OSError:
+            pass
+
+    def answer(self, client, method, path, headers, body):
+        knob = knobs()
+        import hashlib  # 3 ms that a start need not take
+
+        auth = headers.get("authorization")
+        digest = hashlib.sha256(auth.encode("latin-1")).hexdigest() if auth else None
+        log("request", method=method, path=path, has_auth=auth is not None, auth_sha256=digest)
+        with self.counting:
+            self.answered["requests"] += 1
+            self.answered["posts"] += method == "POST"
+            crash = any(self.answered[kind] == knob.get("crash_after_" + kind) for kind in self.answered)
+        if crash and knob.get("crash_unanswered"):
+            end(knob.get("crash_code", 1), "crash")
+        if not knob.get("quiet"):
+            say("→ %s %s" % (method, path))
+        flood(knob.get("request_flood_mb", 0))
+        if path == "/v1/models":
+            time.sleep(knob.get("models_s", 0))
+        else:
+            time.sleep(knob.get("answer_delay_s", 0))
+        if auth != "Bearer %s" % self.key and self.key and not knob.get("no_auth"):
+            status = send_error(client, 401, "invalid_api_key", "Invalid or missing API key.")
+        elif (method, path) == ("GET", "/v1/models"):
+            status = self.models(client, knob)
+        elif (method, path) == ("POST", "/v1/chat/completions"):
+            status = self.chat(client, knob, body)
+        else:
+            status = send_error(client, 404, "not_found", "Unknown endpoint: %s %s" % (method, path))
+        if not knob.get("quiet"):
+            say("← %d %s %s (1ms)" % (status, method, path))
+        if crash:
+            client.close()
+            end(knob.get("crash_code", 1), "crash")
+
+    def models(self, client, knob):
+        status = knob.get("models_status", 200)
+        if status != 200:
+            return send_error(client, status, "fake", "This is the fake serve's %d." % status)
+        models = []
+        for alias in knob.get("aliases", list(self.states)):
+            state = knob.get("states", {}).get(alias, self.states.get(alias, "ready"))
+            model = {"id": alias, "object": "model", "created": 1, "owned_by": "qvac"}
+            models.append(model if knob.get("no_state") else dict(model, state=state))
+        data = json.dumps({"object": "list", "data": models}).encode()
+        mode = knob.get("models", "ok")
+        if mode == "ok":
+            return send(client, 200, data)
+        odd_models(client, mode, data, knob)
+        return 200
+
+    def chat(self, client, knob, body):
+        try:
+            request = json.loads(body)
+            content = request["messages"][-1]["content"]
+            text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+            model = request["model"]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return send_error(client, 400, "invalid_json", "Request body must be valid JSON.")
+        if model not in self.states:
+            return send_error(client, 404, "model_not_found", 'Model "%s" is not available.' % model)
+        if self.states[model] == "error":
+            return send_error(client, 503, "model_load_failed", 'Model "%s" failed to load.' % model)
+        self.states[model] = "ready"
+        facts = {"id": "chatcmpl-fake", "created": 1, "model": model}
+        words = re.findall(r"\s*\S+|\s+", text)
+        resets = knob.get("reset_after")
+        if not request.get("stream"):
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            count = len(words)
+            usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
+            answer = dict(facts, object="chat.completion", choices=[choice], usage=usage)
+            return send(client, 200, json.dumps(answer).encode(), cut=resets is not None)
+        client.sendall(head(200, "text/event-stream", "Transfer-Encoding: chunked"))
+        deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in words), {}]
+        for count, delta in enumerate(deltas):
+            if resets is not None and count > resets:
+                reset(client)
+                return 200
+            time.sleep(knob.get("token_s", 0) if count > 1 else 0)
+            choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
+            event = dict(facts, object="chat.completion.chunk", choices=[choice])
+            send_chunk(client, b"data: %b\n\n" % json.dumps(event).encode())
+        send_chunk(client, b"data: [DONE]\n\n")
+        client.sendall(b"0\r\n\r\n")
+        return 200
+
+    def stop_listening(self):
+        if self.listener is None:
+            return
+        try:
+            self.listener.shutdown(socket.SHUT_RDWR)  # a thread inside accept() would keep it open on Linux
+        except OSError:
+            pass
+        self.listener.close()
+
+    def wait_for_signals(self):
+        """Never returns."""
+        while not hasattr(signal, "sigwait"):
+            time.sleep(60)  # Windows: there is nothing to wait for but TerminateProcess
+        stopping = False
+        while True:
+            number = signal.sigwait(SIGNALS)
+            knob = knobs()
+            log("signal", number=int(number), name=signal.Signals(number).name)
+            if knob.get("ignore_term") or stopping:
+                continue
+            # Before it listens, the real serve has no handler: it dies of the signal.
+            code = knob.get("term_code", 0) if self.listener else -number
+            if not knob.get("term_s"):
+                end(code, "signal")
+            stopping = True
+            self.stop_listening()
+            threading.Timer(knob["term_s"], end, (code, "signal")).start()
+
+
+def odd_models(client, mode, data, knob):
+    """Answer GET /v1/models in one of the ways that are wrong."""
+    if mode == "html":
+        send(client, 200, b"<!doctype html><title>Hello</title>", kind="text/html")
+    elif mode == "garbage":
+        client.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
+    elif mode == "redirect":
+        client.sendall(head(302, "text/plain", "Location: " + knob["location"], "Content-Length: 0"))
+    elif mode == "close":
+        client.sendall(head(200, "application/json", "Content-Length: %d" % len(data)) + data[:10])
+    elif mode == "reset":
+        reset(client)
+    elif mode == "hang":
+        client.recv(1)  # until the client gives up
+    elif mode == "infinite":
+        client.sendall(head(200, "application/json") + data[:-1] + b', "x": "')
+        while True:
+            client.sendall(b"x" * 65536)
+    else:
+        begun = b"HTTP/1.1 200 OK\r\nX-Slow: " if mode == "drip_head" else head(200, "application/json")
+        client.sendall(begun)
+        while True:
+            client.sendall(b" ")
+            time.sleep(knob.get("drip_s", 1))
+
+
+def head(status, kind, *fields):
+    lines = ["HTTP/1.1 %d %s" % (status, "OK" if status == 200 else "Fake"), "Content-Type: " + kind]
+    return "\r\n".join([*lines, *fields, "Connection: close", "", ""]).encode("latin-1")
+
+
+def send(client, status, data, kind="application/json", cut=False):
+    sent = data[: len(data) // 2] if cut else data
+    client.sendall(head(status, kind, "Content-Length: %d" % len(data)) + sent)
+    if cut:
+        reset(client)
+    return status
+
+
+def send_error(client, status, code, message):
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": message, "type": kind, "code": code}
+    return send(client, status, json.dumps({"error": error}).encode())
+
+
+def send_chunk(client, data):
+    client.sendall(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def reset(client):
+    time.sleep(0.05)  # let what was sent arrive: a reset discards what the client has not read
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def read_options(argv, knob):
+    options = {}
+    words = iter(argv)
+    for word in words:
+        if word in FLAGS:
+            continue
+        if word not in OPTIONS or (word == "--api-key-file" and knob.get("old_cli")):
+            say("error: unknown option '%s'" % word, stream=2)
+            end(1, "unknown option")
+        options[word[2:]] = next(words, "")
+    return options
+
+
+def main():
+    knob = knobs()
+    log("start", **start_facts())
+    if knob.get("echo"):
+        say("\n".join(sys.argv + ["%s=%s" % pair for pair in os.environ.items()]))
+    if "stderr" in knob:
+        say(knob["stderr"], stream=2)
+    serve = Serve(read_options(sys.argv[1:], knob))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for sigwait; every thread inherits it
+    for mode in knob.get("grandchildren", []):
+        spawn_grandchild(mode, knob)  # forks: no thread may run yet
+    life = threading.Timer(knob.get("life_s", 300), end, (70, "life_s is over"))
+    for thread in (life, threading.Thread(target=serve.run, args=(knob,))):
+        thread.daemon = True
+        thread.start()
+    serve.wait_for_signals()
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+# ==================================================================================================
+# Echo serve
+# ==================================================================================================
+
+
+ECHO_COMMAND = [sys.executable, "-I", "-S", MODULE, "--reexecuted", "echo"]
+ECHO_CONFIG = {
+    "first": {"model": "FIRST_MODEL", "preload": True, "default": True},
+    "later": {"model": "LATER_MODEL", "preload": False},
+}
+ECHO_KEY = "an-echo-key"
+
+
+def start_echo(
+    models: Dict[str, Any], host: str = "127.0.0.1", port: int = 0, folder: Optional[str] = None
+) -> Tuple[subprocess.Popen[bytes], str, str]:
+    """Start an echo serve; return it with its base URL ("" if it ended before it listened) and its key.
+
+    The log read so far is left in `proc.log`; the caller ends the process.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        config = Path(temporary, "qvac.config.json")
+        config.write_text(json.dumps({"serve": {"models": models}}), encoding="utf-8")
+        key_file = Path(temporary, "serve-api-key")
+        key_file.write_text(ECHO_KEY + "\n", encoding="utf-8")
+        options = ["--config", str(config), "--api-key-file", str(key_file), "--port", str(port)]
+        proc = subprocess.Popen(
+            [*ECHO_COMMAND, "serve", "--openai", "--no-default", *options, "--host", host],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert proc.stdout is not None
+        log: List[str] = []
+        proc.log = log  # type: ignore[attr-defined]
+        for line in proc.stdout:
+            log.append(line.decode("utf-8").rstrip("\n"))
+            if "listening on " in log[-1]:
+                return proc, log[-1].rpartition(" ")[2] + "/v1", ECHO_KEY
+        return proc, "", ECHO_KEY
+
+
+def sse_events(body: bytes) -> List[Any]:
+    """The events of a stream, `[DONE]` as that string."""
+    lines = [line[len("data: ") :] for line in body.decode("utf-8").split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+class EchoCase(unittest.TestCase):
+    def start(self, models: Optional[Dict[str, Any]] = None, **options: Any) -> subprocess.Popen[bytes]:
+        proc, self.url, self.key = start_echo(ECHO_CONFIG if models is None else models, **options)
+        self.addCleanup(proc.stdout.close)  # type: ignore[union-attr]
+        self.addCleanup(proc.wait)
+        self.addCleanup(proc.kill)
+        return proc
+
+    def connect(self) -> http.client.HTTPConnection:
+        address = self.url.split("/")[2]
+        connection = http.client.HTTPConnection(address, timeout=10)
+        self.addCleanup(connection.close)
+        return connection
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        connection: Optional[http.client.HTTPConnection] = None,
+        **headers: Optional[str],
+    ) -> Tuple[int, Any]:
+        """Send a request (a body that is not bytes as JSON); return the status and the parsed answer."""
+        fields: Dict[str, Optional[str]] = {"Authorization": f"Bearer {self.key}"}
+        if body is not None:
+            fields["Content-Type"] = "application/json"
+        fields.update({name.replace("_", "-"): value for name, value in headers.items()})
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection = connection or self.connect()
+        sent = {name: value for name, value in fields.items() if value is not None}
+        connection.request(method, f"/v1{path}", data, sent)
+        response = connection.getresponse()
+        answer = response.read()
+        if response.getheader("Content-Type") == "text/event-stream":
+            return response.status, sse_events(answer)
+        return response.status, json.loads(answer) if answer else None
+
+    def chat(self, content: Any, model: str = "first", **params: Any) -> Tuple[int, Any]:
+        messages = [{"role": "user", "content": content}]
+        return self.ask("POST", "/chat/completions", {"model": model, "messages": messages, **params})
+
+    def states(self) -> Dict[str, str]:
+        status, listing = self.ask("GET", "/models")
+        self.assertEqual(status, 200)
+        return {model["id"]: model["state"] for model in listing["data"]}
+
+    def assert_error(self, answer: Tuple[int, Any], status: int, code: str) -> None:
+        self.assertEqual(answer[0], status, answer)
+        error = answer[1]["error"]
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.assertEqual((error["code"], error["type"]), (code, kind))
+        self.assertTrue(error["message"])
+
+    def assert_stops(self, proc: subprocess.Popen[bytes], within: float) -> None:
+        started = time.monotonic()
+        proc.send_signal(signal.SIGTERM)
+        self.assertEqual(proc.wait(timeout=10), 0)
+        self.assertLess(time.monotonic() - started, within)
+
+
+class EchoModelsTest(EchoCase):
+    def test_lists_models_as_the_real_serve_does(self) -> None:
+        self.start()
+        status, listing = self.ask("GET", "/models")
+        self.assertEqual((status, listing["object"]), (200, "list"))
+        first = dict(listing["data"][0])
+        self.assertAlmostEqual(first.pop("created"), time.time(), delta=60)
+        self.assertEqual(first, {"id": "first", "object": "model", "owned_by": "qvac", "state": "ready"})
+        self.assertEqual(self.states(), {"first": "ready", "later": "idle"})
+        self.assertEqual(self.ask("GET", "/models/first"), (200, listing["data"][0]))
+
+    def test_an_idle_model_is_loaded_by_its_first_use(self) -> None:
+        self.start()
+        self.assertEqual(self.chat("hello", model="later")[0], 200)
+        self.assertEqual(self.states(), {"first": "ready", "later": "ready"})
+
+    def test_preload_defaults_to_true_for_a_constant_and_to_false_for_a_file(self) -> None:
+        self.start({"a": "SOME_MODEL", "b": {"model": "SOME_MODEL"}, "c": {"src": "/m.gguf", "type": "t"}})
+        self.assertEqual(self.states(), {"a": "ready", "b": "ready", "c": "idle"})
+
+    def test_odd_aliases(self) -> None:
+        alias = "ns/Grüße 😀 100%"
+        self.start({alias: {"model": "SOME_MODEL"}})
+        self.assertEqual(self.states(), {alias: "ready"})
+        path = "/models/ns%2FGr%C3%BC%C3%9Fe%20%F0%9F%98%80%20100%25"
+        self.assertEqual(self.ask("GET", path)[1]["id"], alias)
+        self.assertEqual(self.chat("x", model=alias)[1]["model"], alias)
+
+    def test_a_failing_model_does_not_keep_the_serve_from_starting(self) -> None:
+        proc = self.start({"bad": {"model": "M", "config": {"echo_fail": "no such file"}}, **ECHO_CONFIG})
+        self.assertIn('Failed to preload "bad": no such file', proc.log)  # type: ignore[attr-defined]
+        self.assertEqual(self.states()["bad"], "error")
+        answer = self.chat("x", model="bad")
+        self.assert_error(answer, 503, "model_load_failed")
+        self.assertIn("no such file", answer[1]["error"]["message"])
+        self.assertEqual(self.chat("x")[0], 200)
+
+    def test_listens_only_after_preloading(self) -> None:
+        started = time.monotonic()
+        self.start({"slow": {"model": "M", "config": {"echo_load_seconds": 0.4}}})
+        self.assertGreater(time.monotonic() - started, 0.4)
+        self.assertEqual(self.states(), {"slow": "ready"})
+
+    def test_others_are_answered_while_a_model_loads(self) -> None:
+        self.start({**ECHO_CONFIG, "slow": {"src": "/m", "config": {"echo_load_seconds": 0.6}}})
+        answers: List[int] = []
+        loading = threading.Thread(target=lambda: answers.append(self.chat("x", model="slow")[0]))
+        loading.start()
+        deadline = time.monotonic() + 5
+        while self.states()["slow"] == "idle" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(self.states()["slow"], "loading")
+        self.assertEqual(self.chat("x")[0], 200)
+        loading.join()
+        self.assertEqual((answers, self.states()["slow"]), ([200], "ready"))
+
+
+class EchoAnswersTest(EchoCase):
+    def setUp(self) -> None:
+        self.start()
+
+    def test_chat(self) -> None:
+        messages = [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "first"},
+            {"role": "assistant", "content": "first"},
+            {"role": "user", "content": " to be  or\nnot "},
+        ]
+        status, answer = self.ask("POST", "/chat/completions", {"model": "first", "messages": messages})
+        self.assertEqual((status, answer["object"], answer["model"]), (200, "chat.completion", "first"))
+        self.assertTrue(answer["id"].startswith("chatcmpl-"))
+        choice = answer["choices"][0]
+        self.assertEqual(choice["message"], {"role": "assistant", "content": " to be  or\nnot "})
+        self.assertEqual((choice["index"], choice["finish_reason"]), (0, "stop"))
+        usage = {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
+        self.assertEqual(answer["usage"], usage)
+
+    def test_chat_with_parts(self) -> None:
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+        parts = [{"type": "text", "text": "one "}, image, {"type": "text", "text": "two"}]
+        self.assertEqual(self.chat(parts)[1]["choices"][0]["message"]["content"], "one two")
+
+    def test_chat_with_nothing_to_echo(self) -> None:
+        for messages in ([], [None, 3, "x"], [{"role": "user"}], [{"role": "user", "content": 5}]):
+            answer = self.ask("POST", "/chat/completions", {"model": "first", "messages": messages})
+            self.assertEqual(answer[0], 200)
+            self.assertIsNone(answer[1]["choices"][0]["message"]["content"])
+
+    def test_any_text_comes_back_whole(self) -> None:
+        for text in ("  a\n\n b\t", " ", "Grüße 😀", "\ud800", "</script>\x00\u2028", "w " * 5000):
+            plain = self.chat(text)[1]["choices"][0]["message"]["content"]
+            events = self.chat(text, stream=True)[1]
+            pieces = [event["choices"][0]["delta"].get("content", "") for event in events[:-1]]
+            self.assertEqual((plain, "".join(pieces)), (text, text))
+
+    def test_streamed_chat(self) -> None:
+        status, events = self.chat("to be or", stream=True)
+        self.assertEqual((status, events.pop()), (200, "[DONE]"))
+        self.assertEqual({event["object"] for event in events}, {"chat.completion.chunk"})
+        self.assertEqual(len({event["id"] for event in events}), 1)
+        choices = [event["choices"][0] for event in events]
+        deltas = [{"role": "assistant", "content": ""}]
+        deltas += [{"content": "to"}, {"content": " be"}, {"content": " or"}, {}]
+        self.assertEqual([choice["delta"] for choice in choices], deltas)
+        self.assertEqual([choice["finish_reason"] for choice in choices], [None] * 4 + ["stop"])
+
+    def test_streamed_usage_is_there_when_asked_for(self) -> None:
+        events = self.chat("to be", stream=True, stream_options={"include_usage": True})[1]
+        self.assertEqual(events[-2]["choices"], [])
+        usage = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+        self.assertEqual(events[-2]["usage"], usage)
+
+    def test_completions(self) -> None:
+        status, answer = self.ask("POST", "/completions", {"model": "first", "prompt": ["a b", "c"]})
+        self.assertEqual((status, answer["object"]), (200, "text_completion"))
+        self.assertEqual([choice["text"] for choice in answer["choices"]], ["a b", "c"])
+        self.assertEqual(answer["usage"]["total_tokens"], 6)
+        events = self.ask("POST", "/completions", {"model": "first", "prompt": "a b", "stream": True})[1]
+        self.assertEqual([event["choices"][0]["text"] for event in events[:-1]], ["a", " b", ""])
+        self.assertEqual(events[-2]["choices"][0]["finish_reason"], "stop")
+        several = {"model": "first", "prompt": ["a", "b"], "stream": True}
+        self.assert_error(self.ask("POST", "/completions", several), 400, "unsupported_streaming")
+
+    def test_embeddings(self) -> None:
+        texts = ["one", "two", "one", ""]
+        status, answer = self.ask("POST", "/embeddings", {"model": "first", "input": texts})
+        self.assertEqual((status, answer["object"], answer["model"]), (200, "list", "first"))
+        self.assertEqual([item["index"] for item in answer["data"]], [0, 1, 2, 3])
+        vectors = [item["embedding"] for item in answer["data"]]
+        for vector in vectors:
+            self.assertEqual(len(vector), 32)
+            self.assertAlmostEqual(sum(value * value for value in vector), 1.0)
+        self.assertEqual(vectors[0], vectors[2])
+        self.assertNotEqual(vectors[0], vectors[1])
+        alone = self.ask("POST", "/embeddings", {"model": "first", "input": "two"})[1]
+        self.assertEqual(alone["data"][0]["embedding"], vectors[1])
+        self.assertEqual(answer["usage"], {"prompt_tokens": 3, "total_tokens": 3})
+
+    def test_the_key_is_asked_for_everywhere(self) -> None:
+        for method, path in (("GET", "/models"), ("POST", "/chat/completions"), ("GET", "/nothing")):
+            for wrong in (None, "Bearer wrong", self.key, f"bearer {self.key}", f"Bearer {self.key}x"):
+                body: Any = {} if method == "POST" else None
+                self.assert_error(self.ask(method, path, body, Authorization=wrong), 401, "invalid_api_key")
+
+    def test_bad_requests(self) -> None:
+        chat = "/chat/completions"
+        cases: List[Tuple[str, Any, int, str]] = [
+            (chat, b"{oops", 400, "invalid_json"),
+            (chat, b"", 400, "invalid_json"),
+            (chat, b"\xff\xfe", 400, "invalid_json"),
+            (chat, b"[" * 100_000, 400, "invalid_json"),
+            (chat, [], 400, "invalid_request"),
+            (chat, {"messages": []}, 400, "missing_model"),
+            (chat, {"model": 5, "messages": []}, 400, "missing_model"),
+            (chat, {"model": "first"}, 400, "missing_messages"),
+            (chat, {"model": "first", "messages": "hello"}, 400, "missing_messages"),
+            (chat, {"model": "nobody", "messages": []}, 404, "model_not_found"),
+            ("/completions", {"model": "first"}, 400, "invalid_prompt"),
+            ("/completions", {"model": "first", "prompt": [1, 2]}, 400, "invalid_prompt"),
+            ("/embeddings", {"model": "first"}, 400, "missing_input"),
+            ("/embeddings", {"model": "first", "input": []}, 400, "missing_input"),
+            ("/nothing?x=1", {}, 404, "not_found"),
+            ("/models", {}, 404, "not_found"),
+        ]
+        connection = self.connect()  # one for all: no error breaks it
+        for path, body, status, code in cases:
+            with self.subTest(path=path, body=body if len(body) < 100 else "deep"):
+                self.assert_error(self.ask("POST", path, body, connection), status, code)
+        self.assert_error(self.ask("GET", "/models/nobody", None, connection), 404, "model_not_found")
+        plain = self.ask("POST", chat, {}, connection, Content_Type="text/plain")
+        self.assert_error(plain, 415, "unsupported_media_type")
+
+
+class EchoConnectionsTest(EchoCase):
+    def setUp(self) -> None:
+        self.proc = self.start({"first": {"model": "M", "config": {"echo_token_seconds": 0.1}}})
+
+    @contextlib.contextmanager
+    def raw(self, head: str, body: bytes = b"") -> Iterator[socket.socket]:
+        host, port = self.url.split("/")[2].split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as client:
+            client.sendall(head.replace("\n", "\r\n").encode("latin-1") + body)
+            yield client
+
+    def read_all(self, client: socket.socket) -> str:
+        data = b""
+        while True:
+            part = client.recv(65536)
+            if not part:
+                return data.decode("latin-1")
+            data += part
+
+    def test_one_connection_carries_many_requests(self) -> None:
+        connection = self.connect()
+        self.ask("GET", "/models", None, connection)
+        kept = connection.sock
+        self.assertIsNotNone(kept)
+        requests: List[Tuple[str, str, Any]] = [
+            ("HEAD", "/models", None),
+            ("POST", "/completions", {"model": "first", "prompt": "a b", "stream": True}),
+            ("POST", "/completions", {"model": "first", "prompt": "a b"}),
+            ("GET", "/nothing", None),
+            ("GET", "/models", None),
+        ]
+        for method, path, body in requests:
+            self.ask(method, path, body, connection)
+            self.assertIs(connection.sock, kept)
+        self.ask("GET", "/models", None, connection, Connection="close")
+        self.assertIsNone(connection.sock)
+
+    def test_words_come_one_by_one(self) -> None:
+        connection = self.connect()
+        body = json.dumps({"model": "first", "prompt": "a b c d e", "stream": True})
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        started = time.monotonic()
+        connection.request("POST", "/v1/completions", body, headers)
+        response = connection.getresponse()
+        times = []
+        for line in response:
+            if line.startswith(b"data: {"):
+                times.append(time.monotonic() - started)
+        self.assertLess(times[0], 0.4)
+        self.assertEqual(len(times), 6)
+        for index, moment in enumerate(times):
+            self.assertGreater(moment, 0.1 * index - 0.01)
+
+    def test_streams_run_side_by_side(self) -> None:
+        lengths: List[int] = []
+        work = [
+            threading.Thread(target=lambda: lengths.append(len(self.chat("a b c", stream=True)[1])))
+            for _ in range(20)
+        ]
+        started = time.monotonic()
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+        self.assertEqual(lengths, [6] * 20)
+        self.assertLess(time.monotonic() - started, 20 * 0.4 / 2)
+
+    def test_a_body_that_is_refused_does_not_hide_the_answer(self) -> None:
+        auth = f"Host: x\nAuthorization: Bearer {self.key}\nContent-Type: application/json\n"
+        cases = [
+            (f"{auth}Content-Length: 999999999999\n\n", 413),
+            (f"{auth}Content-Length: {'9' * 5000}\n\n", 413),
+            (f"{auth}Content-Length: -1\n\n", 411),
+            (f"{auth}Content-Length: \xb2\n\n", 411),
+            (f"{auth}Transfer-Encoding: chunked\n\n", 411),
+            ("Host: x\nContent-Length: 3000000\n\n", 401),
+        ]
+        for fields, status in cases:
+            with self.subTest(fields=fields[:150]):
+                with self.raw(f"POST /v1/completions HTTP/1.1\n{fields}", b"x" * 300_000) as client:
+                    answer = self.read_all(client)
+                self.assertTrue(answer.startswith(f"HTTP/1.1 {status} "), answer[:200])
+                self.assertIn("Connection: close", answer)
+
+    def test_survives_what_is_not_http(self) -> None:
+        requests = ["\n\n", "garbage\n\n", "GET / HTTP/1.1", "GET / HTTP/1.0\n\n"]
+        for head in [*requests, "a" * 70_000, "a: b\n" * 20_000]:
+            with contextlib.suppress(OSError), self.raw(head) as client:
+                client.shutdown(socket.SHUT_WR)
+                self.read_all(client)
+        self.assertEqual(self.states(), {"first": "ready"})
+
+    def test_survives_clients_that_go_away(self) -> None:
+        body = json.dumps({"model": "first", "prompt": "a b c", "stream": True})
+        head = f"POST /v1/completions HTTP/1.1\nAuthorization: Bearer {self.key}\n"
+        head += f"Content-Type: application/json\nContent-Length: {len(body)}\n\n"
+        for part in (body[:5], body):
+            with self.raw(head, part.encode()):
+                time.sleep(0.05)
+        time.sleep(0.3)
+        self.assertEqual(self.states(), {"first": "ready"})
+        self.assertIsNone(self.proc.poll())
+
+
+class EchoProcessTest(EchoCase):
+    def run_echo(self, *argv: str) -> Tuple[int, str]:
+        pipes: Dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run([*ECHO_COMMAND, *argv], timeout=10, **pipes)
+        return done.returncode, done.stdout.decode("utf-8")
+
+    def test_stops_at_once_when_idle(self) -> None:
+        proc = self.start()
+        self.ask("GET", "/models")
+        with contextlib.closing(self.connect()) as idle:
+            idle.connect()
+            self.assert_stops(proc, within=0.5)
+
+    def test_stops_while_it_preloads(self) -> None:
+        slow = {"slow": {"model": "M", "config": {"echo_load_seconds": 30}}}
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder, "config.json")
+            config.write_text(json.dumps({"serve": {"models": slow}}), encoding="utf-8")
+            argv = [*ECHO_COMMAND, "serve", "--config", str(config), "--port", "0"]
+            with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as proc:
+                self.addCleanup(proc.kill)
+                assert proc.stdout is not None
+                while b"Loading" not in proc.stdout.readline():
+                    pass
+                self.assert_stops(proc, within=0.5)
+                self.assertNotIn(b"listening", proc.stdout.read())
+
+    def test_an_answer_under_way_is_finished_without_its_pauses(self) -> None:
+        proc = self.start({"first": {"model": "M", "config": {"echo_token_seconds": 20}}})
+        answers: List[Any] = []
+        reader = threading.Thread(target=lambda: answers.append(self.chat("a b c", stream=True)))
+        reader.start()
+        time.sleep(0.2)
+        self.assert_stops(proc, within=5)
+        reader.join()
+        self.assertEqual((answers[0][0], answers[0][1][-1]), (200, "[DONE]"))
+
+    def test_logs_what_the_real_serve_logs(self) -> None:
+        proc = self.start()
+        self.ask("GET", "/models?x=1")
+        self.ask("GET", "/models", Authorization=None)
+        self.assert_stops(proc, within=0.5)
+        log: List[str] = proc.log  # type: ignore[attr-defined]
+        log += proc.stdout.read().decode("utf-8").splitlines()  # type: ignore[union-attr]
+        self.assertEqual(log[0], "Preloading 1 model(s): first")
+        self.assertEqual(log[1], 'Loading model "first" from FIRST_MODEL...')
+        self.assertTrue(log[2].startswith('Model "first" loaded'))
+        self.assertEqual(log[3], f"QVAC API server listening on {self.url[: -len('/v1')]}")
+        self.assertEqual(log[4], "→ GET /v1/models")
+        self.assertRegex(log[5], r"^← 200 GET /v1/models \(\d+ms\)$")
+        self.assertRegex(log[6], r"^← 401 GET /v1/models \(\d+ms\)$")
+        self.assertNotIn(self.key, "\n".join(log))
+
+    def test_goes_on_when_nobody_reads_the_log(self) -> None:
+        proc = self.start()
+        proc.stdout.close()  # type: ignore[union-attr]
+        for _ in range(3):
+            self.assertEqual(self.chat("x")[0], 200)
+
+    @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
+    def test_ipv6(self) -> None:
+        try:
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(("::1", 0))
+        except OSError as error:
+            self.skipTest(str(error))
+        for host in ("::1", "[::1]"):
+            self.start(host=host)
+            self.assertTrue(self.url.startswith("http://[::1]:"))
+            self.assertEqual(self.states()["first"], "ready")
+
+    def test_a_taken_port(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            proc = self.start(port=taken.getsockname()[1])
+        self.assertEqual((self.url, proc.wait(timeout=10)), ("", 1))
+        self.assertIn("EADDRINUSE", proc.log[-1])  # type: ignore[attr-defined]
+
+    def test_a_port_that_was_just_in_use_can_be_had_again(self) -> None:
+        proc = self.start()
+        self.ask("GET", "/models", Connection="close")  # the serve closes first: its side is in TIME_WAIT
+        port = int(self.url.split(":")[2].split("/")[0])
+        self.assert_stops(proc, within=0.5)
+        self.start(port=port)
+        self.assertEqual(self.states()["first"], "ready")
+
+    def test_usage_errors(self) -> None:
+        for line in ("serve --bogus", "serve --port x --config c", "serve", "--config", "serve --config"):
+            code, output = self.run_echo(*line.split())
+            self.assertEqual((code, output.count("\n")), (2, 1), output)
+        self.assertIn("unknown option '--bogus'", self.run_echo("serve", "--bogus")[1])
+
+    def test_what_it_cannot_start_with(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {}
+            texts = {"bad": "{", "odd": '{"serve": []}', "good": '{"serve": {"models": {}}}', "empty": " "}
+            for name, text in texts.items():
+                paths[name] = os.path.join(folder, name)
+                Path(paths[name]).write_text(text, encoding="utf-8")
+            argvs = [
+                ["--config", paths["bad"]],
+                ["--config", paths["odd"]],
+                ["--config", os.path.join(folder, "none")],
+                ["--config", paths["good"], "--api-key-file", paths["empty"]],
+                ["--config", paths["good"], "--api-key-file", os.path.join(folder, "none")],
+                ["--config", paths["good"], "--port", "70000"],
+                ["--config", paths["good"], "--host", "256.0.0.1"],
+            ]
+            for argv in argvs:
+                code, output = self.run_echo("serve", *argv)
+                self.assertEqual((code, output.splitlines()[-1][:6]), (1, "error:"), output)
+                self.assertNotIn("Traceback", output)
+
+    def test_key_on_the_command_line_and_no_key_at_all(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder, "config.json")
+            config.write_text(json.dumps({"serve": {"models": ECHO_CONFIG}}), encoding="utf-8")
+            for extra, status in ((["--api-key", "k"], 401), ([], 200)):
+                argv = [*ECHO_COMMAND, "serve", "--config", str(config), "--port", "0", *extra]
+                with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as proc:
+                    assert proc.stdout is not None
+                    line = b""
+                    while b"listening" not in line:
+                        line = proc.stdout.readline()
+                    self.url, self.key = line.decode().split()[-1] + "/v1", "k"
+                    self.assertEqual(self.ask("GET", "/models", Authorization=None)[0], status)
+                    self.assertEqual(self.ask("GET", "/models")[0], 200)
+                    proc.terminate()
+
+
+# ==================================================================================================
+# Units
+# ==================================================================================================
+
+
+KEY = "0123456789abcdef"
+PRIVATE_KEY = KEY + "-priv-4242-0123abcd"
+CONSTANT = "QWEN3_5_2B_MULTIMODAL_Q4_K_M"  # behind MODEL
+
+
+class Unit(Case):
+    """A test with a HOME of its own that starts no serve, so there are no processes to look for."""
+
+    def _end_processes(self) -> None:
+        q._held_locks.clear()
+
+
+def dead_pid() -> int:
+    """A pid that nobody has now."""
+    child = subprocess.Popen([sys.executable, "-ISc", ""])
+    child.wait()
+    return child.pid
+
+
+@contextlib.contextmanager
+def sleeper(**options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A live process that does nothing and ends with the test."""
+    command = ["/bin/sleep", "600"] if POSIX else [sys.executable, "-ISc", "import time; time.sleep(600)"]
+    child = subprocess.Popen(command, **options)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def zombie() -> Iterator[int]:
+    """The pid of a process that has ended and that nobody has waited for."""
+    child = subprocess.Popen([sys.executable, "-ISc", ""])
+    wait_until(lambda: b" Z " in open("/proc/%d/stat" % child.pid, "rb").read(), what="a zombie")
+    try:
+        yield child.pid
+    finally:
+        child.wait()
+
+
+def set_age(path: str, seconds: float) -> str:
+    """Make a file look as if it had been touched so long ago (negative: in the future)."""
+    os.utime(path, (time.time() - seconds,) * 2)
+    return path
+
+
+def identity(pid: int) -> str:
+    """What we write of a process behind its pid: its start and its place."""
+    return "%s %s" % (q.process_start(pid), q.place())
+
+
+def other_place(machine: str = "", boot: str = "", namespace: str = "") -> str:
+    """Our own place but for the given parts."""
+    ours = q.place().split(":")
+    return ":".join(changed or own for changed, own in zip((machine, boot, namespace), ours))
+
+
+def forked(function: Callable[[], Any]) -> int:
+    """The pid of a child that runs the function and ends with 0, or with 1 if it raised."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    status = os.waitpid(pid, 0)[1]
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+
+class CatalogTest(unittest.TestCase):
+    def test_the_catalog_is_the_providers(self) -> None:
+        self.assertEqual(
+            [
+                ("qwen3.5-0.8b", "QWEN3_5_0_8B_MULTIMODAL_Q4_K_M"), ("qwen3.5-2b", CONSTANT),
+                ("qwen3.5-4b", "QWEN3_5_4B_MULTIMODAL_Q4_K_M"), ("qwen3.5-9b", "QWEN3_5_9B_MULTIMODAL_Q4_K_M"),
+                ("qwen3.6-27b", "QWEN3_6_27B_MULTIMODAL_Q4_K_XL"),
+                ("qwen3.6-35b-a3b", "QWEN3_6_35B_A3B_MULTIMODAL_Q4_K_M"), ("gpt-oss-20b", "GPT_OSS_20B_INST_Q4_K_M"),
+                ("gemma4-31b", "GEMMA4_31B_MULTIMODAL_Q4_K_M"),
+            ],
+            [(entry.id, entry.constant) for entry in q.QVAC_CATALOG],
+        )  # fmt: skip
+
+    def test_every_catalog_constant_is_in_the_model_table(self) -> None:
+        self.assertEqual([], q.catalog_entries_with_unknown_constant())
+
+    def test_a_catalog_that_has_drifted_is_noticed(self) -> None:
+        stray = q.CatalogEntry("stray-1b", "STRAY_1B_INST_Q4", "Stray 1B")
+        with mock.patch.object(q, "QVAC_CATALOG", (*q.QVAC_CATALOG, stray)):
+            self.assertEqual([stray], q.catalog_entries_with_unknown_constant())
+
+    def test_an_entry_is_found_by_its_id_and_by_its_constant(self) -> None:
+        for entry in q.QVAC_CATALOG:
+            self.assertEqual(entry, q.find_catalog_entry(entry.id))
+            self.assertEqual(entry, q.find_catalog_entry(entry.constant))
+            self.assertTrue(q.is_catalog_id(entry.id))
+            self.assertFalse(q.is_catalog_id(entry.constant))
+            self.assertEqual(entry.constant, q.resolve_model_constant(entry.id))
+        for name in ("", "qwen3.5", "Qwen3.5-2b", "WHISPER_TINY", "qwen3.5-2b "):
+            self.assertIsNone(q.find_catalog_entry(name))
+            self.assertFalse(q.is_catalog_id(name))
+            self.assertEqual(name, q.resolve_model_constant(name))
+
+    def test_the_model_table_is_well_formed(self) -> None:
+        models = q.all_models()
+        self.assertEqual(411, len(models))
+        self.assertEqual(sorted({model.name for model in models}), [model.name for model in models])
+        endpoints = {"chat", "translation", "transcription", "speech", "image", "embedding", "audiogen", "vla", "ocr",
+                     "bci"}  # fmt: skip
+        self.assertEqual(endpoints, {model.endpoint for model in models})
+        for model in models:
+            self.assertRegex(model.name, r"^[A-Z][A-Z0-9_]+$")
+            self.assertIs(int, type(model.size), model)
+            self.assertGreater(model.size, 0)
+            self.assertNotIn("-", (model.params, model.quantization))
+        self.assertRegex(q.MODEL_TABLE_SOURCE, r"^@qvac/cli \d+\.\d+\.\d+")
+
+    def test_only_whole_names_are_in_the_model_table(self) -> None:
+        self.assertTrue(q._in_model_table("WHISPER_TINY"))
+        first, second = q._MODEL_TABLE.splitlines()[:2]
+        self.assertTrue(q._in_model_table(first.split()[0]))
+        for name in ("", " ", "WHISPER", "WHISPER_TIN", "HISPER_TINY", "chat", "-", "whisper_tiny", "WHISPER_TINY ",
+                     "WHISPER_TINY transcription", "\nWHISPER_TINY", "%s\n%s" % (first, second.split()[0])):  # fmt: skip
+            self.assertFalse(q._in_model_table(name), name)
+
+    def test_close_matches_are_the_nearest_names(self) -> None:
+        self.assertEqual("qwen3.5-9b", q.close_matches("qwen3.5-9")[0])
+        self.assertEqual("qwen3.5-9b", q.close_matches("QWEN3.5-9B")[0])
+        self.assertEqual("QWEN3_600M_INST_Q4", q.close_matches("QWEN3_600M_INST_Q5")[0])
+        self.assertIn("gpt-oss-20b", q.close_matches("gpt-oss"))
+        self.assertEqual([], q.close_matches("zzzz"))
+        for name in ("", "qwen", "\0", "\ud800", "a" * 1000000):
+            self.assertLessEqual(len(q.close_matches(name)), 3)
+
+
+class ModelSpecTest(Unit):
+    WRONG_SPECS = (
+        # a spec, and a word that the error has to say of it
+        (5, "a name or a mapping"), (None, "a name or a mapping"), (b"qwen3.5-2b", "a name or a mapping"),
+        (MODEL.split, "a name or a mapping"), (object, "a name or a mapping"), ([MODEL], "a name or a mapping"),
+        ([], "needs a `name`"), ((), "needs a `name`"), ({}, "needs a `name`"), ({"name": None}, "needs a `name`"),
+        ({"name": 5}, "needs a `name`"), ({"name": b"x"}, "needs a `name`"), ({"model": MODEL}, "needs a `name`"),
+        ({"name": MODEL, "ctx_size": 5}, "unknown field 'ctx_size'"), ({"name": MODEL, 5: 6}, "unknown field 5"),
+        ({"name": MODEL, "preload": "yes"}, "`preload` is True or False"), ({"name": MODEL, "preload": 0}, "`preload`"),
+        ({"name": MODEL, "default": 1}, "`default` is True or False"), ({"name": MODEL, "default": "x"}, "`default`"),
+        ({"name": MODEL, "config": []}, "`config` is a dict"), ({"name": MODEL, "config": "x"}, "`config` is a dict"),
+        ({"name": MODEL, "config": 0}, "`config` is a dict"), ({"name": "x", "model": ""}, "`model` is a non-empty"),
+        ({"name": "x", "model": 5}, "`model` is a non-empty"), ({"name": "x", "src": ""}, "`src` is a non-empty"),
+        ({"name": "x", "src": b"/x.gguf"}, "`src` is a non-empty"),
+        ({"name": "x", "src": "/x.gguf", "type": 5}, "`type` is a non-empty"),
+        ({"name": "x", "src": "/x.gguf", "model": MODEL}, "not both"), ({"name": MODEL, "type": "x"}, "goes with `src`"),
+        ({"name": "x", "src": "x.gguf"}, "absolute"), ({"name": "x", "src": "./x.gguf"}, "absolute"),
+        ({"name": "x", "src": "~/x.gguf"}, "absolute"), ({"name": "x", "src": "/no/such/x.gguf"}, "does not exist"),
+        ({"name": "x", "src": "/x.bin"}, "needs a `type`"), ({"name": "x", "src": "http://h/x"}, "needs a `type`"),
+        ({"name": "x", "src": "/x\n.gguf"}, "no path"), ({"name": "x", "src": "http://h/x ", "type": "t"}, "no path or URL"),
+        ({"name": "x", "src": "/x\0.gguf"}, "no path"), ({"name": "x", "src": "/", "type": "t"}, "is a folder"),
+        ({"name": "", "model": MODEL}, "custom name"), ({"name": " x", "model": MODEL}, "custom name"),
+        ({"name": "x" * 129, "model": MODEL}, "custom name"), ({"name": "a\tb", "model": MODEL}, "custom name"),
+        ({"name": "__proto__", "model": MODEL}, "custom name"), ({"name": "\ud800", "model": MODEL}, "custom name"),
+        ({"name": "\u202egnp", "src": "http://h/x.gguf"}, "custom name"),
+    )  # fmt: skip
+
+    def test_a_spec_of_the_wrong_shape_is_a_typed_error_that_says_what_is_wrong(self) -> None:
+        for spec, word in self.WRONG_SPECS:
+            with self.subTest(spec=spec):
+                with self.assertRaises(q.InvalidManagedModelError) as caught:
+                    q.synthesize_serve_config([MODEL, spec])
+                self.assertIn(word, str(caught.exception))
+                self.assertEqual("INVALID_MODEL", caught.exception.code)
+
+    def test_models_that_are_no_list_are_a_typed_error(self) -> None:
+        for models in (None, MODEL, b"x", 5, {"name": MODEL}, object()):
+            with self.subTest(models=models), self.assertRaisesRegex(q.InvalidManagedModelError, "is a list"):
+                q.synthesize_serve_config(models)
+        for empty in ([], (), iter(())):
+            with self.assertRaises(q.UnknownManagedModelError) as caught:
+                q.synthesize_serve_config(empty)
+            self.assertEqual([], caught.exception.unknown_models)
+
+    def test_all_unknown_names_are_named_with_their_close_matches(self) -> None:
+        with self.assertRaises(q.UnknownManagedModelError) as caught:
+            q.synthesize_serve_config(["qwen3.5-3b", MODEL, {"name": "mine", "model": "WHISPER_TINIER"}, "zzzz"])
+        self.assertEqual(["qwen3.5-3b", "WHISPER_TINIER", "zzzz"], caught.exception.unknown_models)
+        text = str(caught.exception)
+        for part in ("qwen3.5-3b", "WHISPER_TINIER", "'zzzz'", "qwen3.5-2b", "WHISPER_TINY"):
+            self.assertIn(part, text)
+        self.assertNotIn("None", text)
+
+    def test_duplicates_are_named_once_each(self) -> None:
+        with self.assertRaises(q.DuplicateManagedModelError) as caught:
+            q.synthesize_serve_config(["gpt-oss-20b", MODEL, MODEL, {"name": MODEL}, "gpt-oss-20b"])
+        self.assertEqual(["gpt-oss-20b", MODEL], caught.exception.duplicate_models)
+        # An id and its constant are two aliases, as they are to the provider.
+        self.assertEqual({MODEL, CONSTANT}, set(q.synthesize_serve_config([MODEL, CONSTANT])["serve"]["models"]))
+
+    def test_more_than_one_default_is_refused(self) -> None:
+        with self.assertRaises(q.MultipleDefaultManagedModelsError) as caught:
+            q.synthesize_serve_config([{"name": MODEL, "default": True}, {"name": "gpt-oss-20b", "default": True}])
+        self.assertEqual([MODEL, "gpt-oss-20b"], caught.exception.default_models)
+
+    def test_unknown_names_come_before_duplicates_and_defaults_as_in_the_provider(self) -> None:
+        with self.assertRaises(q.UnknownManagedModelError):
+            q.synthesize_serve_config(["zzzz", MODEL, MODEL])
+        with self.assertRaises(q.DuplicateManagedModelError):
+            q.synthesize_serve_config([{"name": MODEL, "default": True}, {"name": MODEL, "default": True}])
+
+    def test_evil_names_are_refused_or_harmless(self) -> None:
+        evil = ("../x", "a/b", "a\0b", "a\nb", "a\rb", "\x1b[31mred", "\u202egnp.x", "\ud800", "😀", "x" * 1000000,
+                "__proto__", "constructor", "-rf", "$(reboot)", "%s%n", "", " ", ".", "..")  # fmt: skip
+        for name in evil:
+            with self.subTest(name=name[:20]):
+                with self.assertRaises(q.UnknownManagedModelError) as caught:
+                    q.synthesize_serve_config([name])
+                self.assertEqual([name], caught.exception.unknown_models)
+                text = str(caught.exception)
+                self.assertTrue(text.isprintable() and len(text) < 500, text[:500])
+                text.encode("utf-8")
+                config = key = None
+                with contextlib.suppress(q.InvalidManagedModelError):
+                    config = q.synthesize_serve_config([{"name": name, "model": MODEL}])
+                if config is not None:
+                    self.assertTrue(name.isprintable() and 0 < len(name) <= 128)
+                    key = q.compute_fleet_key(config, "127.0.0.1")
+                    self.assertTrue(q.is_valid_fleet_key(key))
+        self.assertFalse(os.path.exists(self.folder))
+
+    def test_a_wrong_model_or_option_fails_before_anything_is_written(self) -> None:
+        wrong: List[Dict[str, Any]] = [
+            {"models": None}, {"models": ["zzzz"]}, {"models": [MODEL, MODEL]}, {"models": MODEL}, {"models": [{}]},
+            {"serve_port": 0}, {"serve_port": 65536}, {"serve_port": "8080"}, {"serve_port": True}, {"serve_port": 1.5},
+            {"serve_host": ""}, {"serve_host": None}, {"serve_host": "a b"}, {"serve_host": "h/x"}, {"serve_host": "h@x"},
+            {"serve_host": 5}, {"serve_start_timeout": 0}, {"serve_start_timeout": -1}, {"serve_start_timeout": None},
+            {"serve_start_timeout": "5"}, {"serve_start_timeout": float("nan")}, {"serve_start_timeout": float("inf")},
+            {"serve_start_timeout": True}, {"serve_idle_timeout": -0.1}, {"serve_idle_timeout": "never"},
+            {"serve_idle_timeout": float("nan")}, {"serve_idle_timeout": float("inf")}, {"serve_idle_timeout": False},
+            {"serve_bin_path": ""},
+        ]  # fmt: skip
+        for options in wrong:
+            with self.subTest(**options), self.assertRaises(q.QvacManagedModeError) as caught:
+                q.create_qvac("managed", **{"models": [MODEL], "serve_bin_path": q.ECHO, **options})
+            self.assertIn(caught.exception.code, ("INVALID_MODEL", "UNKNOWN_MODEL", "DUPLICATE_MODEL"))
+        with self.assertRaisesRegex(q.InvalidManagedModelError, "'external' or 'managed'"):
+            q.create_qvac("managd", models=[MODEL])
+        self.assertEqual([], os.listdir(self.home))
+
+    def test_a_missing_cli_is_told_before_anything_is_left(self) -> None:
+        with self.assertRaises(q.CliNotFoundError):
+            q.create_qvac("managed", models=[MODEL], serve_bin_path=os.path.join(self.home, "none"))
+        self.assertEqual([], self.files())
+
+    def test_any_mapping_is_a_spec(self) -> None:
+        import collections
+        import types
+
+        fields = {"name": MODEL, "preload": False, "config": {"ctx_size": 5}}
+        expected = q.synthesize_serve_config([fields])
+        pairs = list(fields.items())
+        for spec in (q.ManagedModel(**fields), types.MappingProxyType(fields), collections.OrderedDict(fields),
+                     collections.UserDict(fields), pairs):  # fmt: skip
+            self.assertEqual(expected, q.synthesize_serve_config([spec]))
+        self.assertEqual({"name": MODEL, "preload": True}, q.ManagedModel(MODEL))
+        with self.assertRaises(TypeError):
+            q.ManagedModel(MODEL, ctx_size=5)
+
+    def test_a_none_is_a_field_that_was_not_given(self) -> None:
+        blank = dict.fromkeys(("config", "preload", "default", "model", "src", "type"))
+        self.assertEqual(q.synthesize_serve_config([MODEL]), q.synthesize_serve_config([{"name": MODEL, **blank}]))
+
+
+class ServeConfigTest(Unit):
+    """The shapes are the provider's, key for key and in its order."""
+
+    def entries(self, *models: Any) -> Dict[str, Any]:
+        config = q.synthesize_serve_config(models)
+        self.assertEqual((["serve"], ["models"]), (list(config), list(config["serve"])))
+        return config["serve"]["models"]
+
+    def test_the_first_model_is_the_default_and_models_are_preloaded(self) -> None:
+        entries = self.entries("qwen3.5-2b", "QWEN3_600M_INST_Q4")
+        self.assertEqual(
+            [("qwen3.5-2b", {"model": CONSTANT, "preload": True, "default": True}),
+             ("QWEN3_600M_INST_Q4", {"model": "QWEN3_600M_INST_Q4", "preload": True})],
+            list(entries.items()))  # fmt: skip
+        self.assertEqual(["model", "preload", "default"], list(entries["qwen3.5-2b"]))
+
+    def test_an_explicit_default_wins_wherever_it_stands(self) -> None:
+        entries = self.entries(MODEL, {"name": "gpt-oss-20b", "default": True})
+        self.assertEqual([False, True], ["default" in entry for entry in entries.values()])
+
+    def test_an_explicit_false_leaves_the_serve_without_a_default(self) -> None:
+        entries = self.entries({"name": MODEL, "default": False}, "gpt-oss-20b")
+        self.assertEqual([False, False], ["default" in entry for entry in entries.values()])
+
+    def test_config_goes_out_as_it_came_even_when_empty(self) -> None:
+        config = {"ctx_size": 4096, "nested": {"list": [1, 2.5, None, True, "x"]}}
+        entries = self.entries({"name": MODEL, "config": config, "preload": False}, {"name": "gpt-oss-20b", "config": {}})
+        self.assertEqual({"model": CONSTANT, "preload": False, "default": True, "config": config}, entries[MODEL])
+        self.assertEqual(["model", "preload", "default", "config"], list(entries[MODEL]))
+        self.assertEqual({}, entries["gpt-oss-20b"]["config"])
+
+    def test_config_is_a_copy(self) -> None:
+        config: Dict[str, Any] = {"list": [1]}
+        entries = self.entries({"name": MODEL, "config": config})
+        config["list"].append(2)
+        self.assertEqual([1], entries[MODEL]["config"]["list"])
+
+    def test_a_custom_alias_stands_for_a_constant_or_an_id(self) -> None:
+        entries = self.entries({"name": "gpt-4o-mini", "model": MODEL}, {"name": "größe 😀", "model": "WHISPER_TINY"})
+        self.assertEqual({"model": CONSTANT, "preload": True, "default": True}, entries["gpt-4o-mini"])
+        self.assertEqual({"model": "WHISPER_TINY", "preload": True}, entries["größe 😀"])
+
+    def test_a_model_file_of_ones_own(self) -> None:
+        path = os.path.join(self.home, "Tiny model.GGUF")
+        open(path, "w").close()
+        entries = self.entries(
+            {"name": "tiny", "src": path}, {"name": "url", "src": "https://host/x.gguf?download=true"},
+            {"name": "voice", "src": path, "type": "whispercpp-transcription", "config": {}})  # fmt: skip
+        self.assertEqual({"src": path, "type": "llamacpp-completion", "preload": True, "default": True}, entries["tiny"])
+        self.assertEqual("https://host/x.gguf?download=true", entries["url"]["src"])
+        self.assertEqual("whispercpp-transcription", entries["voice"]["type"])
+        with self.assertRaisesRegex(q.InvalidManagedModelError, "is a folder"):
+            q.synthesize_serve_config([{"name": "x", "src": self.home, "type": "t"}])
+
+    def test_a_constant_that_only_the_installed_sdk_has_is_accepted(self) -> None:
+        modules = os.path.join(self.home, "node_modules")
+        registry = os.path.join(modules, "@qvac", "inference", "dist", "models", "registry")
+        cli = os.path.join(modules, "@qvac", "cli", "dist")
+        for folder in (registry, cli, os.path.join(modules, ".bin")):
+            os.makedirs(folder)
+        with open(os.path.join(registry, "models.js"), "w") as file:
+            file.write('export const models = [{ name: "NEWER_1B_INST_Q4" }, { name: \'NEWER_2B_INST_Q4\' }]')
+        with open(os.path.join(cli, "index.js"), "w"):
+            os.chmod(file.name, 0o644)
+        os.chmod(os.path.join(cli, "index.js"), 0o755)
+        os.symlink(os.path.join("..", "@qvac", "cli", "dist", "index.js"), os.path.join(modules, ".bin", "qvac"))
+        command = os.path.join(modules, ".bin", "qvac")
+        for constant in ("NEWER_1B_INST_Q4", "NEWER_2B_INST_Q4"):
+            config = q.synthesize_serve_config([{"name": "new", "model": constant}], command)
+            self.assertEqual(constant, config["serve"]["models"]["new"]["model"])
+        for name in ("NEWER_3B_INST_Q4", "NEWER_1B", "models", 'X" }, { name: "NEWER_1B_INST_Q4'):
+            with self.assertRaises(q.UnknownManagedModelError):
+                q.synthesize_serve_config([name], command)
+        with self.assertRaises(q.UnknownManagedModelError):
+            q.synthesize_serve_config(["NEWER_1B_INST_Q4"], os.path.join(self.home, "none"))
+
+    def test_what_json_cannot_carry_is_refused_wherever_it_stands(self) -> None:
+        import decimal
+
+        circle: List[Any] = []
+        circle.append(circle)
+        deep: Any = 1
+        for _ in range(200):
+            deep = {"x": deep}
+        for value in (float("nan"), float("inf"), -float("inf"), 10**400, -(10**400), {1, 2}, b"x", 1j, object(), print,
+                      decimal.Decimal("1.5"), {5: 6}, {None: 1}, circle, deep, range(3)):  # fmt: skip
+            for config in ({"x": value}, {"x": [{"y": (value,)}]}):
+                with self.subTest(value=str(value)[:40]), self.assertRaises(q.InvalidManagedModelError) as caught:
+                    q.synthesize_serve_config([{"name": MODEL, "config": config}])
+                self.assertIn(MODEL, str(caught.exception))
+                self.assertLess(len(str(caught.exception)), 300)
+
+    def test_what_json_can_carry_is_taken(self) -> None:
+        value = {"": None, "a": [True, 0, -1.5, 2**70, 1.7976931348623157e308, 5e-324, "\ud800", ["x", ("y",)], {}]}
+        taken = self.entries({"name": MODEL, "config": value})[MODEL]["config"]
+        self.assertEqual(json.loads(json.dumps(value)), taken)
+
+
+class FleetKeyTest(unittest.TestCase):
+    """Every key in here was computed by the provider (0.7.0, fleet protocol version 2)."""
+
+    CASES = (
+        ("ff42c973b64d4f35", ["QWEN3_600M_INST_Q4"], {}),
+        ("7ce533fb5da31b20", ["qwen3.5-9b"], {}),
+        ("a0770b80c64ea795", ["qwen3.5-9b", "QWEN3_600M_INST_Q4"], {}),
+        ("eb95e38738a98952", ["QWEN3_600M_INST_Q4", "qwen3.5-9b"], {}),
+        ("7fa61d7438feca69", [{"name": "qwen3.5-9b", "preload": False}], {}),
+        ("7ce533fb5da31b20", [{"name": "qwen3.5-9b", "preload": True, "default": True}], {}),
+        ("87364b742c10c5d4", ["qwen3.5-9b", {"name": "gpt-oss-20b", "default": True, "preload": False}], {}),
+        ("a5b2b519b33cec73", ["qwen3.5-9b", {"name": "gpt-oss-20b", "default": False}], {}),
+        ("5444dbed6bf45de1", [{"name": "qwen3.5-9b", "default": False}, {"name": "gpt-oss-20b"}], {}),
+        ("0191a15e3967d934", ["gpt-oss-20b", "QWEN3_600M_INST_Q4", "WHISPER_TINY", "qwen3.5-0.8b"], {}),
+        ("3a24e73e716ccc98", [{"name": "WHISPER_TINY", "default": True}, "gpt-oss-20b"], {}),
+        ("d111479bc61a62d1", ["QWEN3_5_9B_MULTIMODAL_Q4_K_M", "qwen3.5-9b"], {}),
+        ("c0ce1aa544078f08", ["qwen3.5-9b"], {"host": "0.0.0.0"}),
+        ("3b25a9827fab7d75", ["qwen3.5-9b"], {"host": "localhost"}),
+        ("1897833e65645e2c", ["qwen3.5-9b"], {"host": "::1"}),
+        ("f3a1053d270db918", ["qwen3.5-9b"], {"serve_port": 22222}),
+        ("df4df1206209d22d", ["qwen3.5-9b"], {"serve_port": 22223}),
+        ("9e47215ca819313e", ["qwen3.5-9b"], {"serve_port": 65535}),
+        ("77c4af63b7bde538", ["qwen3.5-9b"], {"serve_bin_path": "/opt/build-a/qvac"}),
+        ("8181344fcb3109e1", ["qwen3.5-9b"], {"serve_bin_path": '/a "b"\\c\n'}),
+        ("ec4571e41ccd3306", ["qwen3.5-9b"], {"serve_bin_path": "/\ud800"}),
+        ("43fa599616ee8c1c", ["qwen3.5-9b"], {"serve_bin_path": "qvac-managed:echo"}),
+        ("1292e63168468556", ["qwen3.5-9b"], {"serve_bin_path": "/opt/build b/qvác", "serve_port": 1, "host": "::1"}),
+    )
+    CONFIGS = (
+        # key, and the config of qwen3.5-9b as JSON text
+        ("db4e3474fd2d5285", '{"ctx_size": 32768, "reasoning_budget": 0}'),
+        ("db4e3474fd2d5285", '{"reasoning_budget": 0, "ctx_size": 32768}'),
+        ("0cae58678a3aa97e", "{}"),
+        ("3827a29aa9a59848", '{"temp": 0.7, "top_p": 0.95, "seed": 0}'),
+        ("2ca10f96400317c7", '{"temp": 1.0, "min": -0.0, "big": 1e+21, "small": 1e-07, "int": 9007199254740991}'),
+        ("6785ea82384503ad", '{"nested": {"b": [1, 2, {"z": null, "a": true}], "a": "x"}, "list": []}'),
+        ("39517aaff8ee9d04", r'{"text": "h\u00e9llo \"q\" \\ \n\t\u0001 \u2028 \ud83d\ude00"}'),
+        ("045470b73fcf2d8b", r'{"10": 1, "9": 2, "a": 3, "Z": 4, "\u00e9": 5}'),
+        ("35c7865b5e1821aa", r'{"text": "\ud800"}'),
+        ("9ce5ad15151f486b", r'{"text": "\udc00\ud800 x"}'),
+        ("a00fbf396c38a065", r'{"\ud800": 1, "\ud83d\ude00": 2, "\ufb01": 3, "z": 4}'),
+        ("f76665c166ba57b4", r'{"\ufb01": 1, "\ud83d\ude00": 2}'),
+        ("ef27158db338e2d5", r'{"\ue000": 1, "\ud800\udc00": 2, "\uffff": 3}'),
+        ("54cdc7f30f108910", r'{"text": "\u2028\u2029\u007f\u0080\u00ad\ufeff\ufffe"}'),
+        ("4818b637d1411c31", r'{"text": "\b\f\n\r\t\u0000\u001f\"\\/"}'),
+        ("42f6a242193a9e0c", '{"a": {"10": 1, "9": 2, "-1": 3, "01": 4, "": 5}}'),
+        ("01bc0cc648a3da2a", '{"deep": [[[[{"b": [], "a": {}}]]]]}'),
+        ("d9bdb91c2bb4682c", '{"constructor": 1, "toString": 2, "hasOwnProperty": 3}'),
+        ("bafe3d341182be40", r'{"a b": 1, "a": 2, "A": 3, "_": 4, "a.b": 5, "\u00e9": 6, "e\u0301": 7}'),
+        ("c536a0f667a71a57", '{"null": null, "t": true, "f": false, "e": ""}'),
+    )
+    NUMBERS = (
+        # JSON text, and what JavaScript makes of it
+        ("1e21", "1e+21"), ("1e-7", "1e-7"), ("9007199254740993", "9007199254740992"), ("-0.0", "0"), ("-0", "0"),
+        ("1e20", "100000000000000000000"), ("123456789012345680000", "123456789012345680000"), ("1e-6", "0.000001"),
+        ("0.000001234", "0.000001234"), ("5e-324", "5e-324"), ("1.7976931348623157e308", "1.7976931348623157e+308"),
+        ("2.2250738585072014e-308", "2.2250738585072014e-308"), ("0.1", "0.1"), ("1.0", "1"), ("100", "100"),
+        ("0.30000000000000004", "0.30000000000000004"), ("18446744073709551616", "18446744073709552000"),
+        ("-1e-7", "-1e-7"), ("1e22", "1e+22"), ("1e16", "10000000000000000"), ("123.456", "123.456"), ("-1", "-1"),
+        ("-12345.678e10", "-123456780000000"), ("4.35", "4.35"), ("0.00001", "0.00001"), ("1.5e300", "1.5e+300"),
+        ("1180591620717411303424", "1.1805916207174113e+21"), ("99999999999999990000000", "1e+23"),
+        ("4503599627370497.5", "4503599627370498"),
+    )  # fmt: skip
+
+    @staticmethod
+    def key(models: Any, host: str = "127.0.0.1", **options: Any) -> str:
+        return q.compute_fleet_key(q.synthesize_serve_config(models), host, **options)
+
+    def test_models_and_options_give_the_providers_key(self) -> None:
+        for expected, models, options in self.CASES:
+            with self.subTest(models=models, **options):
+                self.assertEqual(expected, self.key(models, **options))
+
+    def test_config_gives_the_providers_key(self) -> None:
+        for expected, text in self.CONFIGS:
+            with self.subTest(config=text):
+                self.assertEqual(expected, self.key([{"name": "qwen3.5-9b", "config": json.loads(text)}]))
+
+    def test_a_surrogate_pair_in_two_characters_is_one_as_in_javascript(self) -> None:
+        pair = [{"name": "qwen3.5-9b", "config": {"\ufb01": 1, "\ud83d" + "\ude00": 2}}]
+        self.assertEqual("f76665c166ba57b4", self.key(pair))
+
+    def test_aliases_are_sorted_by_utf_16_unit(self) -> None:
+        models = {"\ufb01": {"model": "A", "preload": True}, "😀": {"model": "B", "preload": True, "default": True}}
+        for config in (models, dict(reversed(list(models.items())))):
+            key = q.compute_fleet_key({"serve": {"models": config}}, "127.0.0.1")
+            self.assertEqual("19f69654605e2f79", key)
+
+    def test_aliases_and_files_of_ones_own(self) -> None:
+        self.assertEqual("c43b381a8bb775cd", self.key([{"name": "gpt-4o-mini", "model": "QWEN3_600M_INST_Q4"}]))
+        with mock.patch("os.path.exists", return_value=True):
+            self.assertEqual("0d12e2c49a9dff77", self.key([{"name": "tiny", "src": "/models/tiny.gguf"}]))
+
+    def test_numbers_are_written_as_javascript_writes_them(self) -> None:
+        for text, expected in self.NUMBERS:
+            self.assertEqual(expected, q._js_json(json.loads(text)), text)
+        numbers = "[%s]" % ",".join(text for text, _ in self.NUMBERS if text != "-0")
+        self.assertEqual("22abebf7fb482629", self.key([{"name": "qwen3.5-9b", "config": {"n": json.loads(numbers)}}]))
+
+    def test_six_thousand_numbers_of_all_sizes(self) -> None:
+        import hashlib
+        import struct
+
+        texts = []
+        for index in range(3000):
+            digest = hashlib.sha256(b"number %d" % index).digest()
+            (number,) = struct.unpack(">d", digest[:8])
+            if number - number == 0:  # finite
+                texts.append(q._js_json(number))
+            texts.append(q._js_json(float("%de%d" % (struct.unpack(">i", digest[8:12])[0], digest[12] % 61 - 30))))
+        self.assertEqual(("7.901204200003665e-180", "-210728.7227"), tuple(texts[:2]))
+        expected = "f018052dbd424211b168f6bb38a3838b0174cafa9a12427801db5abf3b6b1b6b"
+        self.assertEqual(expected, hashlib.sha256(",".join(texts).encode()).hexdigest())
+
+    def test_three_hundred_objects_with_keys_of_all_code_units(self) -> None:
+        import hashlib
+        import struct
+
+        keys = []
+        for index in range(300):
+            digest, entry = hashlib.sha512(b"text %d" % index).digest(), {}
+            for start in range(0, 64, 8):
+                units = struct.unpack(">4H", digest[start : start + 8])
+                units = [u & 0x7F if u % 4 == 0 else 0xD800 | u & 0x7FF if u % 4 == 1 else u for u in units]
+                entry[struct.pack(">4H", *units).decode("utf-16-be", "surrogatepass")] = start // 8
+            keys.append(q.compute_fleet_key({"serve": {"models": {"a": entry}}}, "h"))
+        self.assertEqual(["4468f5cc759ff356", "dceeb432f2274a0e", "c7e22c5eeb55b604"], keys[:3])
+        expected = "c92086332666e286a2251a264ec7bdc5f79c1bb58ce572295bc596e3178bf9bf"
+        self.assertEqual(expected, hashlib.sha256("".join(keys).encode()).hexdigest())
+
+    def test_only_keys_are_valid_keys(self) -> None:
+        for key in (KEY, PRIVATE_KEY, "f" * 16, KEY + "-priv-1-00000000"):
+            self.assertTrue(q.is_valid_fleet_key(key), key)
+        for key in ("", KEY[:15], KEY + "0", KEY.upper(), KEY + "\n", "\n" + KEY, KEY[:-1] + "g", KEY[:-1] + "/",
+                    "../" + KEY, KEY[:-1] + "\uff11", KEY + "-priv-", KEY + "-priv--00000000", KEY + "-priv-1-0000000",
+                    KEY + "-priv-1-0000000g", KEY + "-prov-1-00000000", KEY + "-priv-x-00000000",
+                    KEY + "-priv-\u0661-00000000", KEY + "-priv-1-00000000-", KEY + "-priv-%s-00000000" % ("1" * 20),
+                    KEY + "-priv--1-00000000", KEY + "-priv-1-00000000\n", KEY[:-1] + "\0"):  # fmt: skip
+            self.assertFalse(q.is_valid_fleet_key(key), key)
+            for path in (q.record_path, q.consumers_dir, q.lock_path, q.error_path, q.log_path):
+                with self.assertRaises(q.RegistryError):
+                    path(key)
+
+
+class ErrorsTest(unittest.TestCase):
+    ERRORS = (
+        # an error, its code, its attributes, what its text says
+        (q.UnknownManagedModelError(["a", "b"], {"a": ["c", "d"]}), "UNKNOWN_MODEL",
+         {"unknown_models": ["a", "b"], "hints": {"a": ["c", "d"]}}, ("'a' (did you mean c or d?)", "'b'")),
+        (q.UnknownManagedModelError([]), "UNKNOWN_MODEL", {"unknown_models": []}, ("No models given",)),
+        (q.DuplicateManagedModelError(["a"]), "DUPLICATE_MODEL", {"duplicate_models": ["a"]}, ("a",)),
+        (q.MultipleDefaultManagedModelsError(["a", "b"]), "MULTIPLE_DEFAULTS", {"default_models": ["a", "b"]}, ("a, b",)),
+        (q.InvalidManagedModelError("wrong"), "INVALID_MODEL", {}, ("wrong",)),
+        (q.CliNotFoundError("type this", ["/x"]), "CLI_NOT_FOUND", {"looked_in": ["/x"]}, ("type this",)),
+        (q.ServeSpawnFailedError("why"), "SERVE_SPAWN_FAILED", {}, ("why",)),
+        (q.ServeStartTimeoutError("slow"), "SERVE_START_TIMEOUT", {}, ("slow",)),
+        (q.ServeExitedError(3, None, "its last words"), "SERVE_EXITED",
+         {"exit_code": 3, "signal": None, "tail": "its last words"}, ("exit code 3", "its last words")),
+        (q.ServeExitedError(None, 9, "", "It crashed"), "SERVE_EXITED",
+         {"exit_code": None, "signal": 9, "tail": ""}, ("It crashed", "signal 9", "printed nothing")),
+        (q.PortAllocationFailedError("port"), "PORT_ALLOCATION_FAILED", {}, ("port",)),
+        (q.ModelLoadFailedError("m", "no room"), "MODEL_LOAD_FAILED", {"model": "m", "reason": "no room"},
+         ("m", "no room")),
+        (q.RegistryError("folder"), "REGISTRY", {}, ("folder",)),
+        (q.ServeHTTPError(503, "busy", b"{}"), "SERVE_HTTP", {"status": 503, "message": "busy", "body": b"{}"},
+         ("503", "busy")),
+    )  # fmt: skip
+
+    def test_every_error_has_its_code_its_facts_and_a_text(self) -> None:
+        for error, code, facts, words in self.ERRORS:
+            with self.subTest(error=repr(error)):
+                self.assertIsInstance(error, q.QvacManagedModeError)
+                self.assertEqual(code, error.code)
+                self.assertEqual(code, type(error).code)
+                for name, value in facts.items():
+                    self.assertEqual(value, getattr(error, name))
+                for word in words:
+                    self.assertIn(word, str(error))
+
+    def test_all_errors_are_exported_and_told_apart_by_code(self) -> None:
+        exported = {name for name in q.__all__ if name.endswith("Error")}
+        self.assertEqual({type(error).__name__ for error, *_ in self.ERRORS} | {"QvacManagedModeError"}, exported)
+        self.assertEqual(len(exported), len({getattr(q, name).code for name in exported}))
+
+    def test_every_error_survives_pickling_and_copying(self) -> None:
+        import copy
+        import pickle
+
+        for error, _, facts, _ in self.ERRORS:
+            for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+                self.assertIs(type(error), type(again))
+                self.assertEqual(str(error), str(again))
+                for name, value in facts.items():
+                    self.assertEqual(value, getattr(again, name))
+
+    def test_the_runners_report_gives_the_client_the_same_error(self) -> None:
+        for error, _, facts, _ in self.ERRORS:
+            if not isinstance(error, q.ServeHTTPError):  # a client's own
+                again = q._error_from_json(json.loads(json.dumps(q._error_to_json(error))))
+                self.assertEqual((type(error), str(error)), (type(again), str(again)))
+                for name, value in facts.items():
+                    self.assertEqual(value, getattr(again, name))
+
+    def test_an_unforeseen_error_of_the_runner_is_a_failed_spawn_that_says_so(self) -> None:
+        again = q._error_from_json(json.loads(json.dumps(q._error_to_json(ZeroDivisionError("by zero")))))
+        self.assertIs(q.ServeSpawnFailedError, type(again))
+        self.assertIn("ZeroDivisionError: by zero", str(again))
+
+    def test_a_report_that_names_no_error_of_ours_makes_nothing_else(self) -> None:
+        for data in ({}, {"error": "os"}, {"error": "Qvac", "args": []}, {"error": "Exception", "args": []},
+                     {"error": "ServeExitedError"}, {"error": "ServeExitedError", "args": [1]},
+                     {"error": "RegistryError", "args": 5}, {"error": ["x"], "args": []}, {"error": None}):  # fmt: skip
+            self.assertIs(q.ServeSpawnFailedError, type(q._error_from_json(data)), data)
+
+    def test_the_error_file_gives_waiting_clients_the_same_error(self) -> None:
+        for error in (q.ServeExitedError(3, None, "line one\nline two"), q.PortAllocationFailedError("taken"),
+                      q.ServeStartTimeoutError("slow"), q.ServeSpawnFailedError("why")):  # fmt: skip
+            again = q._error_from_text(q._error_text(error, q._error_to_json(error), "secret"))
+            self.assertEqual((type(error), str(error)), (type(again), str(again)))
+
+    def test_the_error_file_of_a_provider_is_a_failed_spawn_with_its_text(self) -> None:
+        again = q._error_from_text(b"qvac serve exited with code 1.\nstderr: out of memory\n\xff")
+        self.assertIs(q.ServeSpawnFailedError, type(again))
+        self.assertIn("out of memory", str(again))
+
+    def test_the_key_is_in_no_error_file(self) -> None:
+        error = q.ServeExitedError(1, None, "it said sk-secret twice: sk-secret")
+        data = q._error_text(error, q._error_to_json(error), "sk-secret")
+        self.assertNotIn(b"sk-secret", data)
+        self.assertIn(b"[key]", data)
+
+
+class RecordTest(Unit):
+    GOOD = {
+        "fleetKey": KEY, "servePid": 11, "runnerPid": 12, "port": 4242, "host": "127.0.0.1",
+        "baseURL": "http://127.0.0.1:4242/v1", "configPath": "/x/qvac.config.json",
+        "startedAt": "2026-01-02T03:04:05.000Z", "idleTimeoutMs": 300000, "apiKey": "sk-secret",
+    }  # fmt: skip
+
+    def decode(self, *without: str, **changes: Any) -> Optional[q.ServeRecord]:
+        data = {name: value for name, value in {**self.GOOD, **changes}.items() if name not in without}
+        return q._decode_record(json.dumps(data).encode(), KEY)
+
+    def test_a_record_of_the_provider_is_read(self) -> None:
+        record = self.decode()
+        assert record is not None
+        self.assertEqual((KEY, 11, 12, 4242), (record.fleet_key, record.serve_pid, record.runner_pid, record.port))
+        self.assertEqual(("http://127.0.0.1:4242/v1", "sk-secret"), (record.base_url, record.api_key))
+        self.assertEqual((300000, "", "", 0), (record.idle_timeout_ms, record.place, record.serve_start, record.restarts))
+
+    def test_what_is_written_is_read_back(self) -> None:
+        fields = dict(fleet_key=KEY, serve_pid=1, runner_pid=2, port=3, host="::1", base_url="http://[::1]:3/v1",
+                      config_path="/ü 😀", started_at="x", idle_timeout_ms=1500.5, api_key="k", serve_start="s",
+                      runner_start="r", place="p:q:1", restarts=4, idle_since=5.25, ready_at=6.5,
+                      serve_bin_path="/bin/\ud800", pinned_port=7)  # fmt: skip
+        record = q.ServeRecord(**fields)
+        self.assertEqual(set(fields), {attribute for _, attribute, _ in q._RECORD_FIELDS})
+        q.write_record(record)
+        again = q.read_record(KEY)
+        for name, value in fields.items():
+            self.assertEqual(value, getattr(again, name), name)
+        status = os.stat(q.record_path(KEY))
+        self.assertEqual(0o600, status.st_mode & 0o777)
+        self.assertEqual([KEY + ".json"], self.files())
+
+    def test_whole_numbers_are_written_as_javascript_writes_them(self) -> None:
+        record = self.decode(idleTimeoutMs=2000.0)
+        assert record is not None
+        self.assertIn(b'"idleTimeoutMs": 2000,', q._encode_record(record))
+        self.assertIn(b'"idleTimeoutMs": 0.5,', q._encode_record(record.with_fields(idle_timeout_ms=0.5)))
+        self.assertIn(b'"idleTimeoutMs": 9007199254740991,', q._encode_record(record.with_fields(idle_timeout_ms=q.NEVER_MS)))
+
+    def test_every_required_field_has_to_be_there_with_exactly_its_type(self) -> None:
+        for name, value in self.GOOD.items():
+            if name == "apiKey":
+                continue
+            self.assertIsNone(self.decode(name), name)
+            for wrong in (None, True, False, [], {}, [value], "x" if type(value) is int else 5, 1.5):
+                if not (name == "idleTimeoutMs" and wrong == 1.5):
+                    self.assertIsNone(self.decode(**{name: wrong}), (name, wrong))
+            if type(value) is int and name != "idleTimeoutMs":
+                self.assertIsNone(self.decode(**{name: float(value)}), name)
+
+    def test_numbers_have_to_be_in_range(self) -> None:
+        for name in ("servePid", "runnerPid"):
+            for wrong in (0, -1, 2**31, 2**64):
+                self.assertIsNone(self.decode(**{name: wrong}), (name, wrong))
+        for port in (0, -1, 65536):
+            self.assertIsNone(self.decode(port=port, baseURL="http://127.0.0.1:%d/v1" % port), port)
+        for text in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" + "0" * 400):
+            data = json.dumps({**self.GOOD, "idleTimeoutMs": 77}).replace("77", text).encode()
+            self.assertIsNone(q._decode_record(data, KEY), text)
+
+    def test_fields_of_ours_with_a_wrong_type_are_as_good_as_absent(self) -> None:
+        record = self.decode(place=5, serveStart=None, restarts=True, idleSince="x", readyAt=[], unknown={"x": 1})
+        assert record is not None
+        self.assertEqual(("", "", 0, 0), (record.place, record.serve_start, record.restarts, record.idle_since))
+        record = q._decode_record(json.dumps({**self.GOOD, "readyAt": 77}).replace("77", "1e999").encode(), KEY)
+        assert record is not None
+        q._encode_record(record)
+
+    def test_the_file_name_has_to_agree(self) -> None:
+        self.assertIsNone(q._decode_record(json.dumps(self.GOOD).encode(), KEY[::-1]))
+        self.write(KEY[::-1] + ".json", self.GOOD)
+        self.assertIsNone(q.read_record(KEY[::-1]))
+
+    def test_the_address_has_to_agree_with_host_and_port(self) -> None:
+        for host, url in (
+            ("127.0.0.1", "http://127.0.0.2:4242/v1"), ("127.0.0.1", "http://127.0.0.1:4243/v1"),
+            ("127.0.0.1", "https://127.0.0.1:4242/v1"), ("127.0.0.1", "http://evil.example:4242/v1"),
+            ("127.0.0.1", "http://evil.example/v1"), ("127.0.0.1", "http://127.0.0.1/v1"), ("127.0.0.1", ""),
+            ("127.0.0.1", "http://127.0.0.1:4242@evil.example/v1"), ("127.0.0.1", "http://127.0.0.1:4242@evil:4242/v1"),
+            ("127.0.0.1", "http://x@127.0.0.1:4242/v1"), ("127.0.0.1", "http://127.0.0.1:4242/v1?x"),
+            ("127.0.0.1", "http://127.0.0.1:4242/v1/"), ("127.0.0.1", "http://127.0.0.1:4242/"),
+            ("127.0.0.1", "http://127.0.0.1:04242x/v1"), ("127.0.0.1", "http://127.0.0.1:\u0664\u0662\u0664\u0662/v1"),
+            ("127.0.0.1", "http://127.0.0.1:4242\n/v1"), ("127.0.0.1", "http://evil\\@127.0.0.1:4242/v1"),
+            ("", "http://:4242/v1"), ("evil/x", "http://evil/x:4242/v1"), ("a b", "http://a b:4242/v1"),
+            ("127.0.0.1", "file:///v1"), ("127.0.0.1", "HTTP://127.0.0.1:4242/v1"),
+        ):  # fmt: skip
+            self.assertIsNone(self.decode(host=host, baseURL=url), (host, url))
+
+    def test_brackets_and_case_of_a_host_are_no_difference(self) -> None:
+        for host, url in (("::1", "http://[::1]:4242/v1"), ("[::1]", "http://[::1]:4242/v1"),
+                          ("::1", "http://::1:4242/v1"), ("LocalHost", "http://localhost:4242/v1"),
+                          ("FE80::1", "http://[fe80::1]:4242/v1")):  # fmt: skip
+            self.assertIsNotNone(self.decode(host=host, baseURL=url), (host, url))
+        self.assertEqual("http://[::1]:80/v1", q.base_url_of("::1", 80))
+        self.assertEqual("http://localhost:80/v1", q.base_url_of("localhost", 80))
+
+    def test_a_record_without_a_key_is_an_old_providers_and_never_reused(self) -> None:
+        for changed in ({}, {"apiKey": ""}, {"apiKey": None}, {"apiKey": 5}):
+            data = {**self.GOOD, **changed}
+            if not changed:
+                del data["apiKey"]
+            self.write(KEY + ".json", data)
+            self.assertIsNone(q.read_record(KEY))
+            self.assertEqual([], q.read_all_records())
+            self.assertEqual("", q._all_records()[0].api_key)  # the sweep sees it
+
+    def test_what_is_no_json_is_no_record_and_no_crash(self) -> None:
+        good = json.dumps(self.GOOD).encode()
+        for size in range(len(good)):
+            self.assertIsNone(q._decode_record(good[:size], KEY), good[:size])
+        for data in (b"\xef\xbb\xbf" + good, good.replace(b"sk-", b"\xff\xfe"), good + b"x", b"[" * 100000, b"null", b"5",
+                     b'{"a":' * 100000, b"[" + good + b"]", b"1" * 5000, good.replace(b"4242,", b"4242" * 2000 + b","),
+                     good.replace(b'"', b"'"), good.decode().encode("utf-16"), b"\0" * 100, good + b"\0"):  # fmt: skip
+            self.assertIsNone(q._decode_record(data, KEY), data[:40])
+
+    def test_a_file_of_more_than_64_kb_is_not_read(self) -> None:
+        good = json.dumps(self.GOOD).encode()
+        self.write(KEY + ".json", good.ljust(q.MAX_FILE_BYTES))
+        self.assertIsNotNone(q.read_record(KEY))
+        self.write(KEY + ".json", good.ljust(q.MAX_FILE_BYTES + 1))
+        self.assertIsNone(q.read_record(KEY))
+
+    def test_only_files_that_are_named_after_a_key_are_read(self) -> None:
+        for name in (KEY + ".json", PRIVATE_KEY + ".json"):
+            self.write(name, {**self.GOOD, "fleetKey": name[:-5]})
+        for name in ("x.json", KEY.upper() + ".json", KEY + ".json.tmp", KEY + "x.json", ".json"):
+            self.write(name, {**self.GOOD, "fleetKey": name[:-5]})
+        self.assertEqual({KEY, PRIVATE_KEY}, {record.fleet_key for record in q.read_all_records()})
+
+    def test_the_key_is_in_no_repr_and_a_record_is_frozen(self) -> None:
+        record = self.decode()
+        assert record is not None
+        self.assertNotIn("sk-secret", repr(record) + str(record))
+        with self.assertRaises(AttributeError):
+            record.port = 5  # type: ignore[misc]
+        self.assertFalse(hasattr(record, "__dict__"))
+
+    def test_a_rewritten_record_has_another_version(self) -> None:
+        record = self.decode()
+        assert record is not None
+        versions = [q.write_record(record) for _ in range(3)]
+        current = q.read_record(KEY)
+        assert current is not None
+        self.assertEqual(versions[-1], current.version)
+        self.assertNotEqual(versions[-1], versions[-2])
+
+    def test_removing_a_record_keeps_live_markers(self) -> None:
+        record = self.decode()
+        assert record is not None
+        q.write_record(record)
+        q.add_consumer(KEY, "%d.aaaaaaaa" % os.getpid())
+        self.write("%s.consumers/%d.bbbbbbbb" % (KEY, dead_pid()), "")
+        q.remove_record(KEY, preserve_consumers=True)
+        self.assertEqual(2, len(os.listdir(q.consumers_dir(KEY))))
+        q.remove_record(KEY)
+        self.assertEqual(["%d.aaaaaaaa" % os.getpid()], os.listdir(q.consumers_dir(KEY)))
+
+
+class RegistryFolderTest(Unit):
+    def test_the_folder_is_made_private_and_put_right_on_every_use(self) -> None:
+        umask = os.umask(0)
+        try:
+            self.assertEqual(self.folder, q.ensure_managed_serves_dir())
+        finally:
+            os.umask(umask)
+        self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
+        for mode in (0o777, 0o755, 0o770, 0o500):
+            os.chmod(self.folder, mode)
+            q.add_consumer(KEY, q._new_consumer_id())
+            self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
+
+    def test_a_folder_of_another_user_is_refused(self) -> None:
+        if not POSIX or os.geteuid() != 0:
+            self.skipTest("only root can give a folder away")
+        os.chown(q.ensure_managed_serves_dir(), 65534, 65534)
+        for use in (q.ensure_managed_serves_dir, lambda: q.add_consumer(KEY, "1.a"), lambda: q.try_lock(KEY)):
+            with self.assertRaisesRegex(q.RegistryError, "owned by another user.*QVAC_MANAGED_DIR"):
+                use()
+
+    def test_what_is_no_folder_is_refused(self) -> None:
+        os.makedirs(os.path.dirname(self.folder))
+        elsewhere = os.path.join(self.home, "elsewhere")
+        os.mkdir(elsewhere)
+        os.symlink(elsewhere, self.folder)
+        with self.assertRaisesRegex(q.RegistryError, "not a folder"):
+            q.ensure_managed_serves_dir()
+        self.assertEqual([], os.listdir(elsewhere))
+        os.unlink(self.folder)
+        open(self.folder, "w").close()
+        with self.assertRaisesRegex(q.RegistryError, "not a folder"):
+            q.ensure_managed_serves_dir()
+
+    def test_another_place_can_be_chosen_by_an_absolute_path(self) -> None:
+        chosen = os.path.join(self.home, "a b", "ü 😀")
+        os.environ["QVAC_MANAGED_DIR"] = chosen
+        q.add_consumer(KEY, "%d.aaaaaaaa" % os.getpid())
+        self.assertTrue(os.path.isdir(os.path.join(chosen, KEY + ".consumers")))
+        self.assertFalse(os.path.exists(self.folder))
+        for relative in ("serves", "./serves", "~/serves", "../serves"):
+            os.environ["QVAC_MANAGED_DIR"] = relative
+            with self.assertRaisesRegex(q.RegistryError, "absolute"):
+                q.managed_serves_dir()
+        os.environ["QVAC_MANAGED_DIR"] = ""
+        self.assertEqual(self.folder, q.managed_serves_dir())
+
+    def test_without_home_the_user_database_is_asked(self) -> None:
+        import pwd
+
+        del os.environ["HOME"]
+        self.assertEqual(os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".qvac"), q.qvac_home())
+        os.environ["HOME"] = ""
+        self.assertEqual(os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".qvac"), q.qvac_home())
+        with mock.patch("pwd.getpwuid", side_effect=KeyError("no such user")):
+            with self.assertRaisesRegex(q.RegistryError, "HOME"):
+                q.managed_serves_dir()
+
+    def test_a_home_of_any_name_works_or_is_a_typed_error(self) -> None:
+        for name in ("with space", "ünïcödé 😀", "new\nline", "quo'te\"s", "-dash", "\udcff"):
+            os.environ["HOME"] = os.path.join(self.home, name)
+            q.add_consumer(KEY, "%d.aaaaaaaa" % os.getpid())
+            self.assertEqual([os.getpid()], q.live_consumers(KEY))
+        for name in ("relative", "./x", "x" * 300):
+            os.environ["HOME"] = name
+            with self.assertRaises(q.RegistryError):
+                q.add_consumer(KEY, "1.a")
+        os.environ["HOME"] = os.path.join(self.home, *["long" * 10] * 100)
+        with self.assertRaises(q.RegistryError) as caught:
+            q.add_consumer(KEY, "1.a")
+        self.assertLess(len(str(caught.exception)), 600)
+
+    def test_trouble_with_the_folder_is_a_typed_error_that_says_what_to_do(self) -> None:
+        import errno
+
+        q.ensure_managed_serves_dir()
+        record = q.ServeRecord(fleet_key=KEY, idle_timeout_ms=1.0)
+        for number, advice in ((errno.ENOSPC, "make room"), (errno.EROFS, "QVAC_MANAGED_DIR"),
+                               (errno.EACCES, "writable"), (errno.EMFILE, "close some"), (errno.EIO, "")):  # fmt: skip
+            for use in (lambda: q.add_consumer(KEY, "1.a"), lambda: q.try_lock(KEY), lambda: q.write_record(record),
+                        lambda: q.open_log(KEY), lambda: q.guard().__enter__()):  # fmt: skip
+                failing = OSError(number, os.strerror(number))
+                with mock.patch("os.open", side_effect=failing), self.assertRaises(q.RegistryError) as caught:
+                    use()
+                self.assertIn(os.strerror(number), str(caught.exception))
+                self.assertIn(advice, str(caught.exception))
+
+    def test_a_write_that_fails_half_way_leaves_nothing(self) -> None:
+        import errno
+
+        q.ensure_managed_serves_dir()
+        record = q.ServeRecord(fleet_key=KEY, idle_timeout_ms=1.0)
+        os.mkdir(q.consumers_dir(KEY), 0o700)
+        for use in (lambda: q.add_consumer(KEY, "1.a"), lambda: q.try_lock(KEY), lambda: q.write_record(record)):
+            with mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+                with self.assertRaises(q.RegistryError):
+                    use()
+            self.assertEqual([KEY + ".consumers"], self.files())
+            self.assertEqual([], os.listdir(q.consumers_dir(KEY)))
+
+    def test_a_short_write_is_gone_on_with(self) -> None:
+        write = os.write
+        with mock.patch("os.write", side_effect=lambda fd, data: write(fd, data[:3])):
+            q._write_new_file(os.path.join(self.home, "file"), b"0123456789")
+        with open(os.path.join(self.home, "file"), "rb") as file:
+            self.assertEqual(b"0123456789", file.read())
+
+    def test_a_folder_that_cannot_be_written(self) -> None:
+        if not POSIX:
+            self.skipTest("modes are POSIX")
+        os.makedirs(os.path.dirname(self.folder))
+        for folder in (self.home, os.path.dirname(self.folder)):
+            os.chmod(folder, 0o555)
+
+        def try_it() -> None:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            with self.assertRaisesRegex(q.RegistryError, "Permission denied.*QVAC_MANAGED_DIR"):
+                q.add_consumer(KEY, "1.a")
+
+        try:
+            self.assertEqual(0, exit_code(forked(try_it)))
+        finally:
+            for folder in (self.home, os.path.dirname(self.folder)):
+                os.chmod(folder, 0o755)
+
+
+class MarkersTest(Unit):
+    def setUp(self) -> None:
+        super().setUp()
+        self.markers = os.path.join(self.folder, KEY + ".consumers")
+
+    def mark(self, name: str, content: Any = "", age: float = 0) -> str:
+        return set_age(self.write("%s.consumers/%s" % (KEY, name), content), age)
+
+    def assert_judged(self, alive: bool, name: str, content: Any = "", age: float = 0, kept: Optional[bool] = None) -> None:
+        path = self.mark(name, content, age)
+        self.assertEqual([int(name.split(".")[0])] if alive else [], q.live_consumers(KEY), (name, content))
+        self.assertEqual(alive if kept is None else kept, os.path.lexists(path), (name, content))
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+    def test_a_marker_is_added_counted_and_removed(self) -> None:
+        mine = "%d.0a1b2c3d" % os.getpid()
+        q.add_consumer(KEY, mine)
+        q.add_consumer(KEY, mine)  # again is no error
+        self.assertTrue(q.has_consumer(KEY, mine))
+        path = os.path.join(self.markers, mine)
+        self.assertEqual((0o600, 0o700), (os.stat(path).st_mode & 0o777, os.stat(self.markers).st_mode & 0o777))
+        with open(path) as file:
+            self.assertEqual(identity(os.getpid()), file.read().strip())
+        q.add_consumer(KEY, "%d.11111111" % os.getpid())
+        self.assertEqual([os.getpid()] * 2, q.live_consumers(KEY))
+        q.remove_consumer(KEY, mine)
+        q.remove_consumer(KEY, mine)
+        self.assertEqual([os.getpid()], q.live_consumers(KEY))
+        self.assertEqual([], q.live_consumers(PRIVATE_KEY))
+
+    def test_markers_of_the_dead_are_removed(self) -> None:
+        pid = dead_pid()
+        self.assert_judged(False, "%d.aa" % pid, "123 %s\n" % q.place())
+        self.assert_judged(False, "%d.aa" % pid)
+        self.assert_judged(False, "%d" % pid)
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_a_zombie_is_dead(self) -> None:
+        with zombie() as pid:
+            for content in ("", identity(os.getpid())):
+                self.assert_judged(False, "%d.aa" % pid, content)
+
+    @unittest.skipUnless(LINUX, "start times are Linux's here")
+    def test_a_recycled_pid_is_dead(self) -> None:
+        with sleeper() as child:
+            self.assert_judged(True, "%d.aa" % child.pid, identity(child.pid))
+            self.assert_judged(True, "%d.aa" % child.pid, identity(child.pid), age=1e6)
+            self.assert_judged(False, "%d.aa" % child.pid, "12345 %s" % q.place())
+            self.assert_judged(False, "%d.aa" % child.pid, "%s %s" % (q.process_start(child.pid), other_place(boot="x")))
+            # Without identity, as the provider writes it, the file's time has to do.
+            self.assert_judged(True, "%d.aa" % child.pid)
+            self.assert_judged(True, "%d.aa" % child.pid, age=q.CLOCK_SLACK - 60)
+            self.assert_judged(False, "%d.aa" % child.pid, age=q.CLOCK_SLACK + 60)
+
+    @unittest.skipUnless(LINUX, "thread ids are pids on Linux alone")
+    def test_a_thread_id_is_no_process(self) -> None:
+        done, ids = threading.Event(), []  # type: threading.Event, List[int]
+        thread = threading.Thread(target=lambda: (ids.append(threading.get_native_id()), done.wait()))
+        thread.start()
+        try:
+            wait_until(lambda: ids)
+            os.kill(ids[0], 0)  # it does answer
+            self.assertFalse(q.process_alive(ids[0]))
+            self.assert_judged(False, "%d.aa" % ids[0])
+        finally:
+            done.set()
+            thread.join()
+
+    def test_a_process_of_another_user_did_not_write_our_file(self) -> None:
+        if not LINUX or os.geteuid() != 0:
+            self.skipTest("only root can start a process of another user")
+        with sleeper(preexec_fn=lambda: os.setuid(65534)) as child:
+            self.assert_judged(False, "%d.aa" % child.pid)
+
+    def test_our_own_bare_pid_is_a_consumer(self) -> None:
+        self.assert_judged(True, "%d.aa" % os.getpid())
+
+    def test_a_marker_from_elsewhere_is_neither_counted_nor_removed(self) -> None:
+        for where in (other_place("other", "boot"), other_place(namespace="1"), "a:b:c:d", "x", "::"):
+            self.assert_judged(False, "%d.aa" % os.getpid(), "5 " + where, kept=True)
+
+    def test_names_that_no_consumer_has_are_removed(self) -> None:
+        for name in ("x", "0.aa", "00.aa", "-1.aa", "+1.aa", "1_0.aa", "99999999999.aa", "4294967297.aa", "\u0661.aa",
+                     ".aa", " 1.aa", "1e3.aa", "2147483648.aa"):  # fmt: skip
+            for content in ("", "5 " + q.place()):
+                path = self.mark(name, content)
+                self.assertEqual([], q.live_consumers(KEY), name)
+                self.assertFalse(os.path.lexists(path), name)
+
+    def test_nothing_behind_a_link_is_touched(self) -> None:
+        canary = os.path.join(self.home, "canary")
+        os.mkdir(canary)
+        for name in ("thesis.txt", "1.txt", "%d.aa" % dead_pid()):
+            open(os.path.join(canary, name), "w").close()
+        q.ensure_managed_serves_dir()
+        os.symlink(canary, self.markers)
+        self.assertEqual([], q.live_consumers(KEY))
+        with self.assertRaisesRegex(q.RegistryError, "in the way"):
+            q.add_consumer(KEY, "1.a")
+        self.assertEqual(3, len(os.listdir(canary)))
+        os.unlink(self.markers)
+        os.mkdir(self.markers)
+        os.symlink(os.path.join(canary, "thesis.txt"), os.path.join(self.markers, "%d.aa" % os.getpid()))
+        self.assertEqual([], q.live_consumers(KEY))
+        self.assertEqual(3, len(os.listdir(canary)))
+
+    def test_a_file_in_the_place_of_the_folder_is_a_typed_error(self) -> None:
+        self.write(KEY + ".consumers", "")
+        with self.assertRaisesRegex(q.RegistryError, "in the way"):
+            q.add_consumer(KEY, "1.a")
+        self.assertEqual([], q.live_consumers(KEY))
+
+    def test_a_folder_that_vanishes_between_two_steps_is_made_again(self) -> None:
+        """A runner that ends removes it whenever it is empty."""
+        write = q._write_new_file
+
+        def rival(path: str, content: bytes, replace: bool = False) -> None:
+            if rivals:
+                rivals.pop()
+                q._rmdir(self.markers)
+            write(path, content, replace)
+
+        rivals = [1, 2, 3]
+        with mock.patch.object(q, "_write_new_file", side_effect=rival):
+            q.add_consumer(KEY, "%d.aa" % os.getpid())
+        self.assertEqual([os.getpid()], q.live_consumers(KEY))
+
+
+class IdentityTest(unittest.TestCase):
+    HERE = "machine:boot:77"
+
+    def judge(self, now: Optional[str], start: str, where: str = HERE, pid: int = 5) -> str:
+        with mock.patch.object(q, "place", return_value=self.HERE), mock.patch.object(q, "process_start", return_value=now):
+            return q.judge_process(pid, start, where)
+
+    def test_start_time_and_place_settle_whether_a_process_lives(self) -> None:
+        for expected, now, start, where in (
+            (q.ALIVE, "123", "123", self.HERE), (q.DEAD, "124", "123", self.HERE), (q.DEAD, None, "123", self.HERE),
+            (q.ALIVE, "", "123", self.HERE), (q.ALIVE, "123", "", self.HERE), (q.DEAD, None, "", self.HERE),
+            (q.DEAD, "123", "123", "machine:earlier:77"), (q.DEAD, "123", "123", "machine:earlier:78"),
+            (q.ALIVE, "123", "123", "renamed:boot:77"), (q.DEAD, None, "123", "renamed:boot:77"),
+            (q.FOREIGN, "123", "123", "other:another:77"), (q.FOREIGN, None, "123", "other:another:77"),
+            (q.FOREIGN, "123", "123", "machine:boot:78"), (q.FOREIGN, None, "123", "machine:boot:78"),
+            (q.FOREIGN, "123", "123", "machine::77"), (q.FOREIGN, "123", "123", "machine"),
+            (q.FOREIGN, "123", "123", ""), (q.FOREIGN, "123", "123", "machine:boot:77:x"),
+        ):  # fmt: skip
+            self.assertEqual(expected, self.judge(now, start, where), (now, start, where))
+
+    def test_what_is_no_pid_is_dead(self) -> None:
+        for pid in (0, -1, -5, 2**31, 2**64):
+            self.assertEqual(q.DEAD, self.judge("", "123", pid=pid))
+            self.assertFalse(q.process_alive(pid))
+        for pid in (True, 1.0, "1", None):
+            self.assertFalse(q.process_alive(pid))  # type: ignore[arg-type]
+
+    def test_a_bare_pid_is_judged_by_owner_and_time(self) -> None:
+        slack = q.CLOCK_SLACK
+        for expected, lives, uid, owner, started in (
+            (q.ALIVE, True, 7, 7, 1000.0), (q.DEAD, False, 7, 7, 1000.0), (q.DEAD, True, 7, 8, 1000.0),
+            (q.ALIVE, True, None, 8, 1000.0), (q.ALIVE, True, 7, None, 1000.0), (q.ALIVE, True, 7, 7, None),
+            (q.ALIVE, True, 7, 7, 5000.0 + slack), (q.DEAD, True, 7, 7, 5001.0 + slack), (q.ALIVE, True, 7, 7, 0.0),
+        ):  # fmt: skip
+            with mock.patch.multiple(q, process_alive=lambda pid: lives, process_uid=lambda pid: owner,
+                                     process_started_at=lambda pid: started):  # fmt: skip
+                self.assertEqual(expected, q.judge_bare_pid(5, 5000.0, uid), (lives, uid, owner, started))
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_processes_of_this_machine(self) -> None:
+        me = os.getpid()
+        self.assertTrue(q.process_alive(me) and q.process_alive(1) and q.is_process_alive(me))
+        self.assertEqual(q.process_start(me), q.process_start(me))
+        self.assertEqual((os.getppid(), os.geteuid()), (q.parent_of(me), q.process_uid(me)))
+        self.assertAlmostEqual(time.time(), q.process_started_at(me) or 0, delta=3600)
+        self.assertGreater(q.rss_bytes([me]) or 0, 1000000)
+        with sleeper() as child:
+            started = q.process_started_at(child.pid)
+            self.assertAlmostEqual(time.time(), started or 0, delta=10)
+            os.kill(child.pid, signal.SIGSTOP)
+            self.assertTrue(q.process_alive(child.pid))  # stopped is not dead
+            start = q.process_start(child.pid)
+        self.assertIsNone(q.process_start(child.pid))
+        self.assertTrue(start)
+        for function in (q.process_started_at, q.process_uid, q.parent_of):
+            self.assertIsNone(function(child.pid))
+        with zombie() as pid:
+            self.assertIsNone(q.process_start(pid))
+            self.assertFalse(q.process_alive(pid))
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_a_name_with_brackets_and_spaces_does_not_move_the_fields(self) -> None:
+        code = "open('/proc/self/comm','w').write(') Z (9 9)'); import time; print(1, flush=True); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-ISc", code], stdout=subprocess.PIPE)
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            self.assertTrue((q.process_start(child.pid) or "").isdigit())
+            self.assertEqual(os.getpid(), q.parent_of(child.pid))
+        finally:
+            child.kill()
+            child.communicate()
+
+    def test_the_place_is_found_once_per_process(self) -> None:
+        self.assertEqual(3, len(q.place().split(":")))
+        with mock.patch.object(q, "this_place", side_effect=AssertionError):
+            q.place()
+        with mock.patch.object(q, "this_place", return_value="forked:x:1"), mock.patch("os.getpid", return_value=1):
+            self.assertEqual("forked:x:1", q.place())
+        q._places.clear()
+
+    def test_an_unused_serve_is_reaped_after_its_idle_timeout(self) -> None:
+        for (users, since, now, timeout), expected in {
+            (1, None, 50.0, 10.0): (None, False), (3, 40.0, 99.0, 10.0): (None, False),
+            (0, None, 50.0, 10.0): (50.0, False), (0, 50.0, 59.9, 10.0): (50.0, False),
+            (0, 50.0, 60.0, 10.0): (50.0, True), (0, None, 50.0, 0.0): (50.0, True), (0, 0.0, 10.0, 10.0): (0.0, True),
+            (0, 50.0, 1e9, float("inf")): (50.0, False),
+        }.items():  # fmt: skip
+            self.assertEqual(expected, q.decide_reap(users, since, now, timeout))
+
+    def test_only_a_changed_parent_is_gone(self) -> None:
+        self.assertFalse(q.parent_is_gone(1, 1))
+        self.assertFalse(q.parent_is_gone(77, 77))
+        self.assertTrue(q.parent_is_gone(77, 1))
+        self.assertTrue(q.parent_is_gone(77, 78))  # a subreaper is no parent either
+
+
+class SpawnLockTest(Unit):
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = os.path.join(self.folder, KEY + ".lock")
+
+    def content(self) -> str:
+        with open(self.path) as file:
+            return file.read()
+
+    def assert_stolen(self, content: Any, age: float = 0) -> None:
+        set_age(self.write(KEY + ".lock", content), age)
+        self.assertTrue(q.try_lock(KEY), (content, age))
+        q.release_lock(KEY)
+        self.assertEqual([], self.files())
+
+    def assert_respected(self, content: Any, age: float = 0) -> None:
+        set_age(self.write(KEY + ".lock", content), age)
+        before = (os.stat(self.path).st_ino, self.content())
+        self.assertFalse(q.try_lock(KEY), (content, age))
+        q.release_lock(KEY)
+        self.assertEqual(before, (os.stat(self.path).st_ino, self.content()))
+        self.assertEqual([KEY + ".lock"], self.files())
+        os.unlink(self.path)
+
+    def test_a_lock_is_taken_once_and_released(self) -> None:
+        self.assertTrue(q.try_lock(KEY))
+        words = self.content().split()
+        self.assertEqual(str(os.getpid()), words[0])  # all that the provider reads
+        self.assertEqual(identity(os.getpid()).split(), words[1:3])
+        self.assertEqual((4, 0o600), (len(words), os.stat(self.path).st_mode & 0o777))
+        self.assertFalse(q.try_lock(KEY))
+        self.assertTrue(q.try_lock(PRIVATE_KEY))
+        q.release_lock(PRIVATE_KEY)
+        self.assertEqual([KEY + ".lock"], self.files())
+        q.release_lock(KEY)
+        q.release_lock(KEY)
+        self.assertEqual([], self.files())
+        self.assertTrue(q.try_lock(KEY))
+
+    def test_a_dead_owners_lock_is_stolen_at_once(self) -> None:
+        pid = dead_pid()
+        for content in ("%d" % pid, "%d\n" % pid, "  %d  " % pid, "%d 5 %s nonce\n" % (pid, q.place()),
+                        "%d 5 %s nonce\n" % (pid, other_place(boot="earlier"))):  # fmt: skip
+            self.assert_stolen(content)
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_a_zombie_owns_nothing(self) -> None:
+        with zombie() as pid:
+            self.assert_stolen("%d" % pid)
+
+    @unittest.skipUnless(LINUX, "start times are Linux's here")
+    def test_a_live_owners_lock_is_never_stolen_and_a_recycled_pids_is(self) -> None:
+        with sleeper() as child:
+            os.kill(child.pid, signal.SIGSTOP)  # even if it has stopped
+            ours = "%d %s nonce\n" % (child.pid, identity(child.pid))
+            for age in (0, 60, 1e6, -1e6):
+                self.assert_respected(ours, age)
+            self.assert_respected("%d\n" % child.pid)
+            self.assert_respected("%d\n" % child.pid, q.CLOCK_SLACK - 60)
+            self.assert_stolen("%d\n" % child.pid, q.CLOCK_SLACK + 60)
+            self.assert_stolen("%d 12345 %s nonce\n" % (child.pid, q.place()))
+
+    def test_an_unreadable_owner_has_half_a_minute(self) -> None:
+        for content in ("", "\n", "x", "-5", "0", "+%d" % os.getppid(), "4294967297", "9" * 100, b"\xff\xfe", b"\0" * 8,
+                        "\u0665", "1.5", "x" * (q.MAX_FILE_BYTES + 1)):  # fmt: skip
+            set_age(self.write(KEY + ".lock", content), q.LOCK_STALE - 10)
+            self.assertFalse(q.try_lock(KEY), content)
+            self.assert_stolen(content, q.LOCK_STALE + 1)
+            self.assert_stolen(content, -q.LOCK_STALE - 10)  # a clock set back makes nothing last for ever
+
+    def test_our_own_pid_in_a_lock_that_we_do_not_hold_is_a_dead_mans(self) -> None:
+        """In a container every run may have the same pid."""
+        me = os.getpid()
+        self.assert_stolen("%d\n" % me)
+        self.assert_stolen("%d %s nonce\n" % (me, identity(me)))
+
+    def test_a_lock_from_elsewhere_is_respected_while_its_heartbeat_is_fresh(self) -> None:
+        for where in (other_place("other", "boot"), other_place(namespace="1")):
+            content = "%d 5 %s nonce\n" % (dead_pid(), where)
+            self.assert_respected(content)
+            self.assert_respected(content, q.LOCK_STALE + 1)
+            self.assert_stolen(content, q.LOCK_STALE * 2 + 1)
+
+    def test_what_is_no_lock_file_is_a_typed_error_and_left_alone(self) -> None:
+        canary = os.path.join(self.home, "canary")
+        with open(canary, "w") as file:
+            file.write("%d" % dead_pid())
+        makers: List[Callable[[], Any]] = [lambda: os.mkdir(self.path), lambda: os.symlink(canary, self.path)]
+        makers += [lambda: os.mkfifo(self.path)] if POSIX else []
+        q.ensure_managed_serves_dir()
+        for make in makers:
+            make()
+            set_age(self.path, 1e6)
+            with self.assertRaisesRegex(q.RegistryError, "in the way"):
+                q.try_lock(KEY)
+            self.assertTrue(os.path.lexists(self.path))
+            os.rmdir(self.path) if os.path.isdir(self.path) else os.unlink(self.path)
+        self.assertTrue(os.path.exists(canary))
+
+    def test_somebody_elses_lock_is_not_released(self) -> None:
+        self.assertTrue(q.try_lock(KEY))
+        with sleeper() as child:
+            os.unlink(self.path)  # a provider has taken ours for stale
+            self.write(KEY + ".lock", "%d\n" % child.pid)
+            q.release_lock(KEY)
+            self.assertEqual("%d\n" % child.pid, self.content())
+
+    def test_taking_the_lock_removes_the_last_error_at_once(self) -> None:
+        """While it sees a held lock beside an error, a provider's client spins."""
+        self.write(KEY + ".error", "why")
+        with sleeper() as child:
+            self.write(KEY + ".lock", "%d" % child.pid)
+            self.assertFalse(q.try_lock(KEY))
+            self.assertIn(KEY + ".error", self.files())
+            os.unlink(self.path)
+        self.assertTrue(q.try_lock(KEY))
+        self.assertEqual([KEY + ".lock"], self.files())
+
+    def test_a_fresh_lock_that_was_renamed_by_mistake_is_put_back(self) -> None:
+        """A provider, which knows no guard, may replace the stale lock between our look and our rename."""
+        with sleeper() as child:
+            self.write(KEY + ".lock", "%d" % dead_pid())
+            judged = q.file_version(self.path)
+            os.unlink(self.path)
+            self.write(KEY + ".lock", "%d" % child.pid)
+            for stale in (None, judged):
+                self.assertFalse(q._move_stale_lock_away(KEY, stale))
+                self.assertEqual("%d" % child.pid, self.content())
+                self.assertEqual([KEY + ".lock"], self.files())
+            self.assertTrue(q._move_stale_lock_away(KEY, q.file_version(self.path)))
+            self.assertEqual([], self.files())
+
+    def test_a_runner_takes_over_exactly_the_lock_that_its_client_had(self) -> None:
+        self.assertTrue(q.try_lock(KEY))
+        clients = self.content()
+        self.assertIsNone(q.take_over_lock(KEY, clients + "x"))
+        self.assertEqual(clients, self.content())
+        runners = q.take_over_lock(KEY, clients)
+        self.assertEqual(runners, self.content())
+        self.assertTrue(self.content().split()[3].startswith(q.RUNNER_MARK))
+        self.assertIsNone(q.take_over_lock(KEY, clients))
+        q.release_lock(KEY)
+        self.assertIsNone(q.take_over_lock(KEY, clients))
+        self.assertEqual([], self.files())
+
+    @unittest.skipUnless(POSIX, "forks")
+    def test_a_forked_child_does_not_release_its_parents_lock(self) -> None:
+        self.assertTrue(q.try_lock(KEY))
+        self.assertEqual(0, exit_code(forked(lambda: (q._forget_after_fork(), q.release_lock(KEY)))))
+        self.assertEqual([KEY + ".lock"], self.files())
+        q.release_lock(KEY)
+        self.assertEqual([], self.files())
+
+    def test_a_full_disk_leaves_no_lock_of_nobody(self) -> None:
+        import errno
+
+        with mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            with self.assertRaisesRegex(q.RegistryError, "make room"):
+                q.try_lock(KEY)
+        self.assertEqual([], self.files())
+        self.assertTrue(q.try_lock(KEY))
+
+
+@unittest.skipUnless(POSIX, "forks")
+class LockRaceTest(Unit):
+    """Processes that pounce on the lock of a dead owner at the same moment."""
+
+    def race(self, contenders: int, rounds: int) -> None:
+        """In each round all contenders spin until one moment, then try; exactly one of them may win."""
+        pids: List[int] = []
+        pipes: List[Any] = []
+        q.ensure_managed_serves_dir()
+        for _ in range(contenders):
+            (order, send), (receive, result) = os.pipe(), os.pipe()
+            pids.append(forked(lambda: self.contend(order, result)))
+            pipes.append((send, receive))
+            os.close(order)
+            os.close(result)
+        try:
+            dead = dead_pid()
+            for number in range(rounds):
+                bare = number % 2
+                self.write(KEY + ".lock", "%d" % dead if bare else "%d 5 %s nonce\n" % (dead, q.place()))
+                wins = self.order(pipes, "%r" % (time.monotonic() + 0.015))
+                self.assertEqual(1, wins.count(b"1"), "round %d: %s" % (number, wins))
+                self.order(pipes, "release")
+                self.assertEqual([], self.files())
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            for pipe in pipes:
+                os.close(pipe[0])
+                os.close(pipe[1])
+
+    @staticmethod
+    def order(pipes: List[Any], word: str) -> List[bytes]:
+        for send, _ in pipes:
+            os.write(send, word.encode())
+        return [os.read(receive, 1) for _, receive in pipes]
+
+    @staticmethod
+    def contend(order: int, result: int) -> None:
+        while True:
+            word = os.read(order, 100)
+            if word == b"release":
+                q.release_lock(KEY)
+                os.write(result, b"r")
+                continue
+            moment = float(word)
+            while time.monotonic() < moment:
+                pass
+            os.write(result, b"1" if q.try_lock(KEY) else b"0")
+
+    def test_two_stealers_never_both_win(self) -> None:
+        self.race(2, 25)
+
+    def test_of_six_stealers_one_wins(self) -> None:
+        self.race(6, 25)
+
+
+@unittest.skipUnless(POSIX, "forks")
+class GuardTest(Unit):
+    def holder(self) -> int:
+        """The pid of a process that holds the guard."""
+        receive, send = os.pipe()
+
+        def hold() -> None:
+            with q.guard():
+                os.write(send, b"x")
+                time.sleep(600)
+
+        pid = forked(hold)
+        os.close(send)
+        os.read(receive, 1)
+        os.close(receive)
+        return pid
+
+    def test_the_guard_is_free_when_its_holder_is_killed(self) -> None:
+        pid = self.holder()
+        with self.assertRaises(q.RegistryError):
+            with q.guard(timeout=0.05):
+                pass
+        os.kill(pid, signal.SIGKILL)
+        with q.guard(timeout=PATIENCE):
+            pass
+        exit_code(pid)
+
+    def test_a_stopped_holder_is_a_typed_error_that_says_what_to_do(self) -> None:
+        pid = self.holder()
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with self.assertRaisesRegex(q.RegistryError, "held for.*kill -CONT"):
+            with q.guard(timeout=0.2):
+                pass
+        self.assertLess(time.monotonic() - began, PATIENCE)
+        with self.assertRaises(q.RegistryError), mock.patch.object(q, "GUARD_TIMEOUT", 0.1):
+            with q.guard(0.1):
+                pass
+        os.kill(pid, signal.SIGKILL)
+        exit_code(pid)
+        self.assertTrue(q.try_lock(KEY))
+
+    def test_one_at_a_time(self) -> None:
+        counter = os.path.join(self.home, "counter")
+        with open(counter, "w") as file:
+            file.write("0")
+
+        def count() -> None:
+            for _ in range(50):
+                with q.guard():
+                    with open(counter) as file:
+                        number = int(file.read())
+                    with open(counter, "w") as file:
+                        file.write(str(number + 1))
+
+        pids = [forked(count) for _ in range(4)]
+        self.assertEqual([0] * 4, [exit_code(pid) for pid in pids])
+        with open(counter) as file:
+            self.assertEqual("200", file.read())
+
+    def test_threads_exclude_each_other_too(self) -> None:
+        with q.guard():
+            errors: List[BaseException] = []
+
+            def enter() -> None:
+                try:
+                    with q.guard(timeout=0.05):
+                        pass
+                except q.RegistryError as error:
+                    errors.append(error)
+
+            thread = threading.Thread(target=enter)
+            thread.start()
+            thread.join()
+            self.assertEqual(1, len(errors))
+
+    def test_no_file_is_left_open_and_the_guard_file_stays(self) -> None:
+        before = len(os.listdir("/dev/fd"))
+        for _ in range(3):
+            with q.guard():
+                inode = os.stat(os.path.join(self.folder, "registry.guard")).st_ino
+        self.assertEqual(inode, os.stat(os.path.join(self.folder, "registry.guard")).st_ino)
+        self.assertEqual(before, len(os.listdir("/dev/fd")))
+        self.assertEqual(set(), q._guard_fds)
+
+    def test_a_child_that_is_forked_under_the_guard_does_not_keep_it(self) -> None:
+        with q.guard():
+            receive, send = os.pipe()
+
+            def stay() -> None:
+                q._forget_after_fork()
+                os.close(send)
+                os.read(receive, 1)
+
+            pid = forked(stay)
+        with q.guard(timeout=PATIENCE):
+            os.close(send)
+        os.close(receive)
+        self.assertEqual(0, exit_code(pid))
+
+    def test_a_link_in_its_place_is_not_followed(self) -> None:
+        target = os.path.join(self.home, "target")
+        os.symlink(target, os.path.join(q.ensure_managed_serves_dir(), "registry.guard"))
+        with self.assertRaises(q.RegistryError):
+            with q.guard():
+                pass
+        self.assertFalse(os.path.exists(target))
+
+
+class FakeOpener:
+    """In the place of urllib's opener: notes the requests and gives the answers, or raises the errors, in turn."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.requests, self.timeouts = list(answers), [], []  # type: List[Any], List[Any], List[Any]
+
+    def open(self, request: Any, timeout: Any = None) -> Any:
+        import io
+
+        self.requests.append(request)
+        self.timeouts.append(timeout)
+        answer = self.answers.pop(0) if self.answers else b"{}"
+        if isinstance(answer, BaseException):
+            raise answer
+        return io.BytesIO(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+    def body(self, index: int = -1) -> Any:
+        return json.loads(self.requests[index].data)
+
+
+def http_error(status: int, body: bytes) -> Exception:
+    import email.message
+    import io
+    import urllib.error
+
+    return urllib.error.HTTPError("http://x", status, "Fake reason", email.message.Message(), io.BytesIO(body))
+
+
+class ClientUnitTest(Unit):
+    BASE = "http://127.0.0.1:4242/v1"
+
+    def client(self, *answers: Any, **options: Any) -> q.Qvac:
+        self.opener = FakeOpener(*answers)
+        return q.create_qvac(base_url=self.BASE, api_key="sk-secret", opener=self.opener, **options)
+
+    def sent(self) -> Any:
+        return self.opener.requests[-1]
+
+    def test_external_mode_takes_its_defaults_from_the_environment(self) -> None:
+        client = q.create_qvac()
+        self.assertIs(q.Qvac, type(client))
+        self.assertEqual(("http://127.0.0.1:11434/v1", "qvac"), (client.base_url, client.api_key))
+        os.environ.update(QVAC_BASE_URL="http://h:1/v1/", QVAC_API_KEY="sk-env")
+        client = q.create_qvac("external")
+        self.assertEqual(("http://h:1/v1", "sk-env"), (client.base_url, client.api_key))
+        client = q.create_qvac(base_url="http://h:2/v1", api_key="sk-arg")
+        self.assertEqual(("http://h:2/v1", "sk-arg"), (client.base_url, client.api_key))
+        os.environ.update(QVAC_BASE_URL="", QVAC_API_KEY="")
+        client = q.create_qvac()
+        self.assertEqual(("http://127.0.0.1:11434/v1", "qvac"), (client.base_url, client.api_key))
+        self.assertEqual([], os.listdir(self.home))
+
+    def test_a_path_is_joined_and_a_url_is_aimed_at_the_serve(self) -> None:
+        for target, expected in {
+            "/models": self.BASE + "/models", "models": self.BASE + "/models", "": self.BASE + "/",
+            "/models?x=1#y": self.BASE + "/models?x=1#y", "//evil.example/x": self.BASE + "/evil.example/x",
+            "http://evil.example/v1/models": self.BASE + "/models", "https://evil.example": "http://127.0.0.1:4242/",
+            "http://evil.example?x": "http://127.0.0.1:4242/?x", "http://u:p@evil.example:1/v1/x?y": self.BASE + "/x?y",
+            "http://evil.example/health": "http://127.0.0.1:4242/health", "http://[::1]:9/v1/a:b": self.BASE + "/a:b",
+            "ftp://evil.example/v1/x": self.BASE + "/x", "/x?url=http://h/p": self.BASE + "/x?url=http://h/p",
+            "http:/evil.example": self.BASE + "/http:/evil.example",
+        }.items():  # fmt: skip
+            self.assertEqual(expected, q._retarget(target, self.BASE), target)
+        self.assertEqual("http://h:1/v1/x", q._retarget("http://evil/v1/x", "http://h:1/v1"))
+        self.assertEqual("http://h:1/v1/x", q._retarget("http://evil/v1/x", "http://h:1"))
+
+    def test_the_key_replaces_any_authorization_and_headers_are_merged(self) -> None:
+        import urllib.request
+
+        headers = {"X-One": "1", "authorization": "Bearer mine", "x-two": "2", "Host": "evil.example"}
+        client = self.client(headers=headers)
+        headers["X-Three"] = "3"  # later changes are the caller's own affair
+        client.open("/models").close()
+        self.assertEqual("Bearer sk-secret", self.sent().get_header("Authorization"))
+        self.assertEqual(("1", "2", None), tuple(self.sent().get_header(n) for n in ("X-one", "X-two", "X-three")))
+        self.assertIsNone(self.sent().get_header("Host"))
+        theirs = urllib.request.Request(
+            "https://api.openai.example/v1/models?x=1", headers={"AUTHORIZATION": "Bearer theirs", "x-one": "mine"})
+        theirs.add_unredirected_header("Authorization", "Basic xyz")
+        client.open(theirs).close()
+        self.assertEqual(self.BASE + "/models?x=1", self.sent().full_url)
+        self.assertEqual("Bearer sk-secret", self.sent().get_header("Authorization"))
+        self.assertEqual("mine", self.sent().get_header("X-one"))
+        self.assertNotIn("sk-secret", str(self.sent().headers))  # unredirected: it would follow no redirect
+
+    def test_the_callers_request_is_left_as_it_is(self) -> None:
+        import urllib.request
+
+        request = urllib.request.Request("https://h/v1/x", b"data", {"X-A": "b", "Authorization": "c"}, method="PUT")
+        before = (request.full_url, request.data, request.get_method(), request.header_items())
+        self.client().open(request).close()
+        self.assertIsNot(request, self.sent())
+        self.assertEqual(before, (request.full_url, request.data, request.get_method(), request.header_items()))
+        self.assertEqual((b"data", "PUT"), (self.sent().data, self.sent().get_method()))
+
+    def test_data_is_bytes_or_json(self) -> None:
+        client = self.client()
+        client.open("/x", {"ü": 1}).close()
+        self.assertEqual(({"ü": 1}, "POST"), (self.opener.body(), self.sent().get_method()))
+        self.assertEqual("application/json", self.sent().get_header("Content-type"))
+        client.open("/x", [1]).close()
+        self.assertEqual([1], self.opener.body())
+        client.open("/x", b"raw").close()
+        self.assertEqual(b"raw", self.sent().data)
+        client.open("/x").close()
+        self.assertEqual((None, "GET"), (self.sent().data, self.sent().get_method()))
+        client.open("/x", timeout=5).close()
+        self.assertEqual([None] * 4 + [5], self.opener.timeouts)
+
+    def test_the_key_shows_in_no_repr_vars_or_pickle(self) -> None:
+        import copy
+        import pickle
+
+        client = self.client()
+        self.assertEqual("<Qvac %s>" % self.BASE, repr(client))
+        self.assertFalse(hasattr(client, "__dict__"))
+        for value in (client._target, client):
+            self.assertNotIn("sk-secret", repr(value) + str(value))
+            self.assertNotIn("sk-secret", str(getattr(value, "__dict__", "")))
+        for spill in (pickle.dumps, copy.copy, copy.deepcopy):
+            with self.assertRaisesRegex(TypeError, "API key"):
+                spill(client)
+        with self.assertRaises(AttributeError):
+            client.api_key = "x"  # type: ignore[misc]
+
+    def test_environ_leads_openai_and_qvac_tools_here(self) -> None:
+        url, key = self.BASE, "sk-secret"
+        self.assertEqual(
+            {"OPENAI_BASE_URL": url, "OPENAI_API_BASE": url, "OPENAI_API_KEY": key, "QVAC_BASE_URL": url,
+             "QVAC_API_KEY": key}, self.client().environ())  # fmt: skip
+
+    def test_chat_sends_what_it_is_given(self) -> None:
+        answer = {"choices": [{"message": {"content": "hello"}}]}
+        client = self.client(answer, answer, {"choices": [{"message": {"content": None}}]})
+        self.assertEqual("hello", client.chat("hi", "m", temperature=0, max_tokens=5))
+        self.assertEqual({"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0,
+                          "max_tokens": 5}, self.opener.body())  # fmt: skip
+        messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+        client.chat(iter(messages), model="m", timeout=7)
+        self.assertEqual((messages, 7), (self.opener.body()["messages"], self.opener.timeouts[-1]))
+        self.assertEqual("", client.chat("hi", "m"))  # a tool call has no content
+
+    def test_the_first_listed_model_is_asked_when_none_is_named(self) -> None:
+        answer = {"choices": [{"message": {"content": "x"}}]}
+        client = self.client({"data": [{"id": "first"}, {"id": "second"}]}, answer, answer)
+        client.chat("hi")
+        client.chat("hi")
+        self.assertEqual(["first"] * 2, [self.opener.body(index)["model"] for index in (1, 2)])
+        self.assertEqual(3, len(self.opener.requests))
+        with self.assertRaisesRegex(q.ServeHTTPError, "no models"):
+            self.client({"data": []}).chat("hi")
+
+    def test_a_stream_is_read_as_it_comes(self) -> None:
+        events = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}, {"choices": [{"delta": {"content": "a"}}]},
+                  {"choices": []}, {"choices": [{"delta": None}]}, {"usage": {}}, {"choices": [{"delta": {"content": "ü b"}}]}]  # fmt: skip
+        lines = b": a comment\n\nevent: x\n" + b"".join(b"data: %b\r\n\r\n" % json.dumps(e).encode() for e in events)
+        client = self.client(lines + b"data:{broken\n\ndata: [DONE]\n\n")
+        self.assertEqual(["a", "ü b"], list(client.stream_chat("hi", "m", temperature=1)))
+        self.assertEqual((True, 1), (self.opener.body()["stream"], self.opener.body()["temperature"]))
+        client = self.client(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: {"error":{"message":"oops"}}\n\n')
+        pieces = client.stream_chat("hi", "m")
+        self.assertEqual("a", next(pieces))
+        with self.assertRaisesRegex(q.ServeHTTPError, "oops"):
+            next(pieces)
+
+    def test_embeddings_come_in_the_order_of_the_texts(self) -> None:
+        answer = {"data": [{"index": 1, "embedding": [2.0]}, {"index": 0, "embedding": [1.0]}]}
+        client = self.client(answer, {"data": [{"embedding": [3.0]}]})
+        self.assertEqual([[1.0], [2.0]], client.embed(("a", "b"), "m"))
+        self.assertEqual({"model": "m", "input": ["a", "b"]}, self.opener.body())
+        self.assertEqual([[3.0]], client.embed("a", "m"))
+        self.assertEqual(["a"], self.opener.body()["input"])
+
+    def test_an_error_answer_is_one_exception_with_status_and_message(self) -> None:
+        for status, body, message in (
+            (404, b'{"error": {"message": "no such model", "code": "x"}}', "no such model"),
+            (400, b'{"error": "plain words"}', "plain words"), (500, b"<html>oops</html>", "<html>oops</html>"),
+            (503, b"", "Fake reason"), (502, b'{"error": {"message": 5}}', '{"error": {"message": 5}}'),
+            (400, b"\xff\xfe", "\ufffd\ufffd"), (400, b"[" * 100000, "["),
+        ):  # fmt: skip
+            for call in (lambda c: c.chat("hi", "m"), lambda c: c.models(), lambda c: list(c.stream_chat("hi", "m"))):
+                with self.assertRaises(q.ServeHTTPError) as caught:
+                    call(self.client(http_error(status, body)))
+                self.assertEqual(status, caught.exception.status)
+                self.assertTrue(caught.exception.message.startswith(message), caught.exception.message)
+                self.assertLessEqual(len(caught.exception.message), 300)
+        with self.assertRaises(OSError):  # open() is urlopen: it raises what urlopen raises
+            self.client(http_error(404, b"")).open("/x")
+
+    def test_only_a_refused_connection_is_refused(self) -> None:
+        import urllib.error
+
+        for error in (ConnectionRefusedError(), urllib.error.URLError(ConnectionRefusedError())):
+            self.assertTrue(q.is_refused(error))
+        for error in (ConnectionResetError(), BrokenPipeError(), TimeoutError(), urllib.error.URLError("x"), OSError(),
+                      urllib.error.URLError(ConnectionResetError()), http_error(503, b"")):  # fmt: skip
+            self.assertFalse(q.is_refused(error))
+
+    def test_model_lists(self) -> None:
+        parse = q._parse_models
+        self.assertEqual([{"id": "a", "state": "ready"}], parse(b'{"data": [{"id": "a", "state": "ready", "x": 1}]}'))
+        self.assertEqual([{"id": "a", "state": "unknown"}], parse(b'{"data": [{"id": "a", "state": 5}]}'))
+        self.assertEqual([], parse(b'{"data": []}'))
+        for body in (b"", b"x", b"[]", b"{}", b'{"data": {}}', b'{"data": ["a"]}', b'{"data": [{"id": 5}]}', b"[" * 100000,
+                     b'{"data": [{}]}', b"\xff", b'{"data": [], "x": "%b"}' % (b"x" * q.MAX_BODY_BYTES)):  # fmt: skip
+            self.assertIsNone(parse(body), body[:40])
+
+    @unittest.skipUnless(POSIX, "the isolated interpreter's modules are known on POSIX")
+    def test_external_mode_imports_nothing_that_only_managed_mode_needs(self) -> None:
+        code = """
+import sys
+before = set(sys.modules)
+sys.path.insert(0, sys.argv[1])
+import qvac_managed as q
+client = q.create_qvac(base_url="http://h:1/v1", api_key="k")
+client.base_url, client.api_key, repr(client), client.environ()
+print(*sorted(set(sys.modules) - before))
+"""
+        command = [sys.executable, "-ISc", code, HERE]
+        loaded = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().split()
+        self.assertIn("qvac_managed", loaded)
+        heavy = {"urllib", "urllib.request", "http", "http.client", "json", "subprocess", "socket", "threading", "hashlib",
+                 "logging", "asyncio", "tempfile", "ctypes", "typing", "inspect", "re", "select", "signal", "shutil",
+                 "difflib", "argparse", "atexit", "pwd", "enum", "dataclasses", "contextlib"}  # fmt: skip
+        self.assertEqual([], sorted(heavy & set(loaded)))
+
+
+class FindCliTest(Unit):
+    def setUp(self) -> None:
+        super().setUp()
+        folder = os.getcwd()
+        self.addCleanup(os.chdir, folder)
+        self.work = os.path.join(self.home, "project", "src", "deep")
+        os.makedirs(self.work)
+        os.chdir(self.work)
+        os.environ["PATH"] = os.path.join(self.home, "bin")
+
+    def command(self, *path: str, mode: int = 0o755) -> str:
+        name = os.path.join(self.home, *path)
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "w") as file:
+            file.write("#!/bin/sh\n")
+        os.chmod(name, mode)
+        return name
+
+    def test_every_place_in_its_order(self) -> None:
+        places = [
+            self.command(".qvac", "cli", "node_modules", ".bin", "qvac"), self.command("bin", "qvac"),
+            self.command("node_modules", ".bin", "qvac"), self.command("project", "node_modules", ".bin", "qvac"),
+            self.command("project", "src", "deep", "node_modules", ".bin", "qvac"),
+        ]  # fmt: skip
+        for expected in reversed(places):
+            self.assertEqual([expected], q.find_cli())
+            os.chmod(expected, 0o644)  # not executable is not there
+        with self.assertRaises(q.CliNotFoundError):
+            q.find_cli()
+        chosen, variable = self.command("mine"), self.command("variable")
+        os.environ["QVAC_BIN"] = variable
+        self.assertEqual([variable], q.find_cli())
+        self.assertEqual([chosen], q.find_cli(chosen))
+        self.assertEqual([chosen], q.find_cli(os.path.relpath(chosen)))
+
+    def test_a_missing_cli_says_what_to_type_and_where_it_was_looked_for(self) -> None:
+        with self.assertRaises(q.CliNotFoundError) as caught:
+            q.find_cli()
+        for words in ("npm install", "@qvac/cli", "install-cli", "QVAC_BIN"):
+            self.assertIn(words, str(caught.exception))
+        for folder in (os.path.join(self.work, "node_modules", ".bin"), os.path.join(self.home, "bin"),
+                       os.path.join(self.home, ".qvac", "cli", "node_modules", ".bin")):  # fmt: skip
+            self.assertIn(folder, caught.exception.looked_in)
+
+    def test_a_named_command_that_cannot_be_run_is_no_reason_to_look_elsewhere(self) -> None:
+        self.command("bin", "qvac")
+        for path, words in ((os.path.join(self.home, "none"), "does not exist"), (self.home, "not an executable"),
+                            (self.command("plain", mode=0o644), "not an executable"), ("a\0b", "does not exist")):  # fmt: skip
+            with self.assertRaisesRegex(q.CliNotFoundError, words) as caught:
+                q.find_cli(path)
+            self.assertIn("serve_bin_path", str(caught.exception))
+            if "\0" not in path:
+                os.environ["QVAC_BIN"] = path
+                with self.assertRaisesRegex(q.CliNotFoundError, "QVAC_BIN is .*" + words):
+                    q.find_cli()
+
+    def test_a_package_that_hides_its_package_json_does_not_matter(self) -> None:
+        script = self.command("project", "node_modules", "@qvac", "cli", "dist", "index.js")
+        package = os.path.join(self.home, "project", "node_modules", "@qvac", "cli", "package.json")
+        with open(package, "w") as file:
+            json.dump({"name": "@qvac/cli", "exports": {".": "./dist/index.js"}}, file)
+        os.makedirs(os.path.join(self.home, "project", "node_modules", ".bin"))
+        link = os.path.join(self.home, "project", "node_modules", ".bin", "qvac")
+        os.symlink(script, link)
+        self.assertEqual([link], q.find_cli())
+
+    def test_relative_entries_of_path_are_not_searched(self) -> None:
+        self.command("project", "src", "deep", "qvac")
+        os.environ["PATH"] = os.pathsep.join(["", ".", "bin"])
+        with self.assertRaises(q.CliNotFoundError):
+            q.find_cli()
+
+    def test_a_working_folder_or_a_home_that_is_gone_is_no_obstacle(self) -> None:
+        expected = self.command("bin", "qvac")
+        os.rmdir(self.work)
+        self.assertEqual([expected], q.find_cli())
+        os.environ["HOME"] = "nowhere"
+        self.assertEqual([expected], q.find_cli())
+        os.environ["PATH"] = ""
+        with self.assertRaises(q.CliNotFoundError):
+            q.find_cli()
+
+    def test_the_echo_serve_is_this_file_again(self) -> None:
+        command = q.find_cli(q.ECHO)
+        self.assertEqual((sys.executable, "-I", "echo"), (command[0], command[1], command[-1]))
+
+
+class LogTest(Unit):
+    def log(self, content: bytes) -> int:
+        fd = q.open_log(KEY)
+        self.addCleanup(os.close, fd)
+        os.write(fd, content)
+        return fd
+
+    def test_a_log_is_private_and_appended_to(self) -> None:
+        self.log(b"one ")
+        fd = self.log(b"two")
+        self.assertEqual(b"one two", q.read_log(fd, 0))
+        self.assertEqual(0o600, os.fstat(fd).st_mode & 0o777)
+
+    def test_what_is_no_log_is_a_typed_error(self) -> None:
+        q.ensure_managed_serves_dir()
+        for make in (os.mkdir, os.mkfifo, lambda path: os.symlink(os.path.join(self.home, "target"), path)):
+            path = os.path.join(self.folder, KEY + ".log")
+            make(path)
+            with self.assertRaises(q.RegistryError):
+                q.open_log(KEY)
+            os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+        self.assertFalse(os.path.exists(os.path.join(self.home, "target")))
+
+    def test_only_what_was_printed_since_is_read(self) -> None:
+        fd = self.log(b"old\n")
+        os.write(fd, b"new\n")
+        self.assertEqual(b"new\n", q.read_log(fd, 4))
+        self.assertEqual(b"w\n", q.read_log(fd, 4, limit=2))
+        self.assertEqual(b"", q.read_log(fd, 8))
+        self.assertEqual(b"old\nnew\n", q.read_log(fd, 9))  # it has been cut since
+
+    def test_a_log_that_has_grown_too_large_keeps_its_newest_quarter(self) -> None:
+        with mock.patch.object(q, "MAX_LOG_BYTES", 1000):
+            fd = self.log(b"".join(b"line %04d\n" % index for index in range(100)))
+            q.cut_log(fd)
+            self.assertEqual(1000, os.fstat(fd).st_size)  # not over the limit
+            os.write(fd, b"line 0100\n")
+            q.cut_log(fd)
+            lines = q.read_log(fd, 0).splitlines()
+        self.assertEqual(b"line 0100", lines[-1])
+        self.assertEqual([b"line %04d" % index for index in range(101 - len(lines), 101)], lines)
+        self.assertLessEqual(len(lines) * 10, 250)
+        self.assertGreaterEqual(len(lines) * 10, 200)
+
+    def test_a_log_without_line_ends_is_cut_too(self) -> None:
+        with mock.patch.object(q, "MAX_LOG_BYTES", 1000):
+            fd = self.log(b"\xff" * 5000)
+            q.cut_log(fd)
+        self.assertLessEqual(os.fstat(fd).st_size, 250)
+
+    def test_the_tail_has_no_key_and_is_text(self) -> None:
+        fd = self.log(b"before\n")
+        os.write(fd, b"  --api-key sk-secret\n\xff\xfe\0bytes\nthe end\n\n")
+        self.assertEqual("--api-key [key]\n\ufffd\ufffdbytes\nthe end", q.log_tail(fd, 7, "sk-secret"))
+        os.write(fd, b"x" * 10000)
+        self.assertEqual(q.TAIL_CHARS, len(q.log_tail(fd, 0, "")))
+        self.assertEqual("a [key] b [key]", q.redact("a k b k", "k"))
+        self.assertEqual("text", q.redact("text", ""))
+
+    def test_requests_and_looks_in_the_log(self) -> None:
+        right, left = "→ ".encode(), "← ".encode()
+        look, chat = right + b"GET /v1/models\n" + left + b"200 GET /v1/models (1ms)\n", right + b"POST /v1/chat/completions\n"
+        self.assertEqual((0, 0), q._requests_in(b""))
+        self.assertEqual((0, 0), q._requests_in(b"loading\nready\n-> POST /x\n"))
+        self.assertEqual((0, 1), q._requests_in(look))
+        self.assertEqual((0, 2), q._requests_in(look + look))
+        self.assertEqual((1, 1), q._requests_in(look + chat))
+        self.assertEqual(0, q._requests_in(b"it says: " + chat)[0])
+        self.assertGreater(q._requests_in(left + b"200 POST /v1/embeddings (5ms)\n")[0], 0)
+
+    def test_the_reason_of_a_failed_load_is_the_serves_own(self) -> None:
+        self.log(b'Failed to preload "other": no\nFailed to preload "m": old\nx\n'
+                 b'Failed to preload "m": cannot open\n  caused by: sk-secret missing\n  caused by: disk\nx\n')  # fmt: skip
+        reason = q.load_failure_reason(KEY, "m", "sk-secret")
+        self.assertEqual("cannot open caused by: [key] missing caused by: disk", reason)
+        self.assertIn(KEY + ".log", q.load_failure_reason(KEY, "none", ""))
+
+    def test_model_files_are_found_without_following_links(self) -> None:
+        os.makedirs(os.path.join(self.home, "models", "sub"))
+        for name, size in (("a", 3), (os.path.join("sub", "b"), 5)):
+            with open(os.path.join(self.home, "models", name), "wb") as file:
+                file.write(b"x" * size)
+        os.symlink(self.home, os.path.join(self.home, "models", "loop"))
+        os.symlink("/dev/zero", os.path.join(self.home, "models", "zero"))
+        sizes = q.model_files(os.path.join(self.home, "models"))
+        self.assertEqual([3, 5], sorted(sizes.values()))
+        self.assertEqual({}, q.model_files(os.path.join(self.home, "none")))
+
+
+class LeftoversTest(Unit):
+    """What those who died before they could clear up have left, once it is too old to be in the making."""
+
+    HOUR, WEEK = 3600.0, 7 * 24 * 3600.0
+
+    def names(self) -> List[str]:
+        return sorted(name for name in os.listdir(self.folder) if name != "registry.guard")
+
+    def assert_swept_after(self, limit: Optional[float], name: str, content: Any = "", beside: str = "") -> None:
+        """A file, or with a content of None a folder, is swept when it is older than this; None: never."""
+        for age in (0, (limit or self.WEEK) * 0.9, (limit or self.WEEK) * 1.1, -(limit or self.WEEK) * 1.1):
+            q.ensure_managed_serves_dir()
+            if beside:
+                self.write(beside, "")
+            path = os.path.join(self.folder, name)
+            if content is None:
+                os.mkdir(path, 0o700)
+            else:
+                self.write(name, content)
+            set_age(path, age)
+            q.sweep_serves()
+            gone = limit is not None and abs(age) > limit
+            self.assertEqual([] if gone else [name], [each for each in self.names() if each != beside], (name, age))
+            if not gone:
+                os.rmdir(path) if content is None else os.unlink(path)
+
+    def test_each_kind_has_its_time(self) -> None:
+        self.assert_swept_after(360, "%s.4242.0123456789abcdef.runner-params.json" % KEY)
+        self.assert_swept_after(360, "%s.4242.0123456789abcdef.runner-params.json" % PRIVATE_KEY)
+        self.assert_swept_after(self.HOUR, KEY + ".json.4242.0123abcd.tmp")
+        self.assert_swept_after(self.HOUR, KEY + ".lock.4242.0123abcd.stale")
+        self.assert_swept_after(self.HOUR, KEY + ".error")
+        self.assert_swept_after(self.HOUR, KEY + ".0123abcd.d", None)
+        self.assert_swept_after(self.HOUR, KEY + ".consumers", None)
+        self.assert_swept_after(self.WEEK, KEY + ".log")
+
+    def test_what_a_live_start_or_record_needs_is_kept(self) -> None:
+        lock = KEY + ".lock"
+        for name, content in ((KEY + ".error", ""), (KEY + ".0123abcd.d", None), (KEY + ".consumers", None),
+                              (KEY + ".log", "")):  # fmt: skip
+            self.assert_swept_after(None, name, content, beside=lock)
+
+    def test_strangers_files_are_kept(self) -> None:
+        for name in ("notes.txt", "x.error", KEY.upper() + ".error", KEY + "0.error", KEY + ".notes", KEY + ".toolong.d.x",
+                     "registry.guard.tmp", KEY + ".conf"):  # fmt: skip
+            self.assert_swept_after(None, name)
+        self.assert_swept_after(None, KEY + ".x-y.d", None)
+
+    def test_a_serves_folder_goes_with_its_known_files_only(self) -> None:
+        for extra, left in ((False, []), (True, ["precious.txt"])):
+            folder = os.path.join(q.ensure_managed_serves_dir(), KEY + ".0123abcd.d")
+            os.makedirs(folder, exist_ok=True)
+            for name in ("qvac.config.json", "serve-api-key", "serve-api-key.4242.aabb.tmp", *["precious.txt"] * extra):
+                open(os.path.join(folder, name), "w").close()
+            set_age(folder, 2 * self.HOUR)
+            q.sweep_serves()
+            self.assertEqual(left, os.listdir(folder) if os.path.isdir(folder) else [])
+
+    def test_markers_of_the_living_outlast_their_serve(self) -> None:
+        q.add_consumer(KEY, "%d.aa" % os.getpid())
+        self.write("%s.consumers/%d.bb" % (KEY, dead_pid()), "")
+        set_age(q.consumers_dir(KEY), 2 * self.HOUR)
+        q.sweep_serves()
+        self.assertEqual(["%d.aa" % os.getpid()], os.listdir(q.consumers_dir(KEY)))
+
+    def test_a_dead_serves_record_goes_and_its_consumers_stay(self) -> None:
+        for whose in (identity(dead_pid() and os.getpid()).split()[1], ""):
+            folder = os.path.join(q.ensure_managed_serves_dir(), KEY + ".0123abcd.d")
+            os.makedirs(folder, exist_ok=True)
+            pid = dead_pid()
+            record = q.ServeRecord(
+                fleet_key=KEY, serve_pid=pid, runner_pid=pid, port=9, host="127.0.0.1", base_url="http://127.0.0.1:9/v1",
+                config_path=os.path.join(folder, "qvac.config.json"), started_at="x", idle_timeout_ms=1.0, api_key="k",
+                serve_start="5" if whose else "", runner_start="5" if whose else "", place=whose)  # fmt: skip
+            q.write_record(record)
+            q.add_consumer(KEY, "%d.aa" % os.getpid())
+            self.assertEqual([KEY], q.sweep_serves())
+            self.assertEqual([KEY + ".consumers"], self.files())
+            self.assertEqual([], q.sweep_serves())
+            self.assertEqual([os.getpid()], q.live_consumers(KEY))
+
+    def test_a_record_from_elsewhere_is_kept_while_its_heartbeat_is_fresh(self) -> None:
+        pid = dead_pid()
+        record = q.ServeRecord(
+            fleet_key=KEY, serve_pid=pid, runner_pid=pid, port=9, host="127.0.0.1", base_url="http://127.0.0.1:9/v1",
+            config_path="", started_at="x", idle_timeout_ms=1.0, api_key="k", serve_start="5", runner_start="5",
+            place=other_place(namespace="1"))  # fmt: skip
+        q.write_record(record)
+        self.assertEqual([], q.sweep_serves())
+        with self.assertRaisesRegex(q.RegistryError, "another machine or container"):
+            q.stop_serve(KEY)
+        self.assertEqual("foreign", q.list_serves()[0].state)
+        set_age(q.record_path(KEY), q.FOREIGN_STALE + 10)
+        self.assertEqual([KEY], q.sweep_serves())
+        self.assertEqual([], self.files())
+
+    def test_an_empty_or_missing_folder_is_nothing_to_sweep(self) -> None:
+        self.assertEqual(([], [], False), (q.sweep_serves(), q.list_serves(), q.stop_serve(KEY)))
+        self.assertFalse(os.path.exists(self.folder))
+
+
+def load_for(platform: str) -> Any:
+    """The module as it is on another system, for the functions of it that can be called here."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("qvac_managed_" + platform, MODULE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.object(sys, "platform", platform):
+        spec.loader.exec_module(module)
+    return module
+
+
+class WindowsFunctionsTest(Unit):
+    """With the kernel's functions and `msvcrt` injected."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.bank = load_for("win32")
+
+    def setUp(self) -> None:
+        super().setUp()
+        import ctypes
+
+        self.kernel = mock.MagicMock()
+        for function in (self.kernel.OpenProcess, self.kernel.CreateJobObjectW, self.kernel.CreateToolhelp32Snapshot):
+            function.return_value = 77  # a handle
+        self.last_error = 87  # ERROR_INVALID_PARAMETER: no such process
+        patched = mock.patch.multiple(
+            ctypes, create=True, WinDLL=lambda *_, **__: self.kernel, get_last_error=lambda: self.last_error)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def process(self, exit_code: int = 259, created: int = 0x01DC_0000_0001, times: int = 1) -> None:
+        def get_exit_code(handle: Any, code: Any) -> int:
+            code._obj.value = exit_code
+            return 1
+
+        def get_times(handle: Any, creation: Any, *_: Any) -> int:
+            creation._obj.dwHighDateTime, creation._obj.dwLowDateTime = created >> 32, created & 0xFFFFFFFF
+            return times
+
+        self.kernel.GetExitCodeProcess.side_effect = get_exit_code
+        self.kernel.GetProcessTimes.side_effect = get_times
+
+    def test_a_process_is_told_by_the_time_of_its_creation(self) -> None:
+        self.process(created=0x1DC123456789ABC)
+        self.assertEqual(str(0x1DC123456789ABC), self.bank.process_start(5))
+        self.process(exit_code=3)
+        self.assertIsNone(self.bank.process_start(5))
+        self.process(times=0)
+        self.assertEqual("", self.bank.process_start(5))
+        self.assertEqual(3, self.kernel.CloseHandle.call_count)
+        self.kernel.OpenProcess.return_value = None
+        self.assertIsNone(self.bank.process_start(5))
+        self.assertIsNone(self.bank.process_started_at(5))
+        self.last_error = 5  # ERROR_ACCESS_DENIED: another user's
+        self.assertEqual("", self.bank.process_start(5))
+        self.assertTrue(self.bank.process_alive(5))
+        self.assertEqual(3, self.kernel.CloseHandle.call_count)
+
+    def test_a_time_of_creation_is_a_time_of_the_clock(self) -> None:
+        self.process(created=116444736000000000 + 15_000_000)
+        self.assertEqual(1.5, self.bank.process_started_at(5))
+
+    def test_identity_is_start_time_and_machine(self) -> None:
+        os.environ["COMPUTERNAME"] = "BOX"
+        self.bank._places.clear()
+        here = self.bank.place()
+        self.assertRegex(here, "^[0-9a-f]{8}::0$")
+        self.process()
+        start = self.bank.process_start(5)
+        self.assertEqual(q.ALIVE, self.bank.judge_process(5, start, here))
+        self.assertEqual(q.DEAD, self.bank.judge_process(5, start + "1", here))
+        self.assertEqual(q.FOREIGN, self.bank.judge_process(5, start, "00000000::0"))
+        self.assertEqual(q.ALIVE, self.bank.judge_bare_pid(5, time.time(), 0))
+
+    def test_the_guard_is_a_locked_byte(self) -> None:
+        import errno
+        import types
+
+        msvcrt = types.SimpleNamespace(LK_NBLCK=2, LK_UNLCK=0, locking=mock.Mock())
+        with mock.patch.dict(sys.modules, {"msvcrt": msvcrt}):
+            self.assertTrue(self.bank.lock_file(9))
+            msvcrt.locking.assert_called_with(9, 2, 1)
+            self.bank.unlock_file(9)
+            msvcrt.locking.assert_called_with(9, 0, 1)
+            for held in (errno.EACCES, errno.EDEADLK):
+                msvcrt.locking.side_effect = OSError(held, "held")
+                self.assertFalse(self.bank.lock_file(9))
+            msvcrt.locking.side_effect = OSError(errno.EBADF, "bad")
+            with self.assertRaises(OSError):
+                self.bank.lock_file(9)
+
+    def test_the_serve_lives_in_a_job_that_ends_with_the_runner(self) -> None:
+        flags: List[int] = []
+        self.kernel.SetInformationJobObject.side_effect = lambda job, kind, info, size: flags.append(info[16:20])
+        child = mock.Mock(pid=4242, _handle=55)
+        child.poll.return_value = None
+        with mock.patch.multiple(subprocess, create=True, Popen=mock.Mock(return_value=child), CREATE_NO_WINDOW=1,
+                                 CREATE_NEW_PROCESS_GROUP=2), \
+                mock.patch.object(signal, "CTRL_BREAK_EVENT", 1, create=True):  # fmt: skip
+            serve = self.bank.ServeProcess(["qvac"], {"A": "B"}, 9, "C:\\")
+            options = subprocess.Popen.call_args[1]
+            self.assertEqual(({"A": "B"}, "C:\\", 9, 9), tuple(options[n] for n in ("env", "cwd", "stdout", "stderr")))
+            self.assertEqual([b"\x00\x20\x00\x00"], flags)  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+            self.assertEqual(1, self.kernel.AssignProcessToJobObject.call_count)
+            self.assertEqual((4242, None, False), (serve.pid, serve.ended(), serve.group_is_empty()))
+            serve.terminate()
+            child.send_signal.assert_called_with(1)
+            child.send_signal.side_effect = OSError
+            serve.terminate()
+            self.assertEqual(1, child.terminate.call_count)
+            serve.check_guard()
+            serve.kill_group()
+            self.assertEqual(1, self.kernel.TerminateJobObject.call_count)
+            child.poll.return_value = 3
+            self.assertEqual(((3, None), True), (serve.ended(), serve.group_is_empty()))
+            serve.reap()
+            self.assertEqual((1, 1), (child.wait.call_count, self.kernel.CloseHandle.call_count))
+
+    def test_the_stop_ladder_runs_on_it(self) -> None:
+        serve = mock.Mock()
+        ends = [None, None, (0, None)]
+        serve.ended.side_effect = lambda: ends.pop(0) if len(ends) > 1 else ends[0]
+        serve.group_is_empty.return_value = True
+        self.bank.stop_serve_process(serve)
+        calls = [call[0] for call in serve.method_calls if call[0] not in ("ended", "group_is_empty")]
+        self.assertEqual(["terminate", "kill_group", "reap"], calls)
+
+    def test_parents_are_read_from_a_snapshot(self) -> None:
+        rows = [(4, 0), (400, 4), (4242, 400)]
+
+        def next_row(_: Any, entry: Any) -> int:
+            if rows:
+                entry._obj.th32ProcessID, entry._obj.th32ParentProcessID = rows.pop(0)
+                return 1
+            return 0
+
+        self.kernel.Process32FirstW.side_effect = self.kernel.Process32NextW.side_effect = next_row
+        self.assertEqual({4: 0, 400: 4, 4242: 400}, self.bank._parents())
+        self.assertEqual(1, self.kernel.CloseHandle.call_count)
+        self.assertEqual([True, True, False, False], [
+            self.bank._descends(4242, ancestor, {4242: 400, 400: 4, 4: 400}) for ancestor in (4242, 400, 7, 0)])  # fmt: skip
+
+    def test_nobody_listens_where_no_connection_is_taken(self) -> None:
+        with mock.patch.object(self.bank, "_accepts_connections", return_value=False):
+            self.assertEqual(q.NOBODY, self.bank.who_listens("127.0.0.1", 8080, 5))
+            self.assertEqual(q.NOBODY, load_for("darwin").who_listens("127.0.0.1", 8080, 5))
+
+    def test_a_file_asks_the_runner_to_stop(self) -> None:
+        self.assertFalse(self.bank.was_asked_to_stop(self.home))
+        self.bank.ask_to_stop(5, [self.home])
+        self.assertTrue(self.bank.was_asked_to_stop(self.home))
+        folder = os.path.join(q.ensure_managed_serves_dir(), KEY + ".0123abcd.d")
+        os.mkdir(folder)
+        self.bank.ask_to_stop(5, [folder])
+        q.remove_serve_folder(KEY, folder)
+        self.assertFalse(os.path.exists(folder))
+
+    def test_the_parent_is_watched_by_its_handle(self) -> None:
+        handle = self.bank.parent_handle()
+        self.assertEqual(77, handle)
+        for state, gone in ((0, True), (258, False)):  # WAIT_OBJECT_0, WAIT_TIMEOUT
+            self.kernel.WaitForSingleObject.return_value = state
+            self.assertEqual(gone, self.bank.parent_has_gone(handle))
+
+    def test_a_shim_of_npm_stands_for_its_script(self) -> None:
+        for shim, modules in ((("npm", "qvac.cmd"), ("npm", "node_modules")),
+                              (("project", "node_modules", ".bin", "qvac.CMD"), ("project", "node_modules"))):  # fmt: skip
+            script = os.path.join(self.home, *modules, "@qvac", "cli", "dist", "index.js")
+            path = os.path.join(self.home, *shim)
+            for each in (script, path):
+                os.makedirs(os.path.dirname(each), exist_ok=True)
+                open(each, "w").close()
+            self.assertEqual(["node", script], self.bank.command_for(path))
+            os.unlink(script)
+            self.assertEqual([path], self.bank.command_for(path))
+        self.assertEqual(["qvac.exe"], self.bank.command_for("qvac.exe"))
+
+    def test_group_and_signals(self) -> None:
+        self.process()
+        self.assertEqual([5], self.bank.group_members(5))
+        self.process(exit_code=0)
+        self.assertEqual([], self.bank.group_members(5))
+        with mock.patch("subprocess.run") as run:
+            self.bank.kill_group_of(5)
+        self.assertEqual(["taskkill", "/F", "/T", "/PID", "5"], run.call_args[0][0])
+        with mock.patch.object(signal, "SIGBREAK", 21, create=True), mock.patch("signal.signal") as install:
+            self.bank.watch_signals()
+        self.assertEqual({2, 15, 21}, {int(call[0][0]) for call in install.call_args_list})
+
+
+class MacFunctionsTest(Unit):
+    """With libproc and the system's tools injected."""
+
+    NETSTAT = """Active Internet connections (including servers)
+Proto Recv-Q Send-Q  Local Address          Foreign Address        (state)
+tcp4       0      0  127.0.0.1.8080         127.0.0.1.51000        ESTABLISHED
+tcp4       0      0  127.0.0.1.51000        127.0.0.1.8080         ESTABLISHED
+tcp4       0      0  127.0.0.1.8080         127.0.0.1.51001        CLOSE_WAIT
+tcp4       0      0  127.0.0.1.8080         127.0.0.1.51002        TIME_WAIT
+tcp6       0      0  ::1.8080               ::1.51003              ESTABLISHED
+tcp4       0      0  127.0.0.1.18080        127.0.0.1.51004        ESTABLISHED
+tcp46      0      0  *.8080                 *.*                    LISTEN
+udp4       0      0  127.0.0.1.8080         *.*
+"""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.bank = load_for("darwin")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.processes_there: Dict[int, Dict[str, int]] = {}
+        self.tools: Dict[str, str] = {}
+        patched = mock.patch.multiple(
+            self.bank, _libproc=lambda: self, _run_tool=lambda *argv: self.tools.get(os.path.basename(argv[0]), ""),
+            _accepts_connections=lambda *_: True)  # fmt: skip
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def proc_pidinfo(self, pid: int, kind: int, _: Any, buffer: Any, size: int) -> int:
+        import struct
+
+        facts = self.processes_there.get(pid)
+        if facts is None:
+            return 0
+        if kind == 4:
+            struct.pack_into("=QQ", buffer, 0, 10**12, facts["rss"])
+            return 96
+        struct.pack_into("=IIIIII", buffer, 0, 0, facts.get("status", 2), 0, pid, facts.get("ppid", 1), facts.get("uid", 501))
+        struct.pack_into("=I", buffer, 100, facts.get("pgid", pid))
+        struct.pack_into("=QQ", buffer, 120, facts.get("start", 1700000000), 250000)
+        return 136
+
+    def proc_listpids(self, kind: int, pgid: int, pids: Any, size: int) -> int:
+        members = [pid for pid, facts in self.processes_there.items() if facts.get("pgid", pid) == pgid]
+        pids[: len(members)] = members
+        return 4 * len(members)
+
+    def test_a_process_is_told_by_its_start(self) -> None:
+        self.processes_there = {5: {"ppid": 3}, 6: {"status": 5}}
+        self.assertEqual("1700000000250000", self.bank.process_start(5))
+        self.assertEqual(1700000000.25, self.bank.process_started_at(5))
+        self.assertEqual(3, self.bank.parent_of(5))
+        self.assertIsNone(self.bank.process_start(6))  # SZOMB
+        self.assertIsNone(self.bank.parent_of(7))
+        self.assertIsNone(self.bank.process_started_at(7))
+
+    def test_what_libproc_does_not_know_is_asked_of_the_kernel(self) -> None:
+        me = os.getpid()
+        self.assertEqual("", self.bank.process_start(me))  # another user's, say: it exists
+        self.tools["ps"] = "Z\n"
+        self.assertIsNone(self.bank.process_start(me))
+        self.assertIsNone(self.bank.process_start(2**40))
+        with mock.patch("os.kill", side_effect=PermissionError):
+            self.assertEqual("", self.bank.process_start(me))
+        with mock.patch("os.kill", side_effect=ProcessLookupError):
+            self.assertIsNone(self.bank.process_start(me))
+
+    def test_a_group_and_its_memory(self) -> None:
+        self.processes_there = {5: {"rss": 100}, 6: {"pgid": 5, "rss": 20}, 7: {"rss": 1}, 8: {"pgid": 5, "status": 5, "rss": 0}}
+        self.assertEqual([5, 6], self.bank.group_members(5))
+        self.assertEqual(120, self.bank.rss_bytes([5, 6, 9]))
+        self.assertIsNone(self.bank.rss_bytes([9]))
+
+    def test_who_listens_as_far_as_lsof_sees(self) -> None:
+        self.processes_there = {5: {}, 6: {"pgid": 5}}
+        for output, expected in (("5\n", q.OURS), ("6\n", q.OURS), ("5\n6\n", q.OURS), ("7\n", q.STRANGER),
+                                 ("5\n7\n", q.STRANGER), ("", q.UNKNOWN)):  # fmt: skip
+            self.tools["lsof"] = output
+            self.assertEqual(expected, self.bank.who_listens("127.0.0.1", 8080, 5), output)
+
+    def test_connections_are_read_from_netstat(self) -> None:
+        self.tools["netstat"] = self.NETSTAT
+        self.assertEqual((2, {"127.0.0.1.51002"}), self.bank.connections_to("127.0.0.1", 8080))
+        self.assertEqual((0, set()), self.bank.connections_to("127.0.0.1", 80))
+
+    def test_the_place_is_the_boot_session(self) -> None:
+        self.tools["sysctl"] = "0A1B2C3D-0000-0000-0000-000000000000\n"
+        self.bank._places.clear()
+        self.assertRegex(self.bank.place(), "^[0-9a-f]{8}:0A1B2C3D:0$")
+        self.processes_there = {5: {}}
+        self.assertEqual(q.ALIVE, self.bank.judge_process(5, "1700000000250000", self.bank.place()))
+        self.assertEqual(q.DEAD, self.bank.judge_process(5, "1600000000250000", self.bank.place()))
+
+    def test_a_tool_that_is_missing_or_fails_says_nothing(self) -> None:
+        run_tool = load_for("darwin")._run_tool
+        self.assertEqual("", run_tool(os.path.join(self.home, "none")))
+        self.assertEqual("", run_tool("false"))
+        self.assertEqual("x\n", run_tool("echo", "x"))
+
+
+# ==================================================================================================
+# Python's own hazards
+# ==================================================================================================
+
+
+# A host program's use of the module (as `q`): prints the answer and the two pids, and ends without a close.
+HOST = """
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=0.2,
+                       serve_start_timeout=30.0)
+print(client.chat("hello"), client.runner_pid, client.pid, flush=True)
+"""
+
+
+def in_background(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Call the function in a thread; what comes back waits for its result, or raises its error."""
+    outcome: List[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.extend((True, function(*args)))
+        except BaseException as error:
+            outcome.extend((False, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def result() -> Any:
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            raise AssertionError("still at it: %s" % function)
+        if not outcome[0]:
+            raise outcome[1]
+        return outcome[1]
+
+    return result
+
+
+class ReexecutionTest(Case):
+    """Runner and echo serve are the module's own file in another interpreter, wherever that file lies."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        with open(MODULE, encoding="utf-8") as file:
+            self.source = file.read()
+
+    def put(self, path: str, text: str = "") -> str:
+        path = os.path.join(self.home, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def run_host(self, *args: str, cwd: str = "/") -> None:
+        """Run a host program; its client works, and after it nothing is left."""
+        done = subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, timeout=60, check=False)
+        self.assertEqual((0, ""), (done.returncode, done.stderr.decode()))
+        self.assertEqual("hello", done.stdout.decode().split()[0])
+        self.assert_all_gone()
+
+    def as_main(self) -> str:
+        """The module with the host program where its command line would start."""
+        lines = "".join("    %s\n" % line for line in HOST.replace("q.", "").splitlines())
+        self.assertTrue(self.source.endswith("    sys.exit(main())\n"))
+        return self.source[: -len("    sys.exit(main())\n")] + lines
+
+    def test_beside_a_program_that_is_run_as_a_file(self) -> None:
+        self.put("app/qvac_managed.py", self.source)
+        self.run_host(self.put("app/program.py", "import qvac_managed as q\n" + HOST))
+
+    def test_vendored_under_another_name_in_a_package_that_is_run_with_m(self) -> None:
+        self.put("app/pkg/_vendor/local_models.py", self.source)
+        self.put("app/pkg/_vendor/__init__.py")
+        self.put("app/pkg/__init__.py", "from ._vendor import local_models as q\n")
+        self.put("app/pkg/program.py", "from . import q\n" + HOST)
+        self.run_host("-m", "pkg.program", cwd=os.path.join(self.home, "app"))
+
+    def test_imported_from_a_zip(self) -> None:
+        import zipfile
+
+        path = os.path.join(self.home, "app ü.zip")
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("pkg/__init__.py", "")
+            archive.writestr("pkg/qvac_managed.py", self.source)
+            archive.writestr("__main__.py", "from pkg import qvac_managed as q\n" + HOST)
+        self.run_host(path)
+
+    def test_as_the_main_file_of_a_zip(self) -> None:
+        import zipfile
+
+        path = os.path.join(self.home, "app.pyz")
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("__main__.py", self.as_main())
+        self.run_host(path)
+
+    def test_as_a_script_without_an_ending(self) -> None:
+        self.run_host(self.put("bin/qvac-models", self.as_main()))
+
+    def test_without_its_source(self) -> None:
+        import py_compile
+
+        path = self.put("app/qvac_managed.py", self.source)
+        py_compile.compile(path, path + "c", doraise=True)
+        os.unlink(path)
+        self.run_host(self.put("app/program.py", "import qvac_managed as q\n" + HOST))
+
+    def test_found_by_a_relative_path_from_a_folder_that_is_left(self) -> None:
+        self.put("app/qvac_managed.py", self.source)
+        code = "import os, sys\nsys.path.insert(0, 'app')\nimport qvac_managed as q\nos.chdir('/')\n" + HOST
+        self.run_host("-c", code, cwd=self.home)
+
+    def test_modules_beside_it_that_are_named_like_the_librarys_are_not_imported(self) -> None:
+        """The host has to be able to import the library itself: it has the folder last on its path."""
+        witness = os.path.join(self.home, "witness")
+        text = "open(%r, 'a').write(__name__ + ' ')\nraise SystemExit('the wrong ' + __name__)\n" % witness
+        names = set(sys.stdlib_module_names) if hasattr(sys, "stdlib_module_names") else {
+            "json", "select", "signal", "socket", "struct", "subprocess", "threading", "hashlib", "binascii", "base64",
+            "difflib", "logging", "atexit", "ctypes", "pwd", "fcntl", "http", "urllib", "email", "ssl", "queue",
+            "random", "re", "enum", "types", "typing", "tempfile", "contextlib", "traceback", "string", "zlib", "weakref",
+            "math", "platform", "locale", "selectors", "heapq", "operator", "keyword", "reprlib", "functools", "copy",
+        }  # fmt: skip
+        for name in names - {"__future__"}:
+            self.put("app/%s.py" % name, text)
+        path = self.put("app/qvac_managed.py", self.source)
+        program = self.put("program.py", "import sys\nsys.path.append(%r)\nimport qvac_managed as q\n%s" % (
+            os.path.dirname(path), HOST))  # fmt: skip
+        self.run_host("-P" if sys.version_info >= (3, 11) else "-B", program)
+        self.assertFalse(os.path.exists(witness))
+
+
+class NoInterpreterTest(Case):
+    """Programs that embed or freeze Python have no interpreter to run another file in."""
+
+    def assert_told(self, words: str, **changes: Any) -> None:
+        for path in (q.ECHO, self.fake()):
+            with mock.patch.multiple(sys, create=True, **changes):
+                began = time.monotonic()
+                with self.assertRaisesRegex(q.ServeSpawnFailedError, words):
+                    self.create(serve_bin_path=path)
+                self.assertLess(time.monotonic() - began, 5)  # at once, not after the start timeout
+            self.assert_all_gone()
+
+    def test_an_empty_executable_is_told(self) -> None:
+        self.assert_told("sys.executable, which is empty here.*external mode", executable="")
+        self.assert_told("sys.executable, which is empty here", executable=None)
+
+    def test_a_frozen_program_is_told(self) -> None:
+        self.assert_told("a frozen program", frozen=True)
+
+    def test_an_interpreter_that_fails_is_told(self) -> None:
+        self.assert_told("exit code 1 before", executable="/bin/false" if os.path.exists("/bin/false") else "/usr/bin/false")
+
+
+@unittest.skipUnless(LINUX, "looks into /proc")
+class InheritanceTest(Case):
+    def test_runner_and_serve_have_nothing_of_the_callers(self) -> None:
+        code = """
+import signal
+os.chdir(os.environ["HOME"])
+os.umask(0o000)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGALRM, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_SETMASK, set(range(1, 32)))
+kept = [os.open("/etc/passwd", os.O_RDONLY), *os.pipe()]
+for fd in kept:
+    os.set_inheritable(fd, True)
+os.dup2(kept[0], 251)
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=sys.argv[1], serve_idle_timeout=0.2)
+print(client.runner_pid, client.pid, *sorted({os.readlink("/proc/self/fd/%d" % fd) for fd in kept}), flush=True)
+sys.stdin.read()
+"""
+        child = self.python(code, self.fake(), close_fds=False)
+        assert child.stdout is not None
+        runner, serve, *callers = child.stdout.readline().split()
+        self.assertEqual(3, len(callers) + 1)  # a file and the one name of a pipe's two ends
+        (facts,) = self.fake_events("start")
+        log = os.path.join(self.folder, os.path.basename(facts["fds"]["1"]))
+        self.assertEqual({"0": os.devnull, "1": log, "2": log}, facts["fds"])
+        self.assertEqual(([], [], "/", 0o077), (facts["sigmask"], facts["ignored"], facts["cwd"], facts["umask"]))
+        self.assertEqual((int(serve), int(serve), int(runner)), (facts["pgid"], facts["sid"], facts["ppid"]))
+        held = {os.readlink("/proc/%s/fd/%s" % (runner, fd)) for fd in os.listdir("/proc/%s/fd" % runner)}
+        self.assertEqual(set(), held & set(callers))
+        self.assertEqual({os.devnull, log}, {name for name in held if name.startswith("/") and name != "/"})
+        with open("/proc/%s/status" % runner) as file:
+            status = dict(line.split(":\t") for line in file.read().splitlines() if ":\t" in line)
+        self.assertEqual(0, int(status["SigBlk"], 16))
+        pythons_own = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+        self.assertEqual(0, int(status["SigIgn"], 16) & 0x7FFFFFFF & ~pythons_own)  # those from 32 on are the C library's
+        self.assertEqual(("0077", "/"), (status["Umask"].strip(), os.readlink("/proc/%s/cwd" % runner)))
+        fields = q._stat_fields(runner)
+        self.assertNotEqual(os.getsid(child.pid), int(fields[3]))  # a session of its own
+        self.assertNotEqual(child.pid, int(fields[1]))  # and no child of the caller's
+        child.kill()
+        self.assert_all_gone()
+
+    def test_a_captured_command_returns_while_the_serve_lives(self) -> None:
+        text = "import sys\nsys.path.insert(0, %r)\nimport qvac_managed as q\n" % HERE + HOST.replace("0.2", "300")
+        script = 'x=$(exec 7>&1; "$0" -c "$1"); echo "$x"'
+        done = subprocess.run(["sh", "-c", script, sys.executable, text], stdout=subprocess.PIPE, timeout=60, check=True)
+        runner, serve = (int(word) for word in done.stdout.split()[1:])
+        self.assertTrue(q.process_alive(runner) and q.process_alive(serve))
+        (record,) = q.read_all_records()
+        self.assertTrue(q.stop_serve(record.fleet_key))
+        self.assert_all_gone()
+
+    def test_a_caller_without_standard_streams(self) -> None:
+        text = "import sys\nsys.path.insert(0, %r)\nimport qvac_managed as q\n" % HERE
+        text += HOST.replace("print(", "print(file=open(%r, 'w'), *(" % os.path.join(self.home, "out")).replace(", flush=True)", "))")
+        done = subprocess.run(["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, text], timeout=60, check=False)
+        self.assertEqual(0, done.returncode)
+        with open(os.path.join(self.home, "out")) as file:
+            self.assertEqual("hello", file.read().split()[0])
+        self.assert_all_gone()
+
+    def test_the_callers_process_stays_as_it_was(self) -> None:
+        code = """
+import json, signal, threading, urllib.request, warnings, logging, gc
+def state():
+    umask = os.umask(0); os.umask(umask)
+    return dict(handlers=[str(signal.getsignal(n)) for n in range(1, signal.NSIG)], umask=umask, cwd=os.getcwd(),
+                mask=sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))), threads=threading.active_count(),
+                environ=dict(os.environ), path=list(sys.path), filters=len(warnings.filters), hook=str(sys.excepthook),
+                opener=str(urllib.request._opener), fds=sorted(os.listdir("/proc/self/fd")), children=children(),
+                wakeup=signal.set_wakeup_fd(-1), switch=sys.getswitchinterval(), rlimit=resource.getrlimit(7),
+                timeout=socket.getdefaulttimeout(), loggers=len(logging.getLogger().handlers), tty=os.getpgrp())
+def children():
+    try:
+        os.waitpid(-1, os.WNOHANG)
+        return "some"
+    except ChildProcessError:
+        return "none"
+import resource, socket
+before = state()
+with q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=0.2) as client:
+    assert client.chat("x") == "x"
+    during = state()
+after = state()
+print(json.dumps([before, during, after]))
+"""
+        before, during, after = json.loads(self.run_python(code))
+        self.assertEqual(before, during)
+        self.assertEqual(before, after)
+        self.assert_all_gone()
+
+
+class OwnWarningsTest(Case):
+    def test_full_use_under_w_error_and_tracemalloc_warns_of_nothing(self) -> None:
+        code = """
+import asyncio, gc, signal, tracemalloc
+tracemalloc.start()
+options = dict(models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=0.2)
+client = q.create_qvac("managed", **options)
+assert client.models()[0]["state"] == "ready" and client.chat("a b") == "a b" and client.embed(["a"])
+assert "".join(client.stream_chat("c d")) == "c d"
+abandoned = client.stream_chat("e f")
+next(abandoned)
+abandoned.close()
+for call in (lambda: client.chat("x", "no such model"), lambda: client.open("/nowhere").close(),
+             lambda: q.create_qvac("managed", models=["no-such-model"])):
+    try:
+        call()
+        raise SystemExit("no error")
+    except (q.QvacManagedModeError, OSError) as error:
+        if hasattr(error, "close"):
+            error.close()
+os.kill(client.pid, signal.SIGKILL)
+assert client.chat("again") == "again"
+q.list_serves(), q.sweep_serves(), q.serve_info(client)
+async def main():
+    async with await q.create_qvac_async("managed", **options) as other:
+        assert other.reused
+asyncio.run(main())
+key = client.fleet_key
+client.close()
+assert q.stop_serve(key)
+del client, abandoned
+gc.collect()
+print("done")
+"""
+        text = "import sys, os, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n%s" % (HERE, code)
+        flags = ["-W", "error", *(["-X", "warn_default_encoding"] if sys.version_info >= (3, 10) else [])]
+        done = subprocess.run([sys.executable, *flags, "-c", text], capture_output=True, timeout=60, check=False)
+        self.assertEqual(("done\n", ""), (done.stdout.decode(), done.stderr.decode()))
+        self.assert_all_gone()
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "forks")
+class ForkTest(Case):
+    def markers(self) -> List[int]:
+        (record,) = q.read_all_records()
+        return sorted(q.live_consumers(record.fleet_key))
+
+    def test_a_forked_child_has_a_marker_of_its_own_and_leaves_its_parents_alone(self) -> None:
+        code = """
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=1.0)
+child = os.fork()
+if child == 0:
+    print("child", os.getpid(), client.chat("from the child"), flush=True)
+    sys.stdin.readline()
+    sys.exit()  # its atexit hooks run
+print("parent", os.getpid(), child, flush=True)
+os.waitpid(child, 0)
+print("over", client.chat("from the parent"), flush=True)
+child = os.fork()
+if child == 0:
+    print("child", os.getpid(), client.chat("again"), flush=True)
+    sys.stdin.readline()
+    print("last", client.chat("without its parent"), flush=True)
+    os._exit(0)
+sys.stdin.readline()
+client.close()
+print("closed", flush=True)
+os.waitpid(child, 0)
+"""
+        child = self.python(code)
+        assert child.stdin is not None and child.stdout is not None
+        said: Dict[str, List[str]] = {}
+
+        def hear(count: int) -> None:
+            for _ in range(count):
+                words = child.stdout.readline().split()  # type: ignore[union-attr]
+                said[words[0]] = words[1:]
+
+        def say() -> None:
+            child.stdin.write("\n")  # type: ignore[union-attr]
+            child.stdin.flush()  # type: ignore[union-attr]
+
+        hear(2)
+        parent, first = int(said["parent"][0]), int(said["parent"][1])
+        self.assertEqual([str(first), "from", "the", "child"], said["child"])
+        self.assertEqual(sorted([parent, first]), self.markers())
+        say()
+        hear(2)
+        self.assertEqual(["from", "the", "parent"], said["over"])
+        second = int(said["child"][0])
+        self.assertEqual(sorted([parent, second]), self.markers())
+        say()  # to whichever reads first: the child, which then answers without its parent, or the parent
+        hear(1)
+        say()
+        hear(1)
+        self.assertEqual((["without", "its", "parent"], []), (said["last"], said["closed"]))
+        self.assertEqual(0, child.wait(PATIENCE))
+        self.assert_all_gone()
+
+    def test_a_child_that_never_uses_the_client_is_no_consumer(self) -> None:
+        client = self.create()
+        receive, send = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(send)
+            os.read(receive, 1)
+            os._exit(0)
+        os.close(receive)
+        self.assertEqual([os.getpid()], self.markers())
+        client.close()
+        self.assertEqual([], q.live_consumers(client.fleet_key))
+        wait_until(lambda: not q.process_alive(client.pid), what="the reap")
+        os.close(send)
+        os.waitpid(pid, 0)
+
+    def test_a_fork_in_the_middle_of_threads_requests_leaves_a_client_that_works(self) -> None:
+        """Whatever lock a thread holds in that moment: the child has none of the threads."""
+        client = self.create()
+        stop: List[int] = []
+
+        def busy() -> None:
+            while not stop:
+                with contextlib.suppress(OSError):  # what is under way when the serve is killed is lost
+                    client.chat("x")
+
+        threads = [in_background(busy) for _ in range(3)]
+        with client._recovery_lock, client._resolver._state:  # as while a thread recovers
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    signal.alarm(int(PATIENCE))
+                    os.kill(client.pid, signal.SIGKILL)
+                    wait_until(client._target.has_gone)
+                    code = 0 if client.chat("child") == "child" else 2
+                os._exit(code)
+        self.assertEqual(0, os.waitpid(pid, 0)[1])
+        stop.append(1)
+        for result in threads:
+            result()
+        client.close()
+        self.assert_all_gone()
+
+    def test_multiprocessing_by_fork_and_by_spawn(self) -> None:
+        program = os.path.join(self.home, "program.py")
+        with open(program, "w") as file:
+            file.write("""
+import multiprocessing, os, sys
+sys.path.insert(0, %r)
+import qvac_managed as q
+
+def create():
+    return q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=1.0)
+
+def inherited(number):
+    return client.chat("number %%d" %% number), client.pid, os.getpid()
+
+def own(number):
+    with create() as mine:
+        return mine.chat("number %%d" %% number), mine.pid, os.getpid()
+
+if __name__ == "__main__":
+    client = create()
+    for method, function in (("fork", inherited), ("spawn", own)):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            results = pool.map(function, range(4), chunksize=1)
+        assert [text for text, _, _ in results] == ["number %%d" %% number for number in range(4)], results
+        assert {pid for _, pid, _ in results} == {client.pid}, results
+        assert os.getpid() not in {pid for _, _, pid in results}
+    print(client.chat("still"), *q.live_consumers(client.fleet_key).count(os.getpid()) * ["here"])
+""" % HERE)  # fmt: skip
+        done = subprocess.run([sys.executable, program], capture_output=True, timeout=60, check=False)
+        self.assertEqual(("still here\n", 0), (done.stdout.decode(), done.returncode), done.stderr.decode())
+        self.assert_all_gone()
+
+
+class EndedServeCase(Case):
+    def end_serve(self, client: q.ManagedQvac) -> None:
+        """Kill runner and serve, so that a client has to start the next one itself."""
+        pid = client.pid
+        os.kill(client.runner_pid, signal.SIGKILL)
+        wait_until(lambda: not q.process_alive(pid), what="the serve's end")
+
+
+class ThreadsTest(EndedServeCase):
+    def test_threads_that_find_the_serve_gone_start_one_between_them(self) -> None:
+        client = self.create(serve_bin_path=self.fake(preload_s=0.2))
+        before = (client.pid, client.port, client.api_key)
+        self.end_serve(client)
+        answers = [in_background(client.chat, "thread %d" % number) for number in range(8)]
+        self.assertEqual(["thread %d" % number for number in range(8)], [answer() for answer in answers])
+        self.assertEqual(2, len(self.fake_events("start")))
+        self.assertNotEqual(before[0], client.pid)
+        self.assertEqual(before[1:], (client.port, client.api_key))  # what knows the URL alone recovers too
+        client.close()
+        self.assert_all_gone()
+
+    def test_threads_that_find_the_serve_gone_share_one_failure(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        self.end_serve(client)
+        self.fake(exit=3, exit_after_s=0.5, stderr="out of memory")
+        answers = [in_background(client.chat, "x") for _ in range(8)]
+        for answer in answers:
+            with self.assertRaisesRegex(q.ServeExitedError, "out of memory"):
+                answer()
+        self.assertEqual(2, len(self.fake_events("start")))
+        self.assertEqual([], q.live_consumers(client.fleet_key))
+        self.fake()  # a later request is a new try
+        self.assertEqual("hi", client.chat("hi"))
+        client.close()
+        self.assert_all_gone()
+
+    def test_threads_may_create_clients_of_one_serve_at_once(self) -> None:
+        results = [in_background(self.create) for _ in range(6)]
+        clients = [result() for result in results]
+        self.assertEqual(1, len({client.pid for client in clients}))
+        self.assertEqual([False] + [True] * 5, sorted(client.reused for client in clients))
+        key = clients[0].fleet_key
+        for count in range(6, 0, -1):
+            self.assertEqual(count, len(q.live_consumers(key)))
+            clients.pop().close()
+        self.assert_all_gone()
+
+
+class CloseRaceTest(EndedServeCase):
+    """A close() that overtakes a request: no marker comes back, nothing is started, the request's error is its own."""
+
+    def assert_refused(self, result: Callable[[], Any], client: q.ManagedQvac) -> None:
+        with self.assertRaises(OSError) as caught:
+            result()
+        self.assertTrue(q.is_refused(caught.exception), caught.exception)
+        self.assertFalse(q.has_consumer(client.fleet_key, client._resolver.consumer_id))
+
+    def assert_swept_clean(self) -> None:
+        """The record of a killed runner is there until somebody starts a serve, or sweeps; the lock likewise."""
+        wait_until(lambda: not self.processes(), what="the end of %s" % self.processes())
+        q.sweep_serves()
+        for name in self.files():
+            self.assertTrue(name.endswith(".lock") and q.try_lock(name[:-5]), name)
+            q.release_lock(name[:-5])
+        self.assert_all_gone()
+
+    def test_while_the_serve_answers(self) -> None:
+        client = self.create(serve_bin_path=self.fake(answer_delay_s=0.5))
+        result = in_background(client.chat, "hi")
+        wait_until(lambda: any(event["path"].endswith("completions") for event in self.fake_events("request")))
+        client.close()
+        self.assertEqual("hi", result())
+        self.assertEqual([], q.live_consumers(client.fleet_key))
+        self.assert_all_gone()
+        self.assertEqual(1, len(self.fake_events("start")))
+
+    def test_while_another_serve_is_being_started(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        self.end_serve(client)
+        self.fake(preload_s=60)
+        result = in_background(client.chat, "hi")
+        wait_until(lambda: len(self.fake_events("start")) == 2)
+        client.close()
+        self.assert_refused(result, client)
+        self.assert_all_gone()
+
+    def test_while_it_waits_for_somebody_elses_start(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        self.end_serve(client)
+        with subprocess.Popen(["/bin/sleep", "600"]) as other:
+            self.write(client.fleet_key + ".lock", "%d\n" % other.pid)
+            result = in_background(client.chat, "hi")
+            wait_until(lambda: q.has_consumer(client.fleet_key, client._resolver.consumer_id))
+            time.sleep(0.1)
+            client.close()
+            self.assert_refused(result, client)
+            other.kill()
+        self.assertEqual(1, len(self.fake_events("start")))
+        self.assert_swept_clean()
+
+    def test_while_the_runner_restarts_the_serve(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        self.fake(preload_s=1.5)
+        os.kill(client.pid, signal.SIGKILL)
+        wait_until(lambda: len(self.fake_events("start")) == 2)
+        result = in_background(client.chat, "hi")
+        time.sleep(0.1)
+        client.close()
+        self.assert_refused(result, client)
+        self.assert_all_gone()
+        self.assertEqual(2, len(self.fake_events("start")))
+
+    def test_at_any_moment_of_a_recovery(self) -> None:
+        for number in range(6):
+            client = self.create(serve_idle_timeout=0.2)
+            self.end_serve(client)
+            result = in_background(client.chat, "hi")
+            time.sleep(number * 0.03)
+            client.close()
+            try:
+                self.assertEqual("hi", result())  # it was through
+            except OSError as error:
+                self.assertTrue(q.is_refused(error), error)
+            self.assertEqual([], q.live_consumers(client.fleet_key))
+            self.assert_swept_clean()
+
+    def test_a_closed_client_asks_a_live_serve_and_starts_none(self) -> None:
+        keeper, client = self.create(), self.create()
+        client.close()
+        client.close()
+        self.assertTrue(client.closed)
+        self.assertEqual("hi", client.chat("hi"))  # it is a plain client of what is there
+        self.assertEqual([os.getpid()], q.live_consumers(keeper.fleet_key))
+        keeper.close()
+        self.assert_all_gone()
+        self.assert_refused(lambda: client.chat("hi"), client)
+        self.assert_refused(lambda: next(client.stream_chat("hi")), client)
+        client.ensure()
+        self.assertEqual([], self.files())
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "forks")
+class InterruptTest(Case):
+    """Ctrl-C in a process that starts or awaits a serve: it ends promptly, and nothing is left."""
+
+    def started(self, **options: Any) -> int:
+        """The pid of a process that creates a client, and ends with 0 when interrupted in that."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # not before the child is ready for it
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                options = {"models": [MODEL], "serve_bin_path": q.ECHO, "serve_idle_timeout": 60.0, **options}
+                q.create_qvac("managed", **options)
+                time.sleep(PATIENCE)
+            except KeyboardInterrupt:
+                code = 0
+            finally:
+                q._detach_all()
+                os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        return pid
+
+    def interrupt(self, pid: int) -> None:
+        os.kill(pid, signal.SIGINT)
+        found = wait_until(lambda: [e for e in [os.waitpid(pid, os.WNOHANG)] if e[0]], 10, "the end of an interrupted process")
+        self.assertEqual([(pid, 0)], found)
+
+    def assert_nothing_left(self) -> None:
+        """Although the idle timeout is a minute."""
+        wait_until(lambda: not self.processes(), 10, "the end of %s" % self.processes())
+        self.assertEqual([], self.files())
+
+    def test_at_every_step_of_a_start(self) -> None:
+        path = self.fake(preload_s=60)
+        folder = self.folder
+
+        def there(ending: str) -> bool:
+            return os.path.isdir(folder) and any(name.endswith(ending) for name in os.listdir(folder))
+
+        steps: List[Callable[[], Any]] = [
+            lambda: there(".consumers"), lambda: there(".lock"), lambda: there(".d"), lambda: there(".log"),
+            lambda: self.fake_events("start"), lambda: self.fake_events("start") and not time.sleep(0.3)]  # fmt: skip
+        for step in steps:
+            pid = self.started(serve_bin_path=path)
+            deadline = time.monotonic() + PATIENCE
+            while not step() and time.monotonic() < deadline:
+                pass  # some are there for a millisecond
+            self.interrupt(pid)
+            self.assert_nothing_left()
+            for path_left in (self.fake_log, *(os.path.join(folder, name) for name in os.listdir(folder))):
+                with contextlib.suppress(OSError):
+                    os.unlink(path_left)
+
+    def test_at_many_moments_of_a_start(self) -> None:
+        for number in range(8):
+            pid = self.started(models=[{"name": MODEL, "config": {"echo_load_seconds": 60}}])
+            time.sleep(number * 0.015)
+            self.interrupt(pid)
+            self.assert_nothing_left()
+
+    def test_while_somebody_else_starts_the_serve(self) -> None:
+        path = self.fake(preload_s=60)
+        first = self.started(serve_bin_path=path)
+        wait_until(lambda: self.fake_events("start"))
+        second = self.started(serve_bin_path=path)
+        wait_until(lambda: len(os.listdir(os.path.join(self.folder, self.files()[0][:16] + ".consumers"))) == 2)
+        self.interrupt(second)
+        self.assertEqual([first], q.live_consumers(self.files()[0][:16]))
+        self.interrupt(first)
+        self.assert_nothing_left()
+        self.assertEqual(1, len(self.fake_events("start")))
+
+    def test_the_starter_does_not_take_the_serve_from_those_who_wait(self) -> None:
+        path = self.fake(preload_s=1.0)
+        first = self.started(serve_bin_path=path)
+        wait_until(lambda: self.fake_events("start"))
+        waiting = in_background(lambda: self.create(serve_bin_path=path))
+        wait_until(lambda: len(os.listdir(os.path.join(self.folder, self.files()[0][:16] + ".consumers"))) == 2)
+        self.interrupt(first)
+        client = waiting()
+        self.assertEqual("hi", client.chat("hi"))
+        q.stop_serve(client.fleet_key)
+        client.close()
+        self.assert_nothing_left()
+
+    def test_while_a_frozen_serve_is_awaited(self) -> None:
+        client = self.create()
+        os.kill(client.pid, signal.SIGSTOP)
+        pid = self.started(serve_idle_timeout=0.0)
+        wait_until(lambda: len(q.live_consumers(client.fleet_key)) == 2)
+        time.sleep(0.1)
+        self.interrupt(pid)
+        self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
+        os.kill(client.pid, signal.SIGCONT)
+        self.assertEqual("hi", client.chat("hi"))
+        client.close()
+        self.assert_all_gone()
+
+
+class AsyncTest(Case):
+    def start(self, **options: Any) -> Any:
+        options = {"models": [MODEL], "serve_bin_path": q.ECHO, "serve_idle_timeout": self.IDLE, **options}
+        return q.create_qvac_async("managed", **options)
+
+    def test_the_loop_goes_on_while_a_serve_starts(self) -> None:
+        import asyncio
+
+        async def main() -> int:
+            ticks = 0
+            task = asyncio.ensure_future(self.start(serve_bin_path=self.fake(preload_s=1.0)))
+            while not task.done():
+                await asyncio.sleep(0.01)
+                ticks += 1
+            task.result().close()
+            return ticks
+
+        self.assertGreater(asyncio.run(main()), 25)  # of some 90: a blocked loop would have had two or three
+        self.assert_all_gone()
+
+    def test_async_with_detaches(self) -> None:
+        import asyncio
+
+        async def main() -> q.ManagedQvac:
+            async with await self.start() as client:
+                loop = asyncio.get_running_loop()
+                self.assertEqual("hi", await loop.run_in_executor(None, client.chat, "hi"))
+                self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
+            self.assertTrue(client.closed)
+            return client
+
+        client = asyncio.run(main())
+        self.assertEqual([], q.live_consumers(client.fleet_key))
+        self.assert_all_gone()
+
+    def test_many_at_once_share_one_serve(self) -> None:
+        import asyncio
+
+        async def main() -> List[q.ManagedQvac]:
+            return list(await asyncio.gather(*[self.start() for _ in range(4)]))
+
+        clients = asyncio.run(main())
+        self.assertEqual(1, len({client.pid for client in clients}))
+        for client in clients:
+            client.close()
+        self.assert_all_gone()
+
+    def test_errors_are_the_same_typed_ones(self) -> None:
+        import asyncio
+
+        for options, error in (({"models": ["zzzz"]}, q.UnknownManagedModelError), ({"serve_port": 0}, q.InvalidManagedModelError),
+                               ({"serve_bin_path": self.fake(exit=3)}, q.ServeExitedError)):  # fmt: skip
+            with self.assertRaises(error):
+                asyncio.run(self.start(**options))
+        client = asyncio.run(q.create_qvac_async(base_url="http://h:1/v1"))
+        self.assertEqual("http://h:1/v1", client.base_url)
+        self.assert_all_gone()
+
+    def test_cancelled_in_the_middle_it_has_left_nothing_when_it_returns(self) -> None:
+        import asyncio
+
+        async def main(wait: Callable[[], Any]) -> None:
+            task = asyncio.ensure_future(self.start(serve_bin_path=self.fake(preload_s=60), serve_idle_timeout=60.0))
+            while not wait():
+                await asyncio.sleep(0.005)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+
+        for wait in (self.files, lambda: self.fake_events("start")):
+            asyncio.run(main(wait))
+            wait_until(lambda: not self.processes(), 10, "the end of what was cancelled")
+            self.assertEqual([], self.files())
+            self.assertEqual([], [t for t in threading.enumerate() if t.name.startswith("qvac_managed")])
+
+    def test_a_program_that_ends_with_its_cancelled_loop_leaves_nothing(self) -> None:
+        code = """
+import asyncio
+async def main():
+    options = dict(models=["qwen3.5-2b"], serve_bin_path=sys.argv[1], serve_idle_timeout=60)
+    try:
+        await asyncio.wait_for(q.create_qvac_async("managed", **options), float(sys.argv[2]))
+    except asyncio.TimeoutError:
+        print("timed out")
+asyncio.run(main())
+"""
+        path = self.fake(preload_s=60)
+        for seconds in ("0.01", "0.1", "0.5"):
+            self.assertEqual("timed out", self.run_python(code, path, seconds))
+            wait_until(lambda: not self.processes(), 10, "the end of what was cancelled")
+            self.assertEqual([], self.files())
+
+    def test_a_cancelled_wait_does_not_take_the_serve_from_others(self) -> None:
+        import asyncio
+
+        async def main() -> Any:
+            path = self.fake(preload_s=0.5)
+            first = asyncio.ensure_future(self.start(serve_bin_path=path))
+            second = asyncio.ensure_future(self.start(serve_bin_path=path))
+            while not self.fake_events("start"):
+                await asyncio.sleep(0.01)
+            first.cancel()
+            return await second
+
+        client = asyncio.run(main())
+        self.assertEqual("hi", client.chat("hi"))
+        client.close()
+        self.assert_all_gone()
+
+
+class ExitTest(Case):
+    ATTACH = """
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=1.0)
+print(client.fleet_key, flush=True)
+"""
+
+    def test_an_open_client_is_detached_by_every_end_that_python_sees(self) -> None:
+        keeper = self.create()
+        for end, code in (("", 0), ("sys.exit(3)", 3), ("raise RuntimeError", 1), ("del client", 0),
+                          ("import threading; threading.Thread(target=client.chat, args=('x',), daemon=True).start()", 0),
+                          ("import signal; os.kill(os.getpid(), signal.SIGINT)", -2)):  # fmt: skip
+            child = self.python(self.ATTACH + end)
+            out, err = child.communicate(timeout=60)
+            self.assertEqual((code, keeper.fleet_key + "\n"), (child.returncode, out), err)
+            folder = os.path.join(self.folder, keeper.fleet_key + ".consumers")
+            self.assertEqual([keeper._resolver.consumer_id], os.listdir(folder), end)
+        keeper.close()
+        self.assert_all_gone()
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_an_end_that_python_does_not_see_is_found_by_its_pid(self) -> None:
+        keeper = self.create()
+        for end in ("os._exit(0)", "os.kill(os.getpid(), 15)", "os.kill(os.getpid(), 9)", "os.abort()"):
+            child = self.python("import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n" + self.ATTACH + end)
+            child.communicate(timeout=60)
+            self.assertEqual([os.getpid()], q.live_consumers(keeper.fleet_key), end)
+        keeper.close()
+        self.assert_all_gone()
+
+    def test_a_request_under_way_does_not_hold_up_the_end(self) -> None:
+        path = self.fake(answer_delay_s=3)
+        code = """
+import threading
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=sys.argv[1], serve_idle_timeout=0.2)
+threading.Thread(target=client.chat, args=("x",), daemon=True).start()
+while "completions" not in open(os.environ["QVAC_FAKE_LOG"]).read():
+    time.sleep(0.01)
+"""
+        self.run_python(code, path)
+        self.assertTrue(self.processes(), "it took as long as the answer")
+        self.assert_all_gone()
+
+
+@unittest.skipUnless(POSIX, "parents that go are watched by another means on Windows")
+class ParentExitTest(Case):
+    CLIENT = """
+import qvac_managed as q
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=0.2,
+                       close_on_parent_exit=True)
+if sys.argv[1] == "close":
+    client.close()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+    PARENT = """
+import subprocess
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+sys.stdin.read()
+os._exit(0)
+"""
+
+    def parent(self, what: str) -> Any:
+        text = "import sys, os, time\nsys.path.insert(0, %r)\n%s" % (HERE, self.CLIENT)
+        parent = self.python(self.PARENT, text, what)
+        assert parent.stdout is not None
+        return parent, int(parent.stdout.readline())
+
+    def test_the_process_ends_with_its_parent_and_not_before(self) -> None:
+        parent, pid = self.parent("open")
+        time.sleep(1.5 * q.PARENT_TICK)
+        self.assertTrue(q.process_alive(pid))
+        parent.kill()
+        wait_until(lambda: not q.process_alive(pid), what="the end of a process whose parent has gone")
+        self.assert_all_gone()
+
+    def test_a_closed_client_watches_nobody(self) -> None:
+        parent, pid = self.parent("close")
+        parent.kill()
+        time.sleep(2.5 * q.PARENT_TICK)
+        self.assertTrue(q.process_alive(pid))
+        os.kill(pid, signal.SIGKILL)
+        self.assert_all_gone()
+
+
+# ==================================================================================================
+# Life of a serve
+# ==================================================================================================
+
+
+# Forks argv[1] clients that start at the same moment, prints what each got, and holds them until stdin ends.
+HERD = """
+import http.client, json, urllib.request
+count, models, serve, idle, patience = eval(sys.argv[1])
+(gate, open_gate), (end, open_end), (results, report) = os.pipe(), os.pipe(), os.pipe()
+children = []
+for _ in range(count):
+    children.append(os.fork())
+    if not children[-1]:
+        os.close(open_gate), os.close(open_end)
+        os.read(gate, 1)
+        began, client, found = time.monotonic(), None, {}
+        try:
+            client = q.create_qvac("managed", models=models, serve_bin_path=serve, serve_idle_timeout=idle,
+                                   serve_start_timeout=patience)
+            found = {"answer": client.chat("hi"), "pid": client.pid, "reused": client.reused}
+        except Exception as error:
+            found = {"code": getattr(error, "code", repr(error)), "text": str(error), "args": repr(error.args)}
+        found.update(seconds=time.monotonic() - began)
+        os.write(report, json.dumps(found).encode() + b"\\n")
+        os.read(end, 1)
+        if client:
+            client.close()
+        os._exit(0)
+os.close(open_gate), os.close(report)
+lines = b""
+while lines.count(b"\\n") < count:
+    lines += os.read(results, 65536)
+sys.stdout.write("[%s]\\n" % ",".join(lines.decode().splitlines()))
+sys.stdout.flush()
+sys.stdin.read()
+os.close(open_end)
+for child in children:
+    os.waitpid(child, 0)
+"""
+
+
+def in_thread(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
+    """Runs it at once; calling what comes back waits for the result, or raises what it raised."""
+    outcome: List[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.append((function(*args, **options), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def result(timeout: float = 2 * PATIENCE) -> Any:
+        thread.join(timeout)
+        if not outcome:
+            raise AssertionError("%s has not returned" % function)
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
+
+    result.done = lambda: bool(outcome)  # type: ignore[attr-defined]
+    return result
+
+
+class Stranger:
+    """A server of somebody else's on a port: takes what it is sent, and answers as a serve that asks for no key."""
+
+    def __init__(self, case: unittest.TestCase, port: int = 0) -> None:
+        import socket
+
+        self.received = b""
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(("127.0.0.1", port))
+        self._listener.listen(50)
+        self.port = self._listener.getsockname()[1]
+        case.addCleanup(self.close)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        body = json.dumps({"object": "list", "data": [{"id": MODEL, "state": "ready"}]}).encode()
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            with client, contextlib.suppress(OSError):
+                client.settimeout(5)
+                self.received += client.recv(65536)
+                client.sendall(head + body)
+
+    def close(self) -> None:
+        import socket
+
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+class LifeCase(Case):
+    IDLE = 0.4
+
+    def tearDown(self) -> None:
+        """Sooner than by idling; a test of the idling itself asserts that all is gone before."""
+        for client in list(q._open_clients.values()):
+            client.close()
+        if self.processes():
+            self.signal_all(signal.SIGCONT)
+            for record in q.read_all_records():
+                with contextlib.suppress(q.QvacManagedModeError):
+                    q.stop_serve(record.fleet_key)
+
+    def signal_all(self, number: int, having: str = "") -> List[int]:
+        """Signal the processes of this test whose command line has the text."""
+        signalled = []
+        for pid, line in self.processes().items():
+            if having in line:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
+                    signalled.append(pid)
+        return signalled
+
+    def hold(self, serve: str = q.ECHO, models: str = repr([MODEL]), idle: Optional[float] = None) -> Any:
+        """A process that is attached, and its `(pid, port, reused, runner_pid)`."""
+        child = self.python(HOLDER, models, serve, str(self.IDLE if idle is None else idle))
+        words = child.stdout.readline().split()
+        if not words:
+            raise AssertionError(child.communicate()[1])
+        return child, (int(words[0]), int(words[1]), words[2] == "True", int(words[3]))
+
+    def herd(self, count: int, serve: str = q.ECHO, patience: float = 30.0) -> List[Dict[str, Any]]:
+        child = self.python(HERD, repr((count, [MODEL], serve, self.IDLE, patience)))
+        line = child.stdout.readline()
+        if not line:
+            raise AssertionError(child.communicate()[1])
+        self.addCleanup(child.communicate)
+        return json.loads(line)
+
+    def log(self) -> str:
+        """What runners and serves of this test have written into their logs."""
+        text = ""
+        for name in sorted(os.listdir(self.folder)):
+            if name.endswith(".log"):
+                with open(os.path.join(self.folder, name), encoding="utf-8", errors="replace") as file:
+                    text += file.read()
+        return text
+
+    def starts(self) -> int:
+        return self.log().count("] starting ")
+
+    def record(self, key: str) -> Any:
+        return wait_until(lambda: q.read_record(key), what="a record")
+
+    def fake_port(self, start: int = -1) -> int:
+        argv = wait_until(lambda: self.fake_events("start"), what="a start")[start]["argv"]
+        return int(argv[argv.index("--port") + 1])
+
+    def assert_gone(self, pid: int, timeout: float = PATIENCE) -> None:
+        wait_until(lambda: not q.process_alive(pid), timeout, "the end of process %d" % pid)
+
+    def assert_soon(self, began: float, limit: float) -> None:
+        self.assertLess(time.monotonic() - began, limit)
+
+    @staticmethod
+    def raw(client: Any, text: str = "hi", timeout: float = 30.0) -> str:
+        """A request as another program makes it, which knows nothing but URL and key, and leaves no marker."""
+        import urllib.request
+
+        body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": text}]}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer " + client.api_key}
+        request = urllib.request.Request(client.base_url + "/chat/completions", body, headers)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as response:
+            return json.loads(response.read())["choices"][0]["message"]["content"]
+
+
+class SharingTest(LifeCase):
+    def test_two_processes_share_one_serve_and_it_outlives_the_first(self) -> None:
+        first, (pid, port, reused, runner) = self.hold()
+        self.assertFalse(reused)
+        second, found = self.hold()
+        self.assertEqual((pid, port, True, runner), found)
+        first.communicate()
+        time.sleep(self.IDLE + 1)
+        self.assertTrue(q.process_alive(pid))
+        second.communicate()
+        self.assert_all_gone()
+
+    def test_two_clients_of_one_process_leave_one_by_one(self) -> None:
+        first, second = self.create(), self.create()
+        self.assertEqual(first.pid, second.pid)
+        self.assertEqual(2, len(q.live_consumers(first.fleet_key)))
+        first.close()
+        first.close()
+        self.assertEqual([os.getpid()], q.live_consumers(second.fleet_key))
+        time.sleep(self.IDLE + 1)
+        self.assertEqual("still here", second.chat("still here"))
+
+    def test_a_warm_attach_makes_one_request_and_starts_nothing(self) -> None:
+        serve = self.fake()
+        first = self.create(serve_bin_path=serve)
+        before = len(self.fake_events("request"))
+        second = self.create(serve_bin_path=serve)
+        self.assertTrue(second.reused)
+        self.assertFalse(first.reused)
+        self.assertEqual(before + 1, len(self.fake_events("request")))
+        self.assertEqual(1, len(self.fake_events("start")))
+
+    def test_a_client_waits_for_the_start_of_another(self) -> None:
+        serve = self.fake(preload_s=0.7)
+        first = in_thread(self.create, serve_bin_path=serve)
+        wait_until(lambda: self.fake_events("start"))
+        second = self.create(serve_bin_path=serve)
+        self.assertEqual((first().pid, True), (second.pid, second.reused))
+        self.assertEqual(1, len(self.fake_events("start")))
+
+
+class HerdTest(LifeCase):
+    """Many processes at the same moment."""
+
+    IDLE = 2.0
+
+    def assert_one_serve(self, found: List[Dict[str, Any]]) -> None:
+        self.assertEqual({"hi"}, {result.get("answer", result.get("text")) for result in found})
+        self.assertEqual(1, len({result["pid"] for result in found}))
+
+    def test_at_once_on_nothing_they_share_one_serve(self) -> None:
+        found = self.herd(20)
+        self.assert_one_serve(found)
+        self.assertEqual(1, self.starts())
+        self.assertEqual(1, [result["reused"] for result in found].count(False))
+
+    def test_at_once_on_a_warm_serve_they_start_nothing(self) -> None:
+        client = self.create()
+        self.assert_one_serve(self.herd(20) + [{"answer": "hi", "pid": client.pid}])
+        self.assertEqual(1, self.starts())
+
+    def test_at_once_on_the_lock_of_a_dead_process_they_start_one_serve(self) -> None:
+        dead = self.python("pass")
+        dead.communicate()
+        config = q.synthesize_serve_config([MODEL])
+        key = q.compute_fleet_key(config, "127.0.0.1", q.ECHO)
+        for text in ("%d" % dead.pid, "%d 1 %s 00" % (dead.pid, q.place()), "%d 1 %s 00" % (os.getpid(), q.place())):
+            self.write(key + ".lock", text)
+            starts = self.starts()
+            self.assert_one_serve(self.herd(8))
+            self.assertEqual(starts + 1, self.starts())
+            q.stop_serve(key)
+        self.assertNotIn(key + ".lock", self.files())
+
+    def test_they_share_one_failure(self) -> None:
+        serve = self.fake(exit=7, exit_after_s=0.8, stderr="no such device")
+        found = self.herd(20, serve)
+        self.assertEqual({"SERVE_EXITED"}, {result.get("code") for result in found})
+        for result in found:
+            self.assertIn("no such device", result["text"])
+            self.assertTrue(result["args"].startswith("(7, None, "), result["args"])
+            self.assertLess(result["seconds"], 8)  # the contract says 4
+        self.assertLessEqual(len(self.fake_events("start")), 2)
+
+
+class FailingStartTest(LifeCase):
+    def assert_fails(self, error: Any, limit: float = 5.0, **options: Any) -> Any:
+        """The start fails with this error, soon, and nothing of it is left."""
+        began = time.monotonic()
+        with self.assertRaises(error) as caught:
+            self.create(**options)
+        self.assert_soon(began, limit)
+        self.assert_all_gone()
+        return caught.exception
+
+    def test_a_serve_that_exits_at_once_is_told_with_code_and_output(self) -> None:
+        error = self.assert_fails(q.ServeExitedError, serve_bin_path=self.fake(exit=3, stderr="bad \xff model"))
+        self.assertEqual((3, None), (error.exit_code, error.signal))
+        self.assertIn("bad", error.tail)
+        self.assertIn("bad", str(error))
+
+    def test_a_serve_that_dies_of_a_signal_is_told_with_it(self) -> None:
+        error = self.assert_fails(q.ServeExitedError, serve_bin_path=self.fake(exit=-11))
+        self.assertEqual((None, 11), (error.exit_code, error.signal))
+
+    def test_a_serve_that_never_listens_times_out(self) -> None:
+        serve = self.fake(never_bind=True, stderr="thinking")
+        error = self.assert_fails(q.ServeStartTimeoutError, serve_bin_path=serve, serve_start_timeout=0.7)
+        self.assertIn("thinking", str(error))
+
+    def test_a_serve_that_opens_another_port_times_out(self) -> None:
+        serve = self.fake(port_offset=1)
+        self.assert_fails(q.ServeStartTimeoutError, serve_bin_path=serve, serve_start_timeout=0.7)
+
+    def test_what_is_no_program_is_told(self) -> None:
+        for content in (b"\x7fELF garbage", b"just some text\n", b"#!/no/such/interpreter\n"):
+            path = os.path.join(self.home, "qvac")
+            with open(path, "wb") as file:
+                file.write(content)
+            os.chmod(path, 0o755)
+            error = self.assert_fails(q.ServeSpawnFailedError, serve_bin_path=path)
+            self.assertIn(path, str(error))
+
+    def test_a_runner_that_cannot_start_is_told_at_once(self) -> None:
+        missing = os.path.join(self.home, "python-that-was-upgraded-away")
+        for program in (missing, "/bin/false", "/bin/echo"):
+            with mock.patch.object(sys, "executable", program):
+                error = self.assert_fails(q.ServeSpawnFailedError, serve_bin_path=self.fake())  # the contract says 1 s
+            self.assertIn(program if program == missing else "runner ended", str(error))
+
+    def test_a_start_after_a_failed_one_is_a_new_try(self) -> None:
+        serve = self.fake(exit=1, fail_starts=1)
+        with self.assertRaises(q.ServeExitedError):
+            self.create(serve_bin_path=serve)
+        self.assertEqual("hi", self.create(serve_bin_path=serve).chat("hi"))
+        self.assertEqual([], [name for name in self.files() if name.endswith(".error")])
+
+    def test_an_old_cli_gets_the_key_on_its_command_line(self) -> None:
+        client = self.create(serve_bin_path=self.fake(old_cli=True))
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(2, len(self.fake_events("start")))
+        self.assertIn("--api-key", self.fake_events("start")[-1]["argv"])
+        self.assertIn("Update @qvac/cli", self.log())
+        os.kill(client.pid, signal.SIGKILL)
+        self.assertEqual("again", client.chat("again"))
+        self.assertEqual(3, len(self.fake_events("start")), "the restart knows what the CLI can do")
+
+    def test_a_growing_model_file_extends_the_start(self) -> None:
+        path = os.path.join(self.home, ".qvac", "models", "some", "model.gguf")
+        os.makedirs(os.path.dirname(path))
+        stop = threading.Event()
+
+        def grow() -> None:
+            while not stop.wait(0.1):
+                with open(path, "ab") as file:
+                    file.write(b"x" * 1000)
+
+        phases = []
+        growing = in_thread(grow)
+        try:
+            client = self.create(serve_bin_path=self.fake(preload_s=2.5), serve_start_timeout=1.0,
+                                 on_progress=lambda progress: phases.append(progress.phase))  # fmt: skip
+        finally:
+            stop.set()
+            growing()
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertIn("downloading", phases)
+
+
+class PortTest(LifeCase):
+    def test_a_port_that_a_stranger_takes_during_the_start_is_left_to_him(self) -> None:
+        serve = self.fake(preload_s=1.0)
+        starting = in_thread(self.create, serve_bin_path=serve)
+        stranger = Stranger(self, self.fake_port())
+        self.fake()
+        client = starting()
+        self.assertNotEqual(stranger.port, client.port)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(b"", stranger.received)
+
+    def test_a_pinned_port_that_a_stranger_holds_is_an_error(self) -> None:
+        stranger = Stranger(self)
+        with self.assertRaises(q.PortAllocationFailedError) as caught:
+            self.create(serve_port=stranger.port)
+        self.assertEqual("PORT_ALLOCATION_FAILED", caught.exception.code)
+        self.assertIn(str(stranger.port), str(caught.exception))
+        self.assert_all_gone()
+        self.assertEqual(b"", stranger.received)
+
+    def test_a_pinned_port_that_a_stranger_takes_during_the_start_is_an_error(self) -> None:
+        serve, port = self.fake(preload_s=1.0), q.allocate_free_port("127.0.0.1")
+        starting = in_thread(self.create, serve_bin_path=serve, serve_port=port)
+        wait_until(lambda: self.fake_events("start"))
+        stranger = Stranger(self, port)
+        self.assertRaises(q.PortAllocationFailedError, starting)
+        self.assert_all_gone()
+        self.assertEqual(b"", stranger.received)
+
+    def test_a_stranger_on_the_port_of_a_dead_serve_gets_nothing(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        self.signal_all(signal.SIGKILL, "runner-params")
+        self.assert_gone(client.pid)
+        stranger = Stranger(self, client.port)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertNotEqual(stranger.port, client.port)
+        self.assertEqual(b"", stranger.received)
+
+    def test_a_serve_that_cannot_share_a_held_port_gets_it_free(self) -> None:
+        serve = self.fake(no_reuseaddr=True)
+        client = self.create(serve_bin_path=serve)
+        self.assertEqual("hi", client.chat("hi"))
+        port = q.allocate_free_port("127.0.0.1")
+        pinned = self.create(serve_bin_path=serve, serve_port=port)
+        self.assertEqual((port, "hi"), (pinned.port, pinned.chat("hi")))
+
+
+class PrivateTest(LifeCase):
+    IDLE = 300.0
+
+    def test_private_serves_are_not_shared_and_end_with_their_owner(self) -> None:
+        first, second = self.create(reuse=False), self.create(reuse=False)
+        self.assertNotEqual(first.pid, second.pid)
+        first.chat("hi")
+        first.close()
+        self.assert_gone(first.pid, 8)
+        self.assertEqual("hi", second.chat("hi"))
+        second.close()
+        self.assert_all_gone(8)
+
+    def test_a_pinned_port_is_private_unless_shared_on_purpose(self) -> None:
+        port = q.allocate_free_port("127.0.0.1")
+        client = self.create(serve_port=port)
+        self.assertIn("-priv-", client.fleet_key)
+        self.assertEqual(port, client.port)
+        client.close()
+        self.assert_gone(client.pid, 8)
+        shared = self.create(serve_port=port, reuse=True)
+        self.assertEqual((port, shared.pid), (shared.port, self.create(serve_port=port, reuse=True).pid))
+
+    def test_a_private_serve_ends_when_its_owner_is_killed(self) -> None:
+        child = self.python(
+            "c = q.create_qvac('managed', models=[%r], serve_bin_path=q.ECHO, reuse=False)\n"
+            "print(c.pid, flush=True); sys.stdin.read()" % MODEL)  # fmt: skip
+        pid = int(child.stdout.readline())
+        child.kill()
+        self.assert_gone(pid, 8)
+        child.communicate()
+        self.assert_all_gone(8)
+
+    def test_a_private_serve_comes_back_while_its_owner_lives(self) -> None:
+        client = self.create(reuse=False)
+        pid, port = client.pid, client.port
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(port, client.port)
+
+
+class IdleTest(LifeCase):
+    IDLE = 0.8
+
+    def assert_lives(self, pid: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.assertTrue(q.process_alive(pid))
+            time.sleep(0.05)
+
+    def test_it_lives_with_its_consumer_and_ends_after_the_idle_timeout(self) -> None:
+        client = self.create()
+        self.assert_lives(client.pid, 2 * self.IDLE + 0.5)
+        client.close()
+        began = time.monotonic()
+        self.assert_lives(client.pid, self.IDLE - 0.1)
+        self.assert_gone(client.pid)
+        self.assert_soon(began, self.IDLE + 3 * 1.5)  # the contract says 1.5 s after the idle timeout
+        self.assert_all_gone()
+
+    def test_idle_time_counts_from_ready(self) -> None:
+        """A serve whose client dies during a start that takes longer than the idle timeout."""
+        serve = self.fake(preload_s=0.6)
+        child = self.python(HOLDER, repr([MODEL]), serve, "0.7")
+        wait_until(lambda: self.fake_events("start"))
+        time.sleep(0.3)
+        child.kill()
+        ready = wait_until(lambda: self.fake_events("listen"))[0]["monotonic"]
+        end = wait_until(lambda: self.fake_events("exit"))[0]["monotonic"]
+        self.assertGreaterEqual(end - ready, 0.65)
+
+    def test_the_longest_wish_wins(self) -> None:
+        first = self.create(serve_idle_timeout=0.2)
+        later = self.create(serve_idle_timeout=2.5)
+        shorter = self.create(serve_idle_timeout=0.1)
+        for client in (later, shorter, first):
+            client.close()
+        self.assert_lives(first.pid, 2.3)
+        self.assert_all_gone()
+
+    def test_a_wish_made_during_a_restart_counts(self) -> None:
+        serve = self.fake(preload_s=0.5)
+        first = self.create(serve_bin_path=serve, serve_idle_timeout=0.2)
+        os.kill(first.pid, signal.SIGKILL)
+        wait_until(lambda: self.record(first.fleet_key).is_restarting)
+        later = self.create(serve_bin_path=serve, serve_idle_timeout=600)
+        self.assertEqual(600000, self.record(first.fleet_key).idle_timeout_ms)
+        self.assertNotEqual(first.pid, later.pid)
+
+    def test_none_means_until_stopped(self) -> None:
+        first = self.create(serve_idle_timeout=0.1)
+        until_stopped = self.create(serve_idle_timeout=None)
+        first.close()
+        until_stopped.close()
+        self.assert_lives(first.pid, 1.5)
+        self.assertIsNone(q.list_serves()[0].time_left_s)
+        self.assertTrue(q.stop_serve(first.fleet_key))
+        self.assert_all_gone()
+
+    def test_looking_at_it_does_not_keep_it_alive(self) -> None:
+        client = self.create()
+        client.close()
+        began = time.monotonic()
+        while q.process_alive(client.pid):
+            self.assertLess(time.monotonic() - began, self.IDLE + 6)
+            q.list_serves()
+
+
+class RawUseTest(LifeCase):
+    """Programs that know the URL and the key, and leave no marker."""
+
+    IDLE = 0.8
+
+    def test_an_open_connection_keeps_it_alive(self) -> None:
+        import socket
+
+        client = self.create()
+        client.close()
+        with socket.create_connection(("127.0.0.1", client.port)):
+            time.sleep(self.IDLE + 1.5)
+            self.assertTrue(q.process_alive(client.pid))
+            self.assertEqual(1, q.list_serves()[0].connections)
+        self.assert_all_gone()
+
+    def test_short_requests_keep_it_alive(self) -> None:
+        client = self.create()
+        client.close()
+        for _ in range(12):
+            self.assertEqual("hi", self.raw(client))
+            time.sleep(0.25)
+        self.assert_all_gone()
+
+    def test_requests_that_leave_no_line_in_the_log_keep_it_alive(self) -> None:
+        client = self.create(serve_bin_path=self.fake(quiet=True))
+        client.close()
+        for _ in range(12):
+            self.raw(client)
+            time.sleep(0.25)
+        self.assertEqual(1, len(self.fake_events("start")))
+        self.assert_all_gone()
+
+    def test_a_slow_answer_is_not_cut(self) -> None:
+        client = self.create(serve_bin_path=self.fake(answer_delay_s=self.IDLE + 2), serve_idle_timeout=0.3)
+        client.close()
+        self.assertEqual("at last", self.raw(client, "at last"))
+        self.assert_all_gone()
+
+    def test_a_slow_answer_to_a_client_that_has_said_all_is_not_cut(self) -> None:
+        """One that has closed its half of the connection: the serve still works for it."""
+        import socket
+
+        client = self.create(serve_bin_path=self.fake(answer_delay_s=self.IDLE + 2), serve_idle_timeout=0.3)
+        client.close()
+        body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "half"}]})
+        request = "POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s"
+        with socket.create_connection(("127.0.0.1", client.port)) as connection:
+            connection.sendall((request % (client.api_key, len(body), body)).encode())
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        self.assertIn(b"half", answer)
+
+    def test_a_serve_used_by_url_alone_comes_back(self) -> None:
+        client = self.create(serve_idle_timeout=5)
+        client.close()
+        self.assertEqual("hi", self.raw(client))
+        os.kill(client.pid, signal.SIGKILL)
+        wait_until(lambda: self.starts() == 2)
+
+        def answers() -> bool:
+            try:
+                return self.raw(client) == "hi"
+            except OSError:
+                return False
+
+        wait_until(answers, what="the same URL to answer again")
+
+
+class RestartTest(LifeCase):
+    IDLE = 1.0
+
+    def test_a_killed_serve_is_back_for_the_next_request_at_the_same_place(self) -> None:
+        client = self.create()
+        before = (client.port, client.api_key, client.runner_pid)
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
+            pid = client.pid
+            os.kill(pid, number)
+            if number != signal.SIGKILL:  # what dies in its own time may still answer
+                self.assert_gone(pid)
+            self.assertEqual("hi", client.chat("hi"))
+            self.assertNotEqual(pid, client.pid)
+            self.assertEqual(before, (client.port, client.api_key, client.runner_pid))
+        self.assertEqual(3, self.record(client.fleet_key).restarts)
+
+    def test_it_comes_back_though_nobody_asks(self) -> None:
+        client = self.create()
+        os.kill(client.pid, signal.SIGKILL)
+        wait_until(lambda: self.starts() == 2 and not self.record(client.fleet_key).is_restarting)
+        self.assertEqual("hi", self.raw(client))
+
+    def test_threads_that_fail_together_share_one_recovery(self) -> None:
+        client = self.create(serve_bin_path=self.fake(preload_s=0.3))
+        os.kill(client.pid, signal.SIGKILL)
+        answers = [in_thread(client.chat, "thread %d" % number) for number in range(8)]
+        self.assertEqual(["thread %d" % number for number in range(8)], [answer() for answer in answers])
+        self.assertEqual(2, len(self.fake_events("start")))
+
+    def test_it_does_not_come_back_for_nobody(self) -> None:
+        client = self.create(reuse=False)
+        os.kill(client.runner_pid, signal.SIGSTOP)
+        client.close()
+        os.kill(client.pid, signal.SIGKILL)
+        os.kill(client.runner_pid, signal.SIGCONT)
+        self.assert_all_gone()
+
+    def test_a_config_folder_that_others_delete_is_made_again(self) -> None:
+        """A provider's client that finds the record of a dead serve deletes the folder of its config."""
+        import shutil
+
+        client = self.create()
+        pid, port = client.pid, client.port
+        shutil.rmtree(os.path.dirname(self.record(client.fleet_key).config_path))
+        os.kill(pid, signal.SIGKILL)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(port, client.port)
+
+    def test_a_restart_that_nobody_waits_for_is_not_called_off(self) -> None:
+        runner = q._Runner.__new__(q._Runner)
+        runner.key, runner.idle_timeout_ms = "0" * 16, 300000.0
+        runner.record = None
+        self.assertEqual(0.0, runner._fail_if_unwatched(0.0, 29.0))
+        self.assertRaises(q.ServeSpawnFailedError, runner._fail_if_unwatched, 0.0, 31.0)
+        runner.record = mock.sentinel.published
+        self.assertEqual(0.0, runner._fail_if_unwatched(0.0, 299.0))
+        self.assertRaises(q.ServeSpawnFailedError, runner._fail_if_unwatched, 0.0, 301.0)
+
+
+class CrashLoopTest(LifeCase):
+    IDLE = 1.0
+    WEIGHT = 3
+
+    def test_a_crash_loop_has_an_end_that_is_told(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        pid = client.pid
+        self.fake(exit=9, stderr="out of memory")
+        os.kill(pid, signal.SIGKILL)
+        with self.assertRaises(q.ServeExitedError) as caught:
+            client.chat("hi")
+        self.assertIn("out of memory", str(caught.exception))
+        self.assertEqual(9, caught.exception.exit_code)
+        self.assertLessEqual(len(self.fake_events("start")), 8)
+        self.assertTrue(os.path.exists(q.error_path(client.fleet_key)))
+        self.assertEqual([], q.read_all_records())
+        wait_until(lambda: not self.processes())
+        self.fake()
+        self.assertEqual("hi", client.chat("hi"), "the next request is a new try")
+        self.assertFalse(os.path.exists(q.error_path(client.fleet_key)))
+
+    def test_a_serve_that_dies_right_after_it_is_ready_is_told(self) -> None:
+        serve = self.fake(crash_after_s=0, crash_code=5)
+        with self.assertRaises((q.ServeExitedError, q.ServeSpawnFailedError)) as caught:
+            for _ in range(3):
+                self.create(serve_bin_path=serve).chat("hi")
+                time.sleep(0.1)
+        self.assertNotIn("The runner ended", str(caught.exception))
+        wait_until(lambda: not self.processes())
+
+
+class RunnerDeathTest(LifeCase):
+    IDLE = 1.0
+
+    def test_told_to_stop_during_the_start_it_leaves_nothing(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            serve = self.fake(preload_s=20, grandchildren=["plain"])
+            starts = len(self.fake_events("start"))
+            starting = in_thread(self.create, serve_bin_path=serve)
+            wait_until(lambda: len(self.fake_events("start")) > starts)
+            began = time.monotonic()
+            self.assertTrue(self.signal_all(number, "runner-params"))
+            self.assertRaises(q.ServeSpawnFailedError, starting)
+            self.assert_soon(began, 6)  # the contract says 1 s; what is left of the group has 1 s of grace
+            self.assert_all_gone()
+
+    def test_told_to_stop_when_ready_it_stops_its_serve(self) -> None:
+        client = self.create(serve_bin_path=self.fake(grandchildren=["polite"]))
+        pid, runner = client.pid, client.runner_pid
+        os.kill(runner, signal.SIGTERM)
+        self.assert_gone(runner)
+        self.assertFalse(q.process_alive(pid))
+        self.assertEqual("SIGTERM", self.fake_events("signal")[-1]["name"])
+        self.assertEqual("hi", client.chat("hi"), "a client that is still there starts another")
+
+    def test_killed_it_takes_the_serve_and_its_workers_along(self) -> None:
+        """The worst workers; those that leave the group (setsid) are beyond what a group can do."""
+        client = self.create(serve_bin_path=self.fake(grandchildren=["plain", "ignore_term", "stopped", "polite"]))
+        self.assertEqual(7, len(self.processes()))  # runner, serve, guard, four workers
+        os.kill(client.runner_pid, signal.SIGKILL)
+        wait_until(lambda: not self.processes(), 6)  # the contract says 2 s
+        self.assertEqual("hi", client.chat("hi"))
+
+    def test_killed_with_its_serve_stopped_it_takes_it_along(self) -> None:
+        client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term"]))
+        os.kill(client.pid, signal.SIGSTOP)
+        os.kill(client.runner_pid, signal.SIGKILL)
+        wait_until(lambda: not self.processes(), 6)
+
+    def test_a_guard_that_is_killed_is_replaced(self) -> None:
+        client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term"]))
+        for _ in range(2):
+            time.sleep(0.3)
+            self.assertEqual(1, len(self.signal_all(signal.SIGKILL, "qvac-guard")))
+            wait_until(lambda: [line for line in self.processes().values() if "qvac-guard" in line])
+        os.kill(client.runner_pid, signal.SIGKILL)
+        wait_until(lambda: not self.processes(), 6)
+
+    def test_a_waiting_client_is_told_of_a_killed_runner(self) -> None:
+        starting = in_thread(self.create, serve_bin_path=self.fake(preload_s=20))
+        wait_until(lambda: self.fake_events("start"))
+        began = time.monotonic()
+        self.signal_all(signal.SIGKILL, "runner-params")
+        self.assertRaises(q.ServeSpawnFailedError, starting)
+        self.assert_soon(began, 4)
+        wait_until(lambda: not self.processes(), 6)
+
+
+class RunnerKilledAnytimeTest(LifeCase):
+    IDLE = 1.0
+    DELAYS = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.25, 0.35, 0.5]
+
+    def test_killed_at_any_moment_it_leaves_no_process(self) -> None:
+        serve = self.fake(preload_s=0.1, grandchildren=["plain", "ignore_term", "stopped"])
+        for delay in self.DELAYS:
+            starting = in_thread(self.create, serve_bin_path=serve)
+            wait_until(lambda: self.signal_all(0, "runner-params"))
+            time.sleep(delay)
+            self.signal_all(signal.SIGKILL, "runner-params")
+            wait_until(lambda: not self.processes() or starting.done(), 6)
+            with contextlib.suppress(q.QvacManagedModeError):
+                starting().close()
+            # A client may have started another runner meanwhile, as it should: that one ends by idling.
+            wait_until(lambda: not self.processes() or q.read_all_records(), 6, "the end, %g s after" % delay)
+            for record in q.read_all_records():
+                if record.judge_runner() == q.ALIVE:
+                    q.stop_serve(record.fleet_key)
+        began = time.monotonic()
+        self.assertEqual("hi", self.create(serve_bin_path=serve).chat("hi"))
+        self.assert_soon(began, 6)
+
+
+class StopTest(LifeCase):
+    IDLE = 0.3
+
+    def test_a_serve_that_ignores_sigterm_is_killed_with_its_group(self) -> None:
+        client = self.create(serve_bin_path=self.fake(ignore_term=True, grandchildren=["ignore_term"]))
+        client.close()
+        self.assert_all_gone()
+        self.assertEqual(["SIGTERM"], [event["name"] for event in self.fake_events("signal")])
+
+    def test_a_healthy_serve_gets_its_sigterm_alone_and_its_worker_follows(self) -> None:
+        client = self.create(serve_bin_path=self.fake(grandchildren=["polite"], term_s=0.5))
+        client.close()
+        self.assert_all_gone()
+        self.assertEqual(["signal", "exit"], [event["event"] for event in self.fake_events()][-2:])
+
+    def test_a_worker_that_outlives_a_polite_end_is_killed(self) -> None:
+        client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term", "stopped"]))
+        client.close()
+        self.assert_all_gone()
+        self.assertEqual(0, self.fake_events("exit")[-1]["code"])
+
+    def test_a_worker_that_outlives_a_crash_is_killed_before_the_restart(self) -> None:
+        client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term"]))
+        worker = self.fake_events("grandchild")[0]["child"]
+        os.kill(client.pid, signal.SIGKILL)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertFalse(q.process_alive(worker))
+
+    def test_clients_that_come_during_a_slow_end_get_one_fresh_serve(self) -> None:
+        """It closes its listener at once and exits later, as a serve that finishes its last answers."""
+        serve = self.fake(term_s=2.0)
+        client = self.create(serve_bin_path=serve, serve_idle_timeout=0.1)
+        client.close()
+        wait_until(lambda: self.fake_events("signal"))
+        self.assertEqual([], q.read_all_records(), "a serve that ends is not on offer")
+        comers = [in_thread(self.create, serve_bin_path=serve, serve_idle_timeout=0.1) for _ in range(3)]
+        self.assertEqual(1, len({comer().pid for comer in comers}))
+        events = [event["event"] for event in self.fake_events() if event["event"] != "request"]
+        self.assertEqual(["start", "listen", "signal", "exit", "start", "listen"], events, "one after the other")
+
+    def test_stop_serve_returns_when_it_is_gone(self) -> None:
+        client = self.create(serve_bin_path=self.fake(term_s=0.5), serve_idle_timeout=None)
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        self.assertFalse(q.process_alive(client.pid))
+        self.assertFalse(q.process_alive(client.runner_pid))
+        self.assertFalse(q.stop_serve(client.fleet_key))
+        self.assertEqual("hi", client.chat("hi"), "its consumers start another")
+
+
+class ClientDeathTest(LifeCase):
+    IDLE = 0.5
+
+    def die(self, **knobs: Any) -> Any:
+        """Start a client on a fake serve; the process, to be killed by the test."""
+        return self.python(HOLDER, repr([MODEL]), self.fake(**knobs), str(self.IDLE))
+
+    def test_killed_while_the_serve_loads_it_leaves_a_start_for_others(self) -> None:
+        child = self.die(preload_s=0.7)
+        wait_until(lambda: self.fake_events("start"))
+        child.kill()
+        client = self.create(serve_bin_path=self.fake())
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(1, len(self.fake_events("start")))
+
+    def test_killed_while_the_serve_loads_with_nobody_else_the_start_is_given_up(self) -> None:
+        child = self.die(preload_s=30)
+        wait_until(lambda: self.fake_events("start"))
+        child.kill()
+        child.communicate()
+        wait_until(lambda: not self.processes(), 10)
+        self.assertEqual([], q.read_all_records())
+        began = time.monotonic()
+        self.assertEqual("hi", self.create(serve_bin_path=self.fake()).chat("hi"))
+        self.assert_soon(began, 6)
+
+    def test_killed_holding_the_lock_it_holds_up_nobody(self) -> None:
+        code = (
+            "key = q.compute_fleet_key(q.synthesize_serve_config([%r]), '127.0.0.1', %r)\n"
+            "assert q.try_lock(key); print('held', flush=True); sys.stdin.read()" % (MODEL, q.ECHO))  # fmt: skip
+        child = self.python(code)
+        self.assertEqual("held\n", child.stdout.readline())
+        starting = in_thread(self.create)
+        time.sleep(0.3)
+        self.assertFalse(starting.done(), "a live owner's lock is never stolen")
+        child.kill()  # and is a zombie until communicate()
+        began = time.monotonic()
+        self.assertEqual("hi", starting().chat("hi"))
+        self.assert_soon(began, 6)
+        child.communicate()
+
+    def test_killed_when_attached_it_counts_no_more(self) -> None:
+        child, (pid, _, _, _) = self.hold()
+        child.kill()  # a zombie until communicate(): dead all the same
+        self.assert_gone(pid)
+        child.communicate()
+        self.assert_all_gone()
+
+
+class FrozenTest(LifeCase):
+    IDLE = 1.0
+    WEIGHT = 2
+
+    def test_a_frozen_serve_gets_no_second_one_beside_it(self) -> None:
+        serve = self.fake()
+        client = self.create(serve_bin_path=serve)
+        os.kill(client.pid, signal.SIGSTOP)
+        attaching = [in_thread(self.create, serve_bin_path=serve) for _ in range(5)]
+        time.sleep(q.HEALTH_TIMEOUT + 1.5)
+        self.assertEqual([False] * 5, [attach.done() for attach in attaching])
+        os.kill(client.pid, signal.SIGCONT)
+        self.assertEqual({client.pid}, {attach().pid for attach in attaching})
+        self.assertEqual(1, len(self.fake_events("start")))
+
+    def test_a_frozen_serve_costs_a_client_its_deadline_and_no_more(self) -> None:
+        serve = self.fake()
+        client = self.create(serve_bin_path=serve)
+        os.kill(client.pid, signal.SIGSTOP)
+        with mock.patch.object(q, "CLIENT_MARGIN", 0.5):
+            began = time.monotonic()
+            with self.assertRaises(q.ServeStartTimeoutError) as caught:
+                self.create(serve_bin_path=serve, serve_start_timeout=0.5)
+        self.assert_soon(began, 6)
+        self.assertIn("does not answer", str(caught.exception))
+        self.assertEqual(1, len(q.live_consumers(client.fleet_key)), "the marker of the one that gave up is gone")
+
+    def test_a_frozen_runner_is_no_reason_to_refuse_its_serve(self) -> None:
+        client = self.create()
+        os.kill(client.runner_pid, signal.SIGSTOP)
+        self.assertEqual((client.pid, "hi"), (self.create().pid, self.create().chat("hi")))
+        os.kill(client.runner_pid, signal.SIGCONT)
+
+    def test_a_frozen_starting_client_passes_its_lock_on(self) -> None:
+        """Its runner takes the lock over, so the start goes on without it."""
+        serve = self.fake(preload_s=0.5)
+        child = self.python(HOLDER, repr([MODEL]), serve, "1")
+        wait_until(lambda: self.fake_events("start"))
+        child.send_signal(signal.SIGSTOP)
+        self.assertEqual("hi", self.create(serve_bin_path=serve).chat("hi"))
+        self.assertEqual(1, len(self.fake_events("start")))
+
+
+class FrozenRunnerDeadServeTest(LifeCase):
+    IDLE = 1.0
+    WEIGHT = 6
+
+    def test_a_dead_serve_of_a_frozen_runner_is_replaced_and_the_runner_gives_way(self) -> None:
+        serve = self.fake()
+        client = self.create(serve_bin_path=serve)
+        old_pid, old_runner = client.pid, client.runner_pid
+        os.kill(old_runner, signal.SIGSTOP)
+        os.kill(old_pid, signal.SIGKILL)
+        with mock.patch.object(q, "CLOSING_WAIT", 0.7):
+            began = time.monotonic()
+            self.assertEqual("hi", client.chat("hi"))
+            self.assert_soon(began, 8)
+        self.assertNotEqual(old_runner, client.runner_pid)
+        os.kill(old_runner, signal.SIGCONT)
+        self.assert_gone(old_runner)
+        self.assertEqual(client.pid, self.record(client.fleet_key).serve_pid, "it has left the new record alone")
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(2, len(self.fake_events("start")))
+
+
+class DamageTest(LifeCase):
+    """Others remove or overwrite what is ours."""
+
+    IDLE = 0.6
+
+    def test_a_record_that_others_delete_is_published_again(self) -> None:
+        client = self.create()
+        os.unlink(q.record_path(client.fleet_key))
+        self.assertEqual(client.pid, self.record(client.fleet_key).serve_pid)
+        self.assertEqual(client.pid, self.create().pid)
+
+    def test_the_whole_folder_may_go(self) -> None:
+        import shutil
+
+        client = self.create()
+        shutil.rmtree(self.folder)
+        self.assertEqual(client.pid, self.record(client.fleet_key).serve_pid)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
+        client.close()
+        self.assert_gone(client.pid)
+
+    def test_markers_that_others_delete_are_put_back_with_the_next_request(self) -> None:
+        import shutil
+
+        client = self.create(serve_idle_timeout=1.5)
+        shutil.rmtree(q.consumers_dir(client.fleet_key))
+        client.chat("hi")
+        self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
+        time.sleep(2.5)
+        self.assertTrue(q.process_alive(client.pid))
+
+    def test_a_runner_gives_way_to_another_live_owner(self) -> None:
+        first = self.create()
+        key, record = first.fleet_key, self.record(first.fleet_key)
+        hidden = os.path.join(self.home, "hidden")
+        os.kill(first.runner_pid, signal.SIGSTOP)
+        os.rename(q.record_path(key), hidden)
+        second = self.create()
+        self.assertNotEqual(first.pid, second.pid)
+        os.kill(first.runner_pid, signal.SIGCONT)
+        self.assert_gone(first.pid)
+        self.assert_gone(first.runner_pid)
+        self.assertEqual(second.pid, self.record(key).serve_pid)
+        self.assertNotEqual(record.config_path, self.record(key).config_path)
+        self.assertTrue(os.path.exists(self.record(key).config_path))
+        self.assertEqual((second.pid, "hi"), (second.pid, first.chat("hi")), "its client goes over")
+        self.assertEqual(2, len(q.live_consumers(key)))
+
+    def test_a_runner_that_gives_way_finishes_what_it_was_asked(self) -> None:
+        serve = self.fake(answer_delay_s=2.5)
+        first = self.create(serve_bin_path=serve)
+        answer = in_thread(first.chat, "slow")
+        wait_until(lambda: [event for event in self.fake_events("request") if event["method"] == "POST"])
+        os.kill(first.runner_pid, signal.SIGSTOP)
+        os.unlink(q.record_path(first.fleet_key))
+        self.create(serve_bin_path=serve)
+        os.kill(first.runner_pid, signal.SIGCONT)
+        self.assertEqual("slow", answer())
+        wait_until(lambda: len(self.fake_events("exit")) == 1)
+
+    def test_a_record_of_the_dead_is_overwritten(self) -> None:
+        client = self.create()
+        record = self.record(client.fleet_key)
+        forged = record.with_fields(serve_pid=2**22 + 1, runner_pid=2**22 + 2)
+        self.write(client.fleet_key + ".json", q._encode_record(forged))
+        wait_until(lambda: self.record(client.fleet_key).serve_pid == client.pid)
+
+    def test_a_folder_in_the_place_of_the_record_does_not_keep_it_for_ever(self) -> None:
+        client = self.create()
+        os.unlink(q.record_path(client.fleet_key))
+        os.mkdir(q.record_path(client.fleet_key))
+        time.sleep(1.2)
+        self.assertEqual("hi", client.chat("hi"))
+        client.close()
+        wait_until(lambda: not self.processes())
+
+    def test_a_folder_that_nobody_can_use_does_not_keep_it_for_ever(self) -> None:
+        runner = q._Runner.__new__(q._Runner)
+        runner.key, runner.idle_timeout_ms, runner.log_fd, runner.api_key = "0" * 16, 1000.0, -1, "key"
+        with mock.patch.object(q, "guard", side_effect=q.RegistryError("held")):
+            runner.used_at = time.monotonic() - 60
+            self.assertRaises(q.RegistryError, runner._reap)
+            runner.used_at = time.monotonic() - q.FOREIGN_STALE - 2
+            self.assertTrue(runner._reap())
+
+
+class ReapRaceTest(LifeCase):
+    IDLE = 0.2
+    ROUNDS = 12
+    WEIGHT = 2
+
+    def test_whoever_comes_in_the_moment_of_the_reap_is_served(self) -> None:
+        """Around the moment in which the record is withdrawn, which each round aims at a little later."""
+        serve = self.fake()
+        client = self.create(serve_bin_path=serve)
+        client.close()
+        for number in range(self.ROUNDS):
+            wait_until(lambda: not os.path.exists(q.record_path(client.fleet_key)))
+            time.sleep(number * 0.03)
+            client = self.create(serve_bin_path=serve)
+            self.assertEqual("hi", self.raw(client), "without the second try that a client of ours makes")
+            client.close()
+        self.assert_never_two()
+
+    def test_whoever_comes_at_random_is_served(self) -> None:
+        import random
+
+        chance = random.Random(7)
+        serve = self.fake()
+        for _ in range(self.ROUNDS):
+            client = self.create(serve_bin_path=serve)
+            self.assertEqual("hi", self.raw(client))
+            client.close()
+            time.sleep(chance.uniform(0.15, 1.3))
+        self.assert_never_two()
+
+    def assert_never_two(self) -> None:
+        running: Dict[int, bool] = {}
+        for event in self.fake_events():
+            if event["event"] == "start":
+                self.assertEqual({}, running, "two serves at once")
+                running[event["pid"]] = True
+            elif event["event"] == "exit":
+                del running[event["pid"]]
+
+
+class StolenIdentityTest(LifeCase):
+    """Pids that are used again, zombies, other boots; files of the provider's have a bare pid."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.other = self.python("sys.stdin.read()")
+        self.key = q.compute_fleet_key(q.synthesize_serve_config([MODEL]), "127.0.0.1", q.ECHO)
+        self.long_ago = time.time() - 90 * 24 * 3600
+
+    def age(self, path: str) -> str:
+        os.utime(path, (self.long_ago, self.long_ago))
+        return path
+
+    def test_a_recycled_pid_in_the_lock_holds_up_nobody(self) -> None:
+        for text in (
+            "%d 1 %s 00" % (self.other.pid, q.place()),  # ours, of an earlier process with this pid
+            "%d %s %s 00" % (self.other.pid, q.process_start(self.other.pid), q.place().replace(":", ":0", 1)),
+            "%d" % os.getpid(),  # a container's client is pid 1 again and again
+        ):
+            self.write(self.key + ".lock", text)
+            began = time.monotonic()
+            self.create().close()
+            self.assert_soon(began, 6)
+            q.stop_serve(self.key)
+
+    def test_an_old_bare_pid_in_the_lock_holds_up_nobody(self) -> None:
+        self.age(self.write(self.key + ".lock", str(self.other.pid)))
+        began = time.monotonic()
+        self.create()
+        self.assert_soon(began, 6)
+
+    def test_recycled_pids_in_markers_do_not_pin_a_serve(self) -> None:
+        client = self.create()
+        start, where = q.process_start(self.other.pid), q.place()
+        earlier_boot = where.replace(":", ":0", 1)
+        for name, content in (("aa", "1 %s" % where), ("bb", "%s %s" % (start, earlier_boot))):
+            self.write("%s.consumers/%d.%s" % (self.key, self.other.pid, name), content)
+        self.age(self.write("%s.consumers/%d.cc" % (self.key, self.other.pid), ""))
+        self.age(self.write("%s.consumers/1.deadbeef" % self.key, ""))
+        client.close()
+        self.assert_gone(client.pid)
+
+    def test_a_true_marker_of_either_kind_keeps_it(self) -> None:
+        for name, content in (("aa", "%s %s" % (q.process_start(self.other.pid), q.place())), ("bb", "")):
+            client = self.create()
+            marker = self.write("%s.consumers/%d.%s" % (self.key, self.other.pid, name), content)
+            client.close()
+            time.sleep(self.IDLE + 1.2)
+            self.assertTrue(q.process_alive(client.pid))
+            os.unlink(marker)
+            self.assert_gone(client.pid)
+
+    def test_recycled_pids_in_a_record_are_nobodys_serve(self) -> None:
+        canary, start = self.other.pid, q.process_start(self.other.pid)
+        facts = {
+            "fleet_key": self.key, "serve_pid": canary, "runner_pid": canary, "port": 9, "host": "127.0.0.1",
+            "base_url": "http://127.0.0.1:9/v1", "config_path": "", "started_at": "2020-01-01T00:00:00.000Z",
+            "idle_timeout_ms": 1000.0, "api_key": "k" * 43,
+        }  # fmt: skip
+        for changes in (
+            {},
+            {"serve_start": "1", "runner_start": "1", "place": q.place()},
+            {"serve_start": start, "runner_start": start, "place": q.place().replace(":", ":0", 1)},
+        ):
+            self.age(self.write(self.key + ".json", q._encode_record(q.ServeRecord(**facts, **changes))))
+            began = time.monotonic()
+            self.assertEqual("hi", self.create().chat("hi"))
+            self.assert_soon(began, 8)
+            q.stop_serve(self.key)
+            q._detach_all()
+        self.assertIsNone(self.other.poll(), "a record is no reason to signal a process")
+
+    def test_a_zombie_is_dead(self) -> None:
+        self.other.kill()
+        wait_until(lambda: q.process_start(self.other.pid) is None)
+        self.assertFalse(q.process_alive(self.other.pid))
+        self.assertEqual(q.DEAD, q.judge_bare_pid(self.other.pid, time.time(), None))
+
+    def test_a_zombie_runner_is_dead(self) -> None:
+        """Of a runner whose parent does not reap: the first process of a container, say."""
+        code = (
+            "import ctypes\nctypes.CDLL(None).prctl(36, 1)\n"  # PR_SET_CHILD_SUBREAPER
+            "c = q.create_qvac('managed', models=[%r], serve_bin_path=q.ECHO, serve_idle_timeout=600)\n"
+            "print(c.runner_pid, c.pid, flush=True); sys.stdin.read()" % MODEL)  # fmt: skip
+        child = self.python(code)
+        runner, serve = map(int, child.stdout.readline().split())
+        os.kill(runner, signal.SIGKILL)
+        self.assert_gone(serve, 6)
+        self.assertTrue(os.path.exists("/proc/%d" % runner), "the zombie this is about")
+        began = time.monotonic()
+        self.assertEqual("hi", self.create().chat("hi"))
+        self.assert_soon(began, 6)
+        child.kill()
+        child.communicate()
+
+    def test_durations_are_monotonic(self) -> None:
+        """The wall clock is held against the times of files and of the boot, and put into answers, never waited by."""
+        with open(MODULE, encoding="utf-8") as file:
+            uses = [line.strip() for line in file if "time.time(" in line]
+        self.assertEqual([], [use for use in uses if not any(text in use for text in ("mtime", "uptime", "created"))])
+
+    def test_a_clock_that_is_set_does_not_matter(self) -> None:
+        """The client's: the runner's has no wall clock in its decisions either."""
+        for shift in (-3600, 3600):
+            now = time.time
+            with mock.patch.object(q.time, "time", lambda: now() + shift):
+                client = self.create(serve_bin_path=self.fake(preload_s=0.2), serve_start_timeout=3)
+                os.kill(client.pid, signal.SIGKILL)
+                self.assertEqual("hi", client.chat("hi"))
+                q.sweep_serves()
+                self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
+                client.close()
+                self.assert_gone(client.pid)
+
+
+def new_pid_namespace() -> Optional[List[str]]:
+    """The command that runs another as pid 1 of a pid namespace of its own; None where that cannot be."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command[1:3] = []
+    try:
+        done = subprocess.run([*command, "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return command if done.returncode == 0 else None
+
+
+class NamespaceTest(LifeCase):
+    """Containers that share a home."""
+
+    IDLE = 1.0
+    WEIGHT = 2
+
+    def setUp(self) -> None:
+        super().setUp()
+        command = new_pid_namespace() if LINUX else None
+        if command is None:
+            self.skipTest("needs pid namespaces (unshare --pid)")
+        self.command: List[str] = command
+
+    def contained(self, code: str) -> subprocess.Popen[str]:
+        text = "import sys, os, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n%s" % (HERE, code)
+        child = subprocess.Popen([*self.command, sys.executable, "-c", text], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        self.addCleanup(self._end_child, child)
+        return child
+
+    def test_a_container_does_no_harm_to_the_hosts_serve_and_works_on_its_own(self) -> None:
+        client = self.create(serve_idle_timeout=2.0)
+        files = self.files()
+        child = self.contained(
+            "q.sweep_serves()\n"
+            "c = q.create_qvac('managed', models=[%r], serve_bin_path=q.ECHO, serve_idle_timeout=0.5)\n"
+            "print(os.getpid(), c.chat('inside'), c.fleet_key, [s.state for s in q.list_serves()], flush=True)\n"
+            "sys.stdin.readline()\n" % MODEL)  # fmt: skip
+        line = child.stdout.readline()
+        self.assertTrue(line, child.stderr)
+        pid, answer, key, states = line.split(None, 3)
+        self.assertEqual(("1", "inside"), (pid, answer))
+        self.assertTrue(key.startswith(client.fleet_key + "-priv-"), key)
+        self.assertIn("foreign", states)
+        self.assertLessEqual(set(files), set(self.files()), "nothing of the host's is gone")
+        self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
+        self.assertIn("foreign", [serve.state for serve in q.list_serves()], "nor does the host judge the container's")
+        self.assertEqual([], q.sweep_serves())
+        self.assertEqual("hi", client.chat("hi"))
+        child.communicate("\n", timeout=30)
+        time.sleep(2.5)
+        self.assertEqual((1, "hi"), (self.starts_of(client), client.chat("hi")))
+
+    def starts_of(self, client: Any) -> int:
+        with open(q.log_path(client.fleet_key)) as file:
+            return file.read().count("] starting ")
+
+    def test_a_client_that_is_pid_1_killed_in_its_start_works_when_it_is_pid_1_again(self) -> None:
+        code = (
+            "c = q.create_qvac('managed', models=[%r], serve_bin_path=%r, serve_idle_timeout=0.5)\n"
+            "print(os.getpid(), c.chat('hi'), flush=True)" % (MODEL, self.fake(preload_s=30)))  # fmt: skip
+        child = self.contained(code)
+        wait_until(lambda: self.fake_events("start"))
+        child.kill()
+        child.communicate()
+        wait_until(lambda: not self.processes(), 10)
+        self.fake()
+        began = time.monotonic()
+        out, err = self.contained(code).communicate(timeout=60)
+        self.assertEqual("1 hi\n", out, err)
+        self.assert_soon(began, 10)
+        wait_until(lambda: not self.processes(), 10)
+
+    def test_a_lock_left_by_pid_1_of_another_container_is_no_wedge(self) -> None:
+        key = q.compute_fleet_key(q.synthesize_serve_config([MODEL]), "127.0.0.1", q.ECHO)
+        code = (
+            "c = q.create_qvac('managed', models=[%r], serve_bin_path=q.ECHO, serve_idle_timeout=0.2)\n"
+            "print(os.getpid(), c.chat('hi'), flush=True)\nc.close()\ntime.sleep(2)" % MODEL)  # fmt: skip
+        for text in ("1 7 %s 00" % q.place(), "1 7 %s1 00" % q.place(), "1"):
+            self.write(key + ".lock", text)
+            began = time.monotonic()
+            out, err = self.contained(code).communicate(timeout=60)
+            self.assertEqual("1 hi\n", out, err)
+            self.assert_soon(began, 12)
+
+    def test_a_parent_that_is_pid_1_has_not_gone(self) -> None:
+        inner = (
+            "c = q.create_qvac('managed', models=[%r], serve_bin_path=q.ECHO, close_on_parent_exit=True)\n"
+            "time.sleep(2.5); print('alive', os.getppid(), c.chat('hi')); q.stop_serve(c.fleet_key)" % MODEL)  # fmt: skip
+        text = "import sys, os, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n%s" % (HERE, inner)
+        child = self.contained("import subprocess\nprint(subprocess.run([sys.executable, '-c', %r], "
+                               "stdout=subprocess.PIPE, universal_newlines=True).stdout, end='')" % text)  # fmt: skip
+        out, err = child.communicate(timeout=60)
+        self.assertEqual("alive 1 hi\n", out, err)
+
+
+# ==================================================================================================
+# Sweeps; killed and stopped anywhere
+# ==================================================================================================
+
+
+# Listens on argv[1] ports and never answers; prints them.
+DEAF = """
+import socket
+listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
+print(*[listener.getsockname()[1] for listener in listeners], flush=True)
+sys.stdin.read()
+"""
+
+
+class OrphanCase(LifeCase):
+    """Forged records. Our own runners leave no orphans on Linux; a provider's does."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        dead = self.python("pass")
+        dead.communicate()
+        self.dead_pid = dead.pid
+        self.canary = self.python("sys.stdin.read()")
+        self.counted = 0
+
+    def new_key(self) -> str:
+        self.counted += 1
+        return "%016x" % (0xABC0000 + self.counted)
+
+    def publish(self, key: str, serve_pid: int, port: int = 9, runner_pid: Optional[int] = None, **fields: Any) -> str:
+        """A record with true identities; its serve's folder is made too."""
+        runner_pid = runner_pid or self.dead_pid
+        folder = os.path.join(self.folder, "%s.abcd.d" % key)
+        if "config_path" not in fields:
+            q.ensure_managed_serves_dir()
+            os.makedirs(folder, exist_ok=True)
+            self.write("%s.abcd.d/qvac.config.json" % key, "{}")
+            self.write("%s.abcd.d/serve-api-key" % key, "key")
+        facts = {
+            "fleet_key": key, "serve_pid": serve_pid, "runner_pid": runner_pid, "port": port, "host": "127.0.0.1",
+            "base_url": "http://127.0.0.1:%d/v1" % port, "config_path": folder + "/qvac.config.json",
+            "started_at": "2024-01-01T00:00:00.000Z", "idle_timeout_ms": 1000.0, "api_key": "key",
+            "serve_start": q.process_start(serve_pid) or "1", "runner_start": q.process_start(runner_pid) or "1",
+            "place": q.place(), **fields,
+        }  # fmt: skip
+        return self.write(key + ".json", q._encode_record(q.ServeRecord(**facts)))
+
+    def orphan(self, **knobs: Any) -> Any:
+        """A fake serve without a runner: its process and its port."""
+        config, key = os.path.join(self.home, "config.json"), os.path.join(self.home, "key")
+        with open(config, "w") as file:
+            json.dump({"serve": {"models": {MODEL: {"preload": True}}}}, file)
+        with open(key, "w") as file:
+            file.write("key")
+        listened = len(self.fake_events("listen"))
+        port = q.allocate_free_port("127.0.0.1")
+        argv = q.serve_argv([self.fake(**knobs)], config, "127.0.0.1", port, ["--api-key-file", key])
+        child = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(self._end_child, child)
+        wait_until(lambda: len(self.fake_events("listen")) > listened)
+        return child, port
+
+    def assert_dropped(self, key: str) -> None:
+        self.assertEqual([], [name for name in self.files() if name.startswith(key) and "consumers" not in name])
+
+
+class SweepTest(OrphanCase):
+    def test_the_record_of_a_dead_serve_goes_with_its_folder_and_live_markers_stay(self) -> None:
+        key = self.new_key()
+        self.publish(key, self.dead_pid)
+        start = q.process_start(self.canary.pid)
+        live = self.write("%s.consumers/%d.aa" % (key, self.canary.pid), "%s %s" % (start, q.place()))
+        self.assertEqual([key], q.sweep_serves())
+        self.assert_dropped(key)
+        self.assertTrue(os.path.exists(live))
+
+    def test_an_orphan_that_answers_is_stopped_with_all_its_group(self) -> None:
+        child, port = self.orphan(grandchildren=["ignore_term"])
+        key = self.new_key()
+        self.publish(key, child.pid, port)
+        self.assertEqual([key], q.sweep_serves())
+        self.assert_dropped(key)
+        self.assertEqual({self.canary.pid}, set(self.processes()))
+        self.assertEqual("SIGTERM", self.fake_events("signal")[0]["name"])
+
+    def test_an_orphan_that_ignores_sigterm_is_killed(self) -> None:
+        child, port = self.orphan(ignore_term=True)
+        key = self.new_key()
+        self.publish(key, child.pid, port)
+        self.assertEqual([key], q.sweep_serves())
+        self.assertEqual(-signal.SIGKILL, child.wait())
+        self.assert_dropped(key)
+
+    def test_an_orphan_that_does_not_answer_is_kept_for_a_later_sweep(self) -> None:
+        child, port = self.orphan(models="hang")
+        key = self.new_key()
+        path = self.publish(key, child.pid, port)
+        self.assertEqual([], q.sweep_serves())
+        self.assertIsNone(child.poll())
+        self.assertTrue(os.path.exists(path))
+        self.fake()
+        self.assertEqual([key], q.sweep_serves())
+        self.assertIsNotNone(child.wait())
+
+    def test_an_orphan_that_does_not_know_the_key_is_kept(self) -> None:
+        child, port = self.orphan()
+        path = self.publish(self.new_key(), child.pid, port, api_key="another")
+        self.assertEqual([], q.sweep_serves())
+        self.assertIsNone(child.poll())
+        self.assertTrue(os.path.exists(path))
+
+    def test_a_serve_with_a_live_runner_is_never_touched(self) -> None:
+        answering, port = self.orphan()
+        hung, hung_port = self.orphan(models="hang")
+        paths = [
+            self.publish(self.new_key(), answering.pid, port, self.canary.pid),
+            self.publish(self.new_key(), hung.pid, hung_port, self.canary.pid),
+            self.publish(self.new_key(), self.canary.pid, 9, self.canary.pid),  # it is restarting
+            self.publish(self.new_key(), self.dead_pid, 9, self.canary.pid),  # it is about to
+        ]
+        self.assertEqual([], q.sweep_serves())
+        self.assertEqual([True] * 4, [os.path.exists(path) for path in paths])
+        self.assertEqual([None] * 3, [child.poll() for child in (answering, hung, self.canary)])
+
+    def test_a_record_that_was_published_anew_meanwhile_is_kept(self) -> None:
+        key = self.new_key()
+        path = self.publish(key, self.dead_pid)
+        judged = q._read_any_record(key)
+        os.unlink(path)
+        self.publish(key, self.canary.pid, 9, self.canary.pid)
+        self.assertFalse(q._drop_record(judged))
+        self.assertEqual(self.canary.pid, q.read_record(key).serve_pid)
+        self.assertTrue(os.path.exists(q.read_record(key).config_path))
+
+    def test_a_record_is_no_reason_to_delete_or_to_signal_elsewhere(self) -> None:
+        others = os.path.join(self.home, "project")
+        os.makedirs(others)
+        for name in ("qvac.config.json", "main.py"):
+            with open(os.path.join(others, name), "w") as file:
+                file.write("precious")
+        child, port = self.orphan()
+        neighbour = "%s.zzzz.d/qvac.config.json" % self.new_key()
+        self.write(neighbour, "{}")
+        for config_path in (others + "/qvac.config.json", self.folder + "/x", os.path.join(self.folder, neighbour), "/x"):
+            self.publish(self.new_key(), self.dead_pid, config_path=config_path)
+        # A pid of somebody else's with the port of a serve, and with the wrong start.
+        self.publish(self.new_key(), self.canary.pid, port)
+        self.publish(self.new_key(), self.canary.pid, port, serve_start="1")
+        q.sweep_serves()
+        self.assertEqual(["main.py", "qvac.config.json"], sorted(os.listdir(others)))
+        self.assertTrue(os.path.exists(os.path.join(self.folder, neighbour)))
+        self.assertEqual((None, None), (self.canary.poll(), child.poll()))
+
+
+class LeftoverTest(OrphanCase):
+    def leave(self, key: str) -> List[str]:
+        names = ["%s.%d.abc.runner-params.json" % (key, self.dead_pid), "%s.json.%d.abc.tmp" % (key, self.dead_pid),
+                 "%s.lock.%d.abc.stale" % (key, self.dead_pid), key + ".error"]  # fmt: skip
+        for name in names:
+            self.write(name, "left over")
+        for inside in ("qvac.config.json", "serve-api-key", "serve-api-key.1.abc.tmp"):
+            self.write("%s.abcd.d/%s" % (key, inside), "key")
+        self.write("%s.consumers/%d.abc" % (key, self.dead_pid), "")
+        return [*names, key + ".abcd.d", key + ".consumers"]
+
+    def test_old_leftovers_are_swept_and_fresh_ones_are_not(self) -> None:
+        key, fresh = self.new_key(), self.new_key()
+        old, young = self.leave(key), self.leave(fresh)
+        strange = [self.write(name, "mine") for name in ("notes.txt", "x.json", key[:15] + ".error")]
+        for name in old + [os.path.basename(path) for path in strange]:
+            os.utime(os.path.join(self.folder, name), (time.time() - 2 * q.LEFTOVER_STALE,) * 2)
+        q.sweep_serves()
+        self.assertEqual(sorted(young + [os.path.basename(path) for path in strange]), self.files())
+
+    def test_what_a_running_serve_needs_is_not_swept_however_old(self) -> None:
+        client = self.create()
+        record = self.record(client.fleet_key)
+        for path in (os.path.dirname(record.config_path), q.log_path(client.fleet_key), q.consumers_dir(client.fleet_key)):
+            os.utime(path, (1, 1))
+        q.sweep_serves()
+        self.assertTrue(os.path.exists(record.config_path))
+        self.assertTrue(os.path.exists(q.log_path(client.fleet_key)))
+        self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
+
+    def test_the_next_start_clears_what_a_killed_one_has_left(self) -> None:
+        """Young as it is: who holds the spawn lock knows that nobody else starts this serve."""
+        serve = self.fake(preload_s=30)
+        child = self.python(HOLDER, repr([MODEL]), serve, "1")
+        wait_until(lambda: self.fake_events("start"))
+        left = [name for name in self.files() if name.endswith(".d")]
+        self.signal_all(signal.SIGKILL, "runner-params")
+        child.kill()
+        wait_until(lambda: set(self.processes()) == {self.canary.pid})
+        self.assertEqual(1, len(left))
+        self.fake()
+        client = self.create(serve_bin_path=serve)
+        stale = [self.write("%s.%d.ab.runner-params.json" % (client.fleet_key, self.dead_pid), "{}")]
+        self.assertNotIn(left[0], self.files())
+        self.assertTrue(os.path.exists(self.record(client.fleet_key).config_path))
+        self.assertTrue(os.path.exists(stale[0]), "not by an attach")
+
+    def test_an_error_of_an_earlier_start_is_not_taken_for_this_ones(self) -> None:
+        key = q.compute_fleet_key(q.synthesize_serve_config([MODEL]), "127.0.0.1", q.ECHO)
+        self.write(key + ".error", "qvac serve failed long ago")
+        self.assertEqual({"hi"}, {result.get("answer", result.get("text")) for result in self.herd(4)})
+
+
+class ManyTest(OrphanCase):
+    WEIGHT = 2
+    IDLE = 5.0
+
+    def test_twenty_hung_orphans_delay_nobody_for_long(self) -> None:
+        deaf = self.python(DEAF, "20", start_new_session=True)
+        ports = [int(port) for port in deaf.stdout.readline().split()]
+        paths = [self.publish(self.new_key(), deaf.pid, port) for port in ports]
+        began = time.monotonic()
+        client = self.create()
+        self.assert_soon(began, 3 * q.HEALTH_TIMEOUT)  # one health timeout, not twenty
+        began = time.monotonic()
+        self.assertEqual(client.pid, self.create().pid)
+        self.assert_soon(began, 1.5)  # the contract says 0.5 s
+        began = time.monotonic()
+        self.assertEqual(20, [serve.state for serve in q.list_serves()].count("orphaned"))
+        self.assert_soon(began, 3 * q.HEALTH_TIMEOUT)
+        self.assertEqual([True] * 20, [os.path.exists(path) for path in paths])
+        self.assertIsNone(deaf.poll())
+
+    def test_a_thousand_records_cost_an_attach_nothing(self) -> None:
+        def attach() -> float:
+            began = time.monotonic()
+            client = self.create()
+            took = time.monotonic() - began
+            client.close()
+            return took
+
+        self.create()
+        alone = sorted(attach() for _ in range(9))
+        for _ in range(1000):
+            self.publish(self.new_key(), self.dead_pid, config_path="")
+        crowded = sorted(attach() for _ in range(9))
+        self.assertLess(crowded[4], 3 * alone[4] + 0.03)
+        self.assertEqual(1000, len(q.sweep_serves()))
+
+
+# Appended to a copy of the module: counts what a process does to files, processes and sockets, and at the
+# k-th such event sends itself a signal. QVAC_SWEEP is `WHO K SIGNAL FILE`, WHO being "client" or "runner".
+SABOTAGE = """
+
+def _sabotage():
+    who, at, number, path = os.environ["QVAC_SWEEP"].split()
+    is_runner = sys.argv[3:4] == ["runner"]
+    home, seen = os.environ["HOME"], [0]
+
+    def count(event, args):
+        if event == "open":
+            counts = isinstance(args[0], str) and args[0].startswith(home)
+        else:
+            counts = event.startswith(("os.", "fcntl.", "socket."))
+        if counts:
+            seen[0] += 1
+            if seen[0] == int(at):
+                with open(path + ".new", "w") as file:
+                    file.write("%d %s %s" % (os.getpid(), event, args))
+                os.rename(path + ".new", path)
+                os.kill(os.getpid(), int(number))
+
+    if is_runner == (who == "runner") and sys.argv[3:4] != ["echo"]:
+        sys.addaudithook(count)
+        import atexit
+        atexit.register(lambda: open(path + ".count", "w").write(str(seen[0])))
+
+CLIENT_MARGIN = 1.0
+guard.__init__.__defaults__ = (1.0,)
+if "QVAC_SWEEP" in os.environ:
+    _sabotage()
+"""
+
+# The client whose life is swept.
+SWEPT = """
+try:
+    client = q.create_qvac("managed", models=[sys.argv[1]], serve_bin_path=sys.argv[2], serve_idle_timeout=0.1,
+                           serve_start_timeout=1.0)
+    answer = client.chat("hi")
+    client.close()
+    print(answer)
+except q.QvacManagedModeError as error:
+    print(error.code)
+"""
+
+
+class StepCase(LifeCase):
+    """Kill or stop a process at its k-th step, for many k; then see how others fare."""
+
+    IDLE = 0.1
+    STEP = 8  # 1 for the full sweep
+    BUDGET = 9.0  # seconds; None for the full sweep
+    WEIGHT = 4
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.at = os.path.join(self.home, "at")
+        self.copies = os.path.join(self.home, "copy")
+        os.mkdir(self.copies)
+        with open(MODULE, encoding="utf-8") as file:
+            source = file.read()
+        main = source.index('if __name__ == "__main__":')
+        with open(os.path.join(self.copies, "qvac_managed.py"), "w", encoding="utf-8") as file:
+            file.write(source[:main] + SABOTAGE + "\n\n" + source[main:])
+        patches = [mock.patch.object(q, "CLIENT_MARGIN", 1.0),
+                   mock.patch.object(q.guard.__init__, "__defaults__", (1.0,))]  # fmt: skip
+        for patch in patches:
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.serve = self.fake(grandchildren=["plain"])
+
+    def at_steps(self, who: str, number: int, check: Callable[[Any], None]) -> None:
+        """Lives of `who` in which it gets the signal at its k-th step, checked, as long as there is time; the k
+        are spread over an undisturbed life, from a random start."""
+        import random
+
+        self.swept(who, 0, 0).communicate(timeout=60)
+        wait_until(lambda: os.path.exists(self.at + ".count") and not self.processes())
+        with open(self.at + ".count") as file:
+            last = int(file.read())
+        self.assertGreater(last, 30)
+        began = time.monotonic()
+        steps = list(range(random.randrange(self.STEP) + 1, last + 1, self.STEP))
+        random.shuffle(steps)
+        for step in steps:
+            if self.BUDGET and time.monotonic() - began > self.BUDGET:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.at)
+            child = self.swept(who, step, number)
+            if self.happened(child):
+                with self.subTest(who=who, step=step, where=self.where()):
+                    check(child)
+                    self.assert_clean()
+            self.signal_all(signal.SIGKILL)
+            child.communicate(timeout=30)
+
+    def swept(self, who: str, step: int, number: int) -> subprocess.Popen[str]:
+        text = "import sys, os, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n%s" % (self.copies, SWEPT)
+        environ = dict(os.environ, QVAC_SWEEP="%s %d %d %s" % (who, step, number, self.at))
+        child = subprocess.Popen([sys.executable, "-c", text, MODEL, self.serve], env=environ, text=True,
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        self.addCleanup(self._end_child, child)
+        return child
+
+    def where(self) -> str:
+        with open(self.at) as file:
+            return file.read()
+
+    def happened(self, child: subprocess.Popen[str]) -> bool:
+        """The signal was sent; False if life was over before."""
+        return bool(wait_until(lambda: os.path.exists(self.at) or (
+            child.poll() is not None and not self.processes() and "over"))) and os.path.exists(self.at)  # fmt: skip
+
+    def serves(self) -> List[int]:
+        return [pid for pid, line in self.processes().items() if " serve --openai " in line]
+
+    def assert_clean(self) -> None:
+        """All ends by itself."""
+        wait_until(lambda: not self.processes(), 12, "the end of all: %s" % self.processes())
+
+    def assert_others_work(self, limit: float, **options: Any) -> None:
+        """A client gets an answer soon, from the only serve there is, and leaves."""
+        began = time.monotonic()
+        client = self.create(serve_bin_path=self.serve, **options)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assert_soon(began, limit)
+        wait_until(lambda: len(self.serves()) == 2, 12, "one serve with its worker")
+        client.close()
+
+    def check_killed(self, child: Any) -> None:
+        self.assert_others_work(6)  # the contract says a cold start + 2 s
+
+    def check_stopped(self, child: Any) -> None:
+        began = time.monotonic()
+        with contextlib.suppress(q.QvacManagedModeError):
+            client = self.create(serve_bin_path=self.serve, serve_start_timeout=1.0)
+            self.assertEqual("hi", client.chat("hi"))
+            client.close()
+        self.assert_soon(began, 10)  # its deadline is 2 s, and to stop a serve may take 6
+        os.kill(int(self.where().split()[0]), signal.SIGCONT)
+        self.assert_others_work(15)
+        out, err = child.communicate(timeout=30)
+        self.assertIn(out.strip(), ("hi", "SERVE_START_TIMEOUT", "REGISTRY", "SERVE_SPAWN_FAILED"), err)
+
+
+class ClientKilledAnywhereTest(StepCase):
+    def test_a_client_killed_anywhere_leaves_a_way_on(self) -> None:
+        self.at_steps("client", signal.SIGKILL, self.check_killed)
+
+
+class RunnerKilledAnywhereTest(StepCase):
+    def test_a_runner_killed_anywhere_leaves_a_way_on(self) -> None:
+        self.at_steps("runner", signal.SIGKILL, self.check_killed)
+
+
+class ClientStoppedAnywhereTest(StepCase):
+    def test_a_client_stopped_anywhere_leaves_a_way_on(self) -> None:
+        self.at_steps("client", signal.SIGSTOP, self.check_stopped)
+
+
+class RunnerStoppedAnywhereTest(StepCase):
+    def test_a_runner_stopped_anywhere_leaves_a_way_on(self) -> None:
+        self.at_steps("runner", signal.SIGSTOP, self.check_stopped)
+
+
+# ==================================================================================================
+# A hostile registry, secrecy, the provider's habits
+# ==================================================================================================
+
+
+SECRET = "sk-records-own-key-0123456789abcdefghijklmno"  # in forged records: nobody but a proved serve may see it
+MODEL_LIST = json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model", "state": "ready"}]}).encode()
+
+
+class Listener:
+    """Another program's server: notes what it is sent and answers everything with a model list."""
+
+    def __init__(self, answer: bytes = b"", port: int = 0, host: str = "127.0.0.1", backlog: int = 16) -> None:
+        import socket
+
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        self.answer = answer or head % len(MODEL_LIST) + MODEL_LIST
+        self.seen: List[bytes] = []
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((host, port))
+        self._socket.listen(backlog)
+        self.port: int = self._socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._socket.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=self._converse, args=(client,), daemon=True).start()
+
+    def _converse(self, client: Any) -> None:
+        with client, contextlib.suppress(OSError):
+            client.settimeout(5)
+            self.seen.append(client.recv(65536))
+            client.sendall(self.answer)
+            client.shutdown(1)
+            while client.recv(65536):
+                pass  # closing with unread data would reset the connection
+
+    def close(self) -> None:
+        import socket
+
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+# A process with no part in any of this that serves a model list to whoever asks; prints its port.
+LISTENING_STRANGER = """
+import socket
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen(16)
+print(listener.getsockname()[1], flush=True)
+while True:
+    client = listener.accept()[0]
+    data = client.recv(65536)
+    body = b'{"data": [{"id": "x"}]}'
+    client.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
+    client.close()
+"""
+
+
+class HostileCase(Case):
+    """What the tests against a hostile registry share: forged records, strangers, canaries."""
+
+    IDLE = 0.3
+
+    def _end_processes(self) -> None:
+        """Sooner than their idle timeouts: that serves end by themselves is tested elsewhere."""
+        self.stop_all()
+        super()._end_processes()
+
+    @staticmethod
+    def stop_all() -> None:
+        q._detach_all()
+        with contextlib.suppress(q.RegistryError):
+            for record in q.read_all_records():
+                if record.has_identities:
+                    q.stop_serve(record.fleet_key)
+
+    def key_of(self, models: Any = (MODEL,), bin_path: Optional[str] = q.ECHO) -> str:
+        return q.compute_fleet_key(q.synthesize_serve_config(list(models)), "127.0.0.1", bin_path)
+
+    def record(self, key: str, **changes: Any) -> Dict[str, Any]:
+        """A record as the provider writes it; of dead processes unless told otherwise."""
+        dead = self.dead_pid()
+        record = {
+            "fleetKey": key, "apiKey": SECRET, "servePid": dead, "runnerPid": dead, "port": 9, "host": "127.0.0.1",
+            "configPath": "", "startedAt": "2026-01-01T00:00:00.000Z", "idleTimeoutMs": 300000, **changes,
+        }  # fmt: skip
+        record.setdefault("baseURL", "http://%s:%s/v1" % (record["host"], record["port"]))
+        return record
+
+    def dead_pid(self) -> int:
+        if not hasattr(self, "_dead_pid"):
+            child = subprocess.Popen([sys.executable, "-IS", "-c", ""])
+            child.wait()
+            self._dead_pid = child.pid
+        return self._dead_pid
+
+    def stranger(self, *argv: str) -> subprocess.Popen[bytes]:
+        """A process that nobody may touch: that it still lives is asserted when the test ends."""
+        command = argv or (sys.executable, "-IS", "-c", "import time; time.sleep(300)")
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, env={}, start_new_session=True)
+
+        def check() -> None:
+            lives = child.poll() is None
+            child.kill()
+            child.communicate()
+            self.assertTrue(lives, "a process with no part in this was harmed: %s" % child.returncode)
+
+        self.addCleanup(check)
+        return child
+
+    def listener(self, *args: Any, **options: Any) -> Listener:
+        listener = Listener(*args, **options)
+        self.addCleanup(listener.close)
+        return listener
+
+    def canary_tree(self) -> str:
+        """A user's project; that nothing in it has changed is asserted when the test ends."""
+        tree = os.path.join(self.home, "project")
+        os.makedirs(os.path.join(tree, "src"))
+        for name in ("qvac.config.json", "serve-api-key", "stop", "1234.abcd", "notes", "src/main.py"):
+            with open(os.path.join(tree, name), "w") as file:
+                file.write("precious " + name)
+
+        def listing() -> List[Any]:
+            found = []
+            for folder, _, files in sorted(os.walk(tree)):
+                for name in sorted(files):
+                    path = os.path.join(folder, name)
+                    with open(path, "rb") as file:
+                        found.append((path, file.read(), os.stat(path).st_mode))
+            return found
+
+        before = listing()
+        self.addCleanup(lambda: self.assertEqual(before, listing()))
+        return tree
+
+    def assert_no_key_seen(self, listener: Listener, *keys: str) -> None:
+        for data in listener.seen:
+            for key in (SECRET, *keys):
+                self.assertNotIn(key.encode(), data)
+
+    def assert_works(self, **options: Any) -> q.ManagedQvac:
+        """A client comes up, answers, and after it nothing is left but guard and logs."""
+        with self.create(**options) as client:
+            self.assertEqual("still works", client.chat("still works"))
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        self.assert_all_gone()
+        return client
+
+
+# What must not pass for a record, as bytes; KEY stands for the key of the file it lies in.
+def _bad_records(good: Dict[str, Any]) -> Dict[str, Any]:
+    text = json.dumps(good).encode()
+    bad: Dict[str, Any] = {
+        "empty": b"", "cut": text[:-20], "no JSON": b"hello", "a BOM": b"\xef\xbb\xbf" + text, "a list": b"[]",
+        "null": b"null", "UTF-16": text.decode().encode("utf-16"), "NUL bytes": b"\0" * 300, "not UTF-8": b"\xff\xfe{}",
+        "deep": b"[" * 60000, "deep objects": b'{"a":' * 12000, "two values": text + text,
+        "NaN": text.replace(b"300000", b"NaN"), "Infinity": text.replace(b"300000", b"Infinity"),
+        "an infinite number": text.replace(b"300000", b"1e999"), "endless digits": text.replace(b"300000", b"9" * 5000),
+        "another key": dict(good, fleetKey="0" * 16), "a key that climbs": dict(good, fleetKey="../../victim"),
+        "port zero": dict(good, port=0), "a port too high": dict(good, port=65536, baseURL="http://127.0.0.1:65536/v1"),
+        "another port": dict(good, port=10), "another host": dict(good, host="127.0.0.2"),
+        "a URL elsewhere": dict(good, baseURL="http://127.0.0.1:9@example.com/v1"),
+        "a URL with a user": dict(good, baseURL="http://user@127.0.0.1:9/v1"),
+        "a URL that is a file": dict(good, baseURL="file:///etc/passwd"),
+        "a URL with TLS": dict(good, baseURL="https://127.0.0.1:9/v1"),
+        "a URL with a line end": dict(good, baseURL="http://127.0.0.1:9\r\nX: y/v1"),
+        "a port in superscript": dict(good, baseURL="http://127.0.0.1:\u00b9\u00b2/v1", port=12),
+        "a port of other digits": dict(good, baseURL="http://127.0.0.1:\u0669/v1"),
+        "a lone surrogate": dict(good, baseURL="http://127.0.0.1\ud800:9/v1", host="127.0.0.1\ud800"),
+    }  # fmt: skip
+    for name in ("fleetKey", "servePid", "runnerPid", "port", "host", "baseURL", "configPath", "startedAt",
+                 "idleTimeoutMs"):  # fmt: skip
+        bad["without " + name] = {field: value for field, value in good.items() if field != name}
+        bad[name + " a list"] = dict(good, **{name: [good[name]]})
+        bad[name + " null"] = dict(good, **{name: None})
+        bad[name + " true"] = dict(good, **{name: True})
+        bad[name + " of the other type"] = dict(good, **{name: 12 if isinstance(good[name], str) else str(good[name])})
+    for name in ("servePid", "runnerPid"):
+        for value in (0, -1, 1.0, 2**31, 10**30):
+            bad["%s %s" % (name, value)] = dict(good, **{name: value})
+    return bad
+
+
+class HostileRecordTest(HostileCase):
+    def test_what_is_no_record_is_ignored_everywhere_and_replaced_by_a_start(self) -> None:
+        bad = _bad_records(self.record("KEY"))
+        own = self.key_of()
+        keys = {"%016x" % number: what for number, what in enumerate(bad, 1)}
+        for key, what in keys.items():
+            content = bad[what]
+            if isinstance(content, dict) and content.get("fleetKey") == "KEY":
+                content["fleetKey"] = key
+            if isinstance(content, bytes):
+                content = content.replace(b"KEY", key.encode())
+            self.write(key + ".json", content)
+            with self.subTest(what):
+                self.assertIsNone(q._read_any_record(key), what)
+        self.assertEqual([], q.read_all_records())
+        self.assertEqual([], q.list_serves())
+        for what in ("cut", "a BOM", "deep", "a port in superscript", "servePid true"):
+            content = bad[what]
+            if isinstance(content, dict):
+                content["fleetKey"] = own
+            self.write(own + ".json", content)
+            with self.subTest(what), self.create() as client:
+                self.assertEqual("x", client.chat("x"))
+                self.assertTrue(q.stop_serve(own))
+        self.assertEqual(sorted(key + ".json" for key in keys), self.files())
+
+    def test_a_record_without_a_key_is_not_reused_and_swept_like_others(self) -> None:
+        key = self.key_of()
+        record = self.record(key)
+        del record["apiKey"]
+        self.write(key + ".json", record)
+        self.assertIsNone(q.read_record(key))
+        self.assertEqual([key], q.sweep_serves())
+        self.write(key + ".json", dict(record, apiKey=""))
+        self.assertIsNone(q.read_record(key))
+        self.assert_works()
+
+    def test_a_huge_record_is_not_read(self) -> None:
+        path = self.write(self.key_of() + ".json", json.dumps(self.record(self.key_of())))
+        os.truncate(path, 50 * 1024 * 1024)
+        before = time.process_time()
+        self.assert_works()
+        self.assertLess(time.process_time() - before, 1.0)
+
+    @unittest.skipUnless(POSIX, "links and FIFOs are POSIX's")
+    def test_links_fifos_and_strange_nodes_in_the_place_of_a_record(self) -> None:
+        tree, key = self.canary_tree(), self.key_of()
+        q.ensure_managed_serves_dir()
+        path = q.record_path(key)
+        with open(os.path.join(tree, "record"), "w") as file:
+            json.dump(self.record(key, servePid=os.getpid(), runnerPid=os.getpid()), file)
+        os.symlink(os.path.join(tree, "record"), path)
+        self.assertIsNone(q.read_record(key))
+        self.assertEqual([], q.sweep_serves())
+        self.assert_works()  # its rename replaces the link, not what the link leads to
+        with open(os.path.join(tree, "record")) as file:
+            self.assertIn(SECRET, file.read())
+        os.unlink(os.path.join(tree, "record"))
+        os.mkfifo(path)
+        self.assertEqual([], q.list_serves())
+        self.assert_works()
+        os.mkdir(path)
+        with self.assertRaises(q.QvacManagedModeError) as caught:
+            self.create()
+        self.assertIn(key + ".json", str(caught.exception))
+        wait_until(lambda: not self.processes(), what="the end of the serve without a record")
+        self.assertLessEqual(set(self.files()), {key + ".json", key + ".consumers"})
+        os.rmdir(path)
+        self.assert_works()
+
+    @unittest.skipUnless(POSIX and hasattr(os, "geteuid") and os.geteuid() == 0, "needs root, to give files away")
+    def test_a_record_of_another_user_is_ignored_and_replaced(self) -> None:
+        squatter, key = self.listener(), self.key_of()
+        path = self.write(key + ".json", self.record(
+            key, servePid=os.getpid(), runnerPid=os.getpid(), port=squatter.port))  # fmt: skip
+        os.chown(path, 65534, 65534)
+        self.assertIsNone(q.read_record(key))
+        self.assertEqual([], q.list_serves())
+        self.assert_works()
+        self.assertEqual([], squatter.seen)
+
+    def test_a_key_that_climbs_out_of_the_folder_names_no_file(self) -> None:
+        victim = os.path.join(self.home, "victim")
+        for suffix in (".json", ".lock", ".error"):
+            with open(victim + suffix, "w") as file:
+                file.write("precious")
+        for key in ("../../victim", "..", "", "/etc/passwd", "0" * 15, "0" * 17, "G" * 16, "0" * 16 + "-priv-1-",
+                    "0" * 16 + "-priv-\u0661-" + "0" * 8, "0" * 15 + "\n", "0" * 16 + "\0"):  # fmt: skip
+            with self.subTest(key):
+                self.assertFalse(q.is_valid_fleet_key(key))
+                for function in (q.read_record, q.stop_serve, q.record_path, q.lock_path, q.consumers_dir, q.try_lock,
+                                 q.live_consumers, q.remove_record):  # fmt: skip
+                    with self.assertRaises(q.RegistryError):
+                        function(key)
+        self.write("f" * 16 + ".json", self.record("../../victim"))
+        self.write("../victim.json", self.record("../victim"))
+        self.assertEqual([], q.sweep_serves())
+        for suffix in (".json", ".lock", ".error"):
+            with open(victim + suffix) as file:
+                self.assertEqual("precious", file.read())
+
+
+class HostilePathTest(HostileCase):
+    def test_a_config_path_of_other_peoples_folder_is_not_touched(self) -> None:
+        tree = self.canary_tree()
+        q.ensure_managed_serves_dir()
+        places = [tree, os.path.join(tree, "src"), self.folder, self.home, os.path.join(self.folder, "..", ".."),
+                  os.path.join(self.folder, "x"), "/", "", "relative", "\0", "~",
+                  os.path.join(self.folder, "0" * 16 + ".abcd.d", "..", "..", "..", "project")]  # fmt: skip
+        for number, place in enumerate(places):
+            key = "%016x" % number
+            self.write(key + ".json", self.record(key, configPath=os.path.join(place, "qvac.config.json")))
+        self.assertEqual(len(places), len(q.sweep_serves()))
+        self.assertEqual([], self.files())
+        self.assertTrue(os.path.isdir(self.folder))
+
+    def test_a_record_cannot_name_the_folder_of_another_serve(self) -> None:
+        client = self.create()
+        config = q.read_record(client.fleet_key).config_path  # type: ignore[union-attr]
+        self.write("0" * 16 + ".json", self.record("0" * 16, configPath=config))
+        self.assertEqual(["0" * 16], q.sweep_serves())
+        self.assertTrue(os.path.exists(config))
+
+    @unittest.skipUnless(POSIX, "symbolic links are POSIX's")
+    def test_links_in_the_place_of_our_folders_lead_nowhere(self) -> None:
+        tree, key = self.canary_tree(), self.key_of()
+        q.ensure_managed_serves_dir()
+        link = os.path.join(self.folder, "%s.abcd.d" % key)
+        os.symlink(tree, link)
+        self.write(key + ".json", self.record(key, configPath=os.path.join(link, "qvac.config.json")))
+        self.assertEqual([key], q.sweep_serves())
+        with contextlib.suppress(OSError):
+            os.unlink(link)
+        os.symlink(tree, q.consumers_dir(key))
+        self.assertEqual([], q.live_consumers(key))
+        q.remove_record(key)
+        with self.assertRaises(q.RegistryError) as caught:
+            self.create()
+        self.assertIn(".consumers", str(caught.exception))
+        os.unlink(q.consumers_dir(key))
+        self.assert_works()
+
+    @unittest.skipUnless(POSIX, "symbolic links are POSIX's")
+    def test_what_stands_in_the_way_of_a_file_is_a_typed_error_and_harmless(self) -> None:
+        tree, key = self.canary_tree(), self.key_of()
+        q.ensure_managed_serves_dir()
+        note = os.path.join(tree, "notes")
+        makers: List[Any] = [lambda path: os.symlink(note, path), os.mkdir, os.mkfifo]
+        for path in (q.log_path(key), q.consumers_dir(key), os.path.join(self.folder, "registry.guard"),
+                     q.error_path(key)):  # fmt: skip
+            for make in makers:
+                with self.subTest(path=path, make=make):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+                    make(path)
+                    try:
+                        self.create().close()
+                    except q.RegistryError as error:
+                        self.assertIn(os.path.basename(path), str(error))
+                    if not os.path.islink(path) and os.path.isdir(path):
+                        os.rmdir(path)
+                    else:
+                        os.unlink(path)
+        self.assert_works()
+
+    def test_markers_that_name_no_process_count_for_nothing(self) -> None:
+        key = self.key_of()
+        folder = q.consumers_dir(key) + os.sep
+        for name, content in (
+            ("0.aa", "1 " + q.place()), ("0.bb", ""), ("-1.aa", ""), ("99999999999999999999.aa", ""), ("x", ""),
+            ("%d.aa" % 2**31, "1 " + q.place()), ("\u0661.aa", ""), ("%d.aa" % self.dead_pid(), ""),
+            ("%d.bb" % self.dead_pid(), "1 " + q.place()), ("%d.cc" % os.getpid(), "1 " + q.place()),
+        ):  # fmt: skip
+            self.write(os.path.basename(folder[:-1]) + os.sep + name, content)
+        self.assertEqual([], q.live_consumers(key))
+        self.assertEqual([], os.listdir(folder))
+        self.write(os.path.basename(folder[:-1]) + os.sep + "%d.dd" % os.getpid(), "")
+        self.assertEqual([os.getpid()], q.live_consumers(key))
+
+
+class StrangerTest(HostileCase):
+    """Pids in records that are somebody else's: no signal, no key."""
+
+    def test_live_strangers_and_a_squatter_on_the_port(self) -> None:
+        squatter, key = self.listener(), self.key_of()
+        serve, runner = self.stranger().pid, self.stranger().pid
+        identities: List[Dict[str, Any]] = [
+            {}, {"serveStart": "1", "runnerStart": "1"}, {"runnerStart": q.process_start(runner)},
+            {"serveStart": q.process_start(serve), "runnerStart": q.process_start(runner), "place": q.place()},
+        ]  # fmt: skip
+        for identity in identities:
+            with self.subTest(identity):
+                record = self.record(key, servePid=serve, runnerPid=runner, port=squatter.port, **identity)
+                self.write(key + ".json", record)
+                q.sweep_serves()
+                self.assertIn(q.list_serves()[0].state if q.list_serves() else "", ("", "hung", "dead"))
+                client = self.assert_works()
+                self.assertNotIn(client.pid, (serve, runner))
+                self.assert_no_key_seen(squatter, client.api_key)
+                self.write(key + ".json", record)
+                if "place" not in identity:  # with it the record is one that its runner wrote
+                    with contextlib.suppress(q.RegistryError):
+                        q.stop_serve(key)
+                q.remove_record(key)
+        self.assertEqual([], squatter.seen)
+
+    def test_a_stranger_that_listens_itself_is_neither_stopped_nor_believed(self) -> None:
+        """Whatever it answers: a serve of ours refuses whoever comes without its key."""
+        stranger = self.stranger(sys.executable, "-IS", "-c", LISTENING_STRANGER)
+        assert stranger.stdout is not None
+        port, key = int(stranger.stdout.readline()), self.key_of()
+        for runner in (self.dead_pid(), self.stranger().pid, os.getpid()):
+            self.write(key + ".json", self.record(key, servePid=stranger.pid, runnerPid=runner, port=port))
+            q.sweep_serves()
+            q.list_serves()
+            with contextlib.suppress(q.RegistryError):
+                q.stop_serve(key)
+            self.assertIsNone(stranger.poll())
+        self.assert_works()
+
+    def test_a_silent_stranger_delays_a_start_but_does_not_prevent_it(self) -> None:
+        """Both pids live and nobody listens: as a serve that ends looks for a moment."""
+        key = self.key_of()
+        self.write(key + ".json", self.record(key, servePid=self.stranger().pid, runnerPid=self.stranger().pid))
+        with mock.patch.object(q, "CLOSING_WAIT", 0.5):
+            self.assert_works()
+
+    def test_a_parent_and_its_child_are_not_a_runner_and_its_serve(self) -> None:
+        code = "import subprocess,sys;p=subprocess.Popen(['sleep','300']);print(p.pid,flush=True);import time;time.sleep(300)"
+        parent = self.stranger(sys.executable, "-IS", "-c", code)
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        self.addCleanup(os.kill, child, signal.SIGTERM)
+        key = self.key_of()
+        self.write(key + ".json", self.record(key, servePid=child, runnerPid=parent.pid))
+        with contextlib.suppress(q.RegistryError):
+            q.stop_serve(key)
+        self.assertIsNone(parent.poll())
+        self.assertTrue(q.process_alive(child))
+
+    def test_an_orphan_that_answers_as_ours_is_stopped_and_one_that_does_not_is_kept(self) -> None:
+        client = self.create(serve_bin_path=self.fake(term_s=0), serve_idle_timeout=60)
+        record = q.read_record(client.fleet_key)
+        assert record is not None
+        with open(q.record_path(client.fleet_key)) as file:
+            written = json.load(file)
+        client.close()
+        # The runner ends, and an orphan of the provider's (no identities, another runner) takes its place.
+        serve = self.start_fake_alone(SECRET)
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        for name in ("serveStart", "runnerStart", "place"):
+            written.pop(name)
+        written.update(servePid=serve.pid, runnerPid=self.dead_pid(), port=self.alone_port, apiKey="not its key",
+                       baseURL="http://127.0.0.1:%d/v1" % self.alone_port)  # fmt: skip
+        self.write(client.fleet_key + ".json", written)
+        self.assertEqual([], q.sweep_serves())
+        self.assertIsNone(serve.poll())
+        self.write(client.fleet_key + ".json", dict(written, apiKey=SECRET))
+        self.assertEqual([client.fleet_key], q.sweep_serves())
+        self.assertEqual(0, serve.wait(PATIENCE))
+
+    def start_fake_alone(self, key: str) -> subprocess.Popen[bytes]:
+        """A fake serve that a test starts itself, as a provider's runner would have."""
+        folder = os.path.join(self.home, "alone")
+        os.makedirs(folder, exist_ok=True)
+        config, key_file = os.path.join(folder, "qvac.config.json"), os.path.join(folder, "serve-api-key")
+        with open(config, "w") as file:
+            json.dump({"serve": q.synthesize_serve_config([MODEL])["serve"]}, file)
+        with open(key_file, "w") as file:
+            file.write(key)
+        self.alone_port = q.allocate_free_port("127.0.0.1")
+        argv = [self.fake(), "serve", "--openai", "--no-default", "--config", config, "--port", str(self.alone_port),
+                "--host", "127.0.0.1", "--api-key-file", key_file]  # fmt: skip
+        child = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        wait_until(lambda: q._accepts_connections("127.0.0.1", self.alone_port))
+        return child
+
+    def test_a_legacy_orphan_is_probed_without_a_key_and_swept(self) -> None:
+        serve = self.start_fake_alone("")
+        record = self.record("0" * 16, servePid=serve.pid, port=self.alone_port)
+        del record["apiKey"]
+        self.write("0" * 16 + ".json", record)
+        self.assertEqual(["0" * 16], q.sweep_serves())
+        self.assertEqual(0, serve.wait(PATIENCE))
+        self.assertEqual([False], sorted({event["has_auth"] for event in self.fake_events("request")}))
+
+    def test_a_record_on_another_address_is_not_followed(self) -> None:
+        """The address of a live serve's record changed, and a squatter there."""
+        client = self.create()
+        squatter = self.listener(host="127.0.0.2", port=client.port)
+        path = q.record_path(client.fleet_key)
+        with open(path) as file:
+            record = json.load(file)
+        self.write(client.fleet_key + ".json", dict(
+            record, host="127.0.0.2", baseURL="http://127.0.0.2:%d/v1" % client.port))  # fmt: skip
+        q.list_serves()
+        with self.create() as other:
+            self.assertEqual("http://127.0.0.1:%d/v1" % other.port, other.base_url)
+            self.assertEqual("x", other.chat("x"))
+        self.assertEqual("y", client.chat("y"))
+        self.assertEqual([], squatter.seen)
+
+    def test_a_runner_puts_right_what_others_have_written_into_its_record(self) -> None:
+        client = self.create()
+        path = q.record_path(client.fleet_key)
+        with open(path) as file:
+            record = json.load(file)
+        changes: List[Any] = [
+            b"", b"{", dict(record, port=1, baseURL="http://127.0.0.1:1/v1"), dict(record, apiKey=SECRET),
+            dict(record, servePid=os.getpid()), dict(record, idleTimeoutMs=10**400),
+        ]  # fmt: skip
+        for change in changes:
+            time.sleep(0.02)  # so that the file's time differs, whatever the file system's clock
+            self.write(client.fleet_key + ".json", change)
+            wait_until(lambda: self.same_record(path, record), what="the record as it was")
+        self.assertEqual("x", client.chat("x"))
+        self.assertTrue(q.process_alive(client.pid))
+        self.write(client.fleet_key + ".json", dict(record, servePid=self.stranger().pid))
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        self.assertFalse(q.process_alive(client.pid))
+
+    @staticmethod
+    def same_record(path: str, record: Dict[str, Any]) -> bool:
+        try:
+            with open(path) as file:
+                return bool(json.load(file) == record)
+        except (OSError, ValueError):
+            return False
+
+
+class CrowdedRegistryTest(HostileCase):
+    def test_five_thousand_records_delay_nobody(self) -> None:
+        """A hit reads its own record alone; a start sweeps the others, which may be of the dead or of the living."""
+        q.ensure_managed_serves_dir()
+        me = os.getpid()
+        for number in range(5000):
+            key = "%016x" % number
+            pids = {"servePid": me, "runnerPid": me} if number % 2 else {}
+            with open(os.path.join(self.folder, key + ".json"), "w") as file:
+                json.dump(self.record(key, **pids), file)
+        began = time.monotonic()
+        client = self.create(serve_idle_timeout=60)
+        cold = time.monotonic() - began
+        began = time.monotonic()
+        self.create().close()
+        warm = time.monotonic() - began
+        print("5000 records: cold %.2f s, warm %.3f s" % (cold, warm), file=sys.stderr)
+        self.assertLess(warm, 1.0)  # 5 ms and what else runs on the machine
+        self.assertLess(cold, 10.0)
+        client.close()
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        self.assertEqual(2500, len(self.files()))
+
+
+class HostileLockTest(HostileCase):
+    def test_an_empty_lock_is_waited_for_while_fresh_and_stolen_when_old(self) -> None:
+        """An owner makes the file and writes its pid a moment later; a crash in between leaves it empty."""
+        for content in (b"", b"\0" * 8, b"no pid", b"-5", b"0"):
+            with self.subTest(content):
+                path = self.write(self.key_of() + ".lock", content)
+                self.assertFalse(q.try_lock(self.key_of()))
+                clients: List[q.ManagedQvac] = []
+                thread = threading.Thread(target=lambda: clients.append(self.create()))
+                thread.start()
+                time.sleep(0.15)
+                self.assertEqual([], clients)
+                self.assertEqual({}, self.processes())
+                old = time.time() - 60
+                os.utime(path, (old, old))
+                thread.join(PATIENCE)
+                self.assertTrue(clients)
+                self.assertTrue(q.stop_serve(clients[0].fleet_key))
+                clients[0].close()
+        self.assert_all_gone()
+
+    @unittest.skipUnless(POSIX, "links and FIFOs are POSIX's")
+    def test_a_lock_that_is_no_file_is_a_typed_error_at_once(self) -> None:
+        tree, path = self.canary_tree(), q.lock_path(self.key_of())
+        q.ensure_managed_serves_dir()
+        makers: List[Any] = [os.mkdir, os.mkfifo, lambda path: os.symlink(os.path.join(tree, "notes"), path),
+                             lambda path: os.symlink("/nowhere", path)]  # fmt: skip
+        for make in makers:
+            make(path)
+            began = time.process_time()
+            with self.assertRaises(q.RegistryError) as caught:
+                self.create()
+            self.assertIn(path, str(caught.exception))
+            self.assertIn("Remove it", str(caught.exception))
+            self.assertLess(time.process_time() - began, 1.0)
+            if os.path.isdir(path):
+                os.rmdir(path)
+            else:
+                os.unlink(path)
+        self.assert_works()
+
+    def test_odd_contents_of_a_lock_are_no_crash(self) -> None:
+        me, dead = os.getpid(), self.dead_pid()
+        for content in ("0" * 19 + "1" + "0" * 5000, "9" * 5000, "\u0661", "%d\n" % me, "%d 1 %s n" % (me, q.place()),
+                        "%d x" % dead, "%d ? %s n" % (dead, q.place()), "%d.5" % dead, "1e3"):  # fmt: skip
+            with self.subTest(content[:40]):
+                path = self.write(self.key_of() + ".lock", content)
+                os.utime(path, (1, 1))
+                self.assertTrue(q.try_lock(self.key_of()))
+                q.release_lock(self.key_of())
+        self.assertEqual([], self.files())
+
+
+# To run before a process gives its rights away: its Python may lie where others cannot read.
+AS_NOBODY = """
+import asyncio, atexit, base64, codecs, ctypes, difflib, hashlib, http.client, json, logging, select, signal, socket
+import subprocess, threading, urllib.error, urllib.request, concurrent.futures, pwd
+for name in ("ascii", "utf-16-be", "utf-16-le", "idna", "latin-1"):
+    codecs.lookup(name)
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+"""
+
+# Tries to start; the class of the error and its text, or "works". Then waits until the serve has gone.
+TRY = """
+def settle():
+    while any(not name.endswith((".log", ".guard", ".error")) for name in os.listdir(q.managed_serves_dir())):
+        time.sleep(0.02)
+
+def attempt(**options):
+    try:
+        client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=0.2,
+                               **dict({"serve_start_timeout": 10.0}, **options))
+        client.chat("hello")
+        client.close()
+        return "works"
+    except q.QvacManagedModeError as error:
+        return "%s: %s" % (type(error).__name__, str(error).replace(chr(10), " "))
+"""
+
+
+@unittest.skipUnless(POSIX, "modes and owners are POSIX's")
+class HostileFolderTest(HostileCase):
+    def test_a_folder_open_to_others_is_put_right(self) -> None:
+        os.makedirs(self.folder, mode=0o777)
+        os.chmod(self.folder, 0o777)
+        client = self.create()
+        self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
+        os.chmod(self.folder, 0o755)
+        self.create().close()
+        self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
+        for root, folders, files in os.walk(self.folder):
+            for name in folders:
+                self.assertEqual(0o700, os.stat(os.path.join(root, name)).st_mode & 0o777, name)
+            for name in files:
+                self.assertEqual(0o600, os.stat(os.path.join(root, name)).st_mode & 0o777, name)
+        client.close()
+        self.assert_all_gone()
+
+    def test_what_is_no_folder_of_ours_is_a_typed_error_that_says_what_to_do(self) -> None:
+        tree = self.canary_tree()
+        os.makedirs(os.path.dirname(self.folder))
+        makers: List[Any] = [
+            lambda: os.symlink(tree, self.folder), lambda: os.symlink("/nowhere", self.folder),
+            lambda: os.mkfifo(self.folder), lambda: open(self.folder, "w").close()]  # fmt: skip
+        if os.geteuid() == 0:
+            makers.append(lambda: [os.mkdir(self.folder), os.chown(self.folder, 65534, 65534)])
+        for make in makers:
+            make()
+            for function in (self.create, q.sweep_serves):
+                with self.subTest(make=make), contextlib.suppress(AssertionError):
+                    with self.assertRaises(q.RegistryError) as caught:
+                        function()
+                    self.assertIn("QVAC_MANAGED_DIR", str(caught.exception))
+            with self.assertRaises(q.RegistryError):
+                self.create()
+            if os.path.isdir(self.folder) and not os.path.islink(self.folder):
+                os.rmdir(self.folder)
+            else:
+                os.unlink(self.folder)
+        self.assert_works()
+
+    def test_homes_of_all_kinds_work_or_are_typed_errors(self) -> None:
+        long = os.path.join(self.home, *["x" * 200] * 25)
+        for home in ("", "relative", "/nowhere/at/all", "/proc", "/dev/null", os.path.join(self.home, "\u00e4 \u4f60 'x\""),
+                     long, self.home + os.sep, os.path.join(self.home, "..", os.path.basename(self.home))):  # fmt: skip
+            with self.subTest(home[:80]), mock.patch.dict(os.environ, HOME=home):
+                if home.startswith(self.home) and len(home) < 1000:
+                    with self.create() as client:
+                        self.assertEqual("x", client.chat("x"))
+                        q.stop_serve(client.fleet_key)
+                elif home not in ("", "/nowhere/at/all"):  # root may make the latter, without HOME there is pwd
+                    with self.assertRaises(q.RegistryError):
+                        self.create()
+        for chosen in ("relative", "./x"):
+            with mock.patch.dict(os.environ, QVAC_MANAGED_DIR=chosen), self.assertRaises(q.RegistryError) as caught:
+                self.create()
+            self.assertIn("QVAC_MANAGED_DIR", str(caught.exception))
+        chosen = os.path.join(self.home, "chosen place")
+        with mock.patch.dict(os.environ, QVAC_MANAGED_DIR=chosen), self.create() as client:
+            self.assertTrue(os.path.exists(os.path.join(chosen, client.fleet_key + ".json")))
+            q.stop_serve(client.fleet_key)
+        del os.environ["HOME"]
+        self.assertTrue(os.path.isabs(q.managed_serves_dir()))
+
+    def test_a_home_that_cannot_be_written_is_a_typed_error(self) -> None:
+        home = os.path.join(self.home, "read only")
+        os.mkdir(home, 0o555)
+        os.chmod(self.home, 0o711)
+        with mock.patch.dict(os.environ, HOME=home):
+            told = self.run_python(AS_NOBODY + TRY + "print(attempt())")
+        self.assertTrue(told.startswith("RegistryError: "), told)
+        self.assertIn("managed-serves: Permission denied", told)
+        self.assertEqual([], os.listdir(home))
+
+
+class ShortageCase(HostileCase):
+    """No room, no descriptors, no processes: typed errors, nothing half done, and all is well afterwards."""
+
+    def assert_nothing_half_written(self) -> None:
+        wait_until(lambda: not self.processes(), what="the end of %s" % self.processes())
+        self.assertEqual([], [name for name in self.files() if not name.endswith(".error")])
+
+
+@unittest.skipUnless(POSIX, "limits are POSIX's")
+class DiskTest(ShortageCase):
+    def test_files_that_cannot_grow(self) -> None:
+        """A limit on the size of files strikes marker, lock, config, parameters and record in turn."""
+        told = self.run_python(TRY + """
+import json, resource, signal
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for limit in (0, 10, 60, 90, 150, 300, 600, 1 << 20):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    result = attempt()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    names = os.listdir(q.managed_serves_dir())
+    names = [name for name in names if not name.endswith((".log", ".guard", ".error", ".consumers"))]
+    print(json.dumps([limit, result, names]), flush=True)
+    settle()
+""")  # fmt: skip
+        results = [json.loads(line) for line in told.splitlines()]
+        self.assertEqual(8, len(results))
+        for limit, result, names in results[:6]:
+            self.assertRegex(result, "^(RegistryError|ServeSpawnFailedError): ", limit)
+            self.assertEqual([], names, limit)
+        self.assertEqual("works", results[-1][1])
+        self.assert_nothing_half_written()
+        self.assert_works()
+
+    @unittest.skipUnless(LINUX and POSIX and os.geteuid() == 0, "needs root, to mount a small disk")
+    def test_a_full_disk_at_every_step(self) -> None:
+        disk = os.path.join(self.home, "disk")
+        os.mkdir(disk)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k,mode=700", "tmpfs", disk], check=False)
+        if mounted.returncode:
+            self.skipTest("needs the right to mount")
+        self.addCleanup(subprocess.run, ["umount", "-l", disk], check=False)
+        self.folder = os.environ["QVAC_MANAGED_DIR"] = os.path.join(disk, "serves")
+        q.ensure_managed_serves_dir()
+        filler, results = os.path.join(disk, "filler"), []
+        for pages in range(6):
+            fd = os.open(filler, os.O_WRONLY | os.O_CREAT)
+            with contextlib.suppress(OSError):
+                while os.write(fd, b"x" * 4096):
+                    pass
+            os.ftruncate(fd, os.fstat(fd).st_size // 4096 * 4096 - pages * 4096)
+            os.close(fd)
+            try:
+                with self.create() as client:
+                    self.assertEqual("x", client.chat("x"))
+                    results.append("works")
+            except q.QvacManagedModeError as error:
+                results.append("%s: %s" % (type(error).__name__, error))
+                self.assertNotIsInstance(error, q.ServeStartTimeoutError)
+                if pages < 3:
+                    self.assertIn("The disk is full", str(error))
+            os.unlink(filler)
+            self.assert_nothing_half_written()
+        self.assertNotEqual("works", results[0])
+        self.assertEqual("works", results[-1], results)
+        self.assertGreater(len(set(results)), 3, results)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with self.assertRaises(q.RegistryError) as caught:
+            self.create()
+        self.assertIn("read-only", str(caught.exception))
+
+    @unittest.skipUnless(LINUX, "limits of another process are Linux's")
+    def test_a_runner_that_cannot_write_its_record_leaves_no_serve(self) -> None:
+        import resource
+
+        errors: List[BaseException] = []
+
+        def start() -> None:
+            try:
+                self.create(serve_bin_path=self.fake(preload_s=0.7))
+            except q.QvacManagedModeError as error:
+                errors.append(error)
+
+        path = self.fake(preload_s=0.7)
+        thread = threading.Thread(target=start)
+        thread.start()
+        runner = wait_until(lambda: self.fake_events("start") and self.fake_events("start")[0]["ppid"])
+        resource.prlimit(runner, resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
+        thread.join(PATIENCE)
+        self.assertIsInstance(errors[0], q.RegistryError)
+        self.assertIn(".json", str(errors[0]))
+        self.assert_nothing_half_written()
+        self.assert_works(serve_bin_path=path)
+
+
+@unittest.skipUnless(POSIX, "limits are POSIX's")
+class ShortageTest(ShortageCase):
+    def test_a_client_without_descriptors(self) -> None:
+        told = self.run_python(TRY + """
+import json, resource
+attempt()  # loads what it needs
+settle()
+q.CLIENT_MARGIN = 0.3
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+taken = [os.dup(0) for _ in range(20)]
+for spare in (0, 1, 2, 3, 5, 7, 40):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1 + spare, hard))
+    result = attempt(serve_start_timeout=0.7)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    print(json.dumps([spare, result]), flush=True)
+    settle()
+""")  # fmt: skip
+        results = dict(json.loads(line) for line in told.splitlines())
+        for spare in (0, 1, 2):
+            self.assertRegex(results[spare], "^(RegistryError|ServeSpawnFailedError|PortAllocationFailedError): ")
+        self.assertEqual("works", results[40], results)
+        self.assert_nothing_half_written()
+
+    def test_no_more_processes(self) -> None:
+        refuse = mock.Mock(side_effect=BlockingIOError(11, "Resource temporarily unavailable"))
+        with mock.patch.object(q.os, "posix_spawn", refuse), self.assertRaises(q.QvacManagedModeError) as caught:
+            self.create()
+        self.assertIn("Resource temporarily unavailable", str(caught.exception))
+        self.assertEqual([], self.files())
+        self.assert_works()
+
+
+class AnswerCase(HostileCase):
+    """Serves that come up and then answer GET /v1/models in other ways than a good one."""
+
+    def special(self, name: str, **knobs: Any) -> str:
+        """A fake serve with knobs of its own, beside others of the same test."""
+        fake, path = self.fake(), os.path.join(self.home, name.replace(" ", "-"))
+        with open(path + ".json", "w") as file:
+            json.dump(knobs, file)
+        with open(path, "w") as file:
+            file.write("#!/bin/sh\nexport QVAC_FAKE='%s.json'\nexec '%s' \"$@\"\n" % (path, fake))
+        os.chmod(path, 0o755)
+        return path
+
+    def errors_of(self, cases: Dict[str, Dict[str, Any]], **options: Any) -> Dict[str, Any]:
+        """What create raises for each kind of serve; all at once, since most of it is waiting."""
+        options = {"serve_start_timeout": 3.0, **options}
+        paths, caught = {name: self.special(name, **knobs) for name, knobs in cases.items()}, {}
+
+        def start(name: str) -> None:
+            try:
+                caught[name] = self.create(serve_bin_path=paths[name], **options)
+            except BaseException as error:
+                caught[name] = error
+
+        threads = [threading.Thread(target=start, args=(name,)) for name in paths]
+        with mock.patch.object(q, "CLIENT_MARGIN", 1.0):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive(), "no word by the deadline")
+        return caught
+
+
+@unittest.skipUnless(POSIX, "the fake serve is a script")
+class WrongAnswerTest(AnswerCase):
+    def test_answers_that_no_serve_of_ours_gives_end_the_start_at_once(self) -> None:
+        elsewhere = self.listener()
+        location = "http://127.0.0.1:%d/v1/models" % elsewhere.port
+        caught = self.errors_of({
+            "401": {"models_status": 401}, "404": {"models_status": 404}, "418": {"models_status": 418},
+            "redirect": {"models": "redirect", "location": location},
+            "html": {"models": "html"}, "endless": {"models": "infinite"}, "other models": {"aliases": ["llama"]},
+            "no models": {"aliases": []},
+        }, serve_start_timeout=20.0)  # fmt: skip
+        for name, error in caught.items():
+            with self.subTest(name):
+                self.assertIsInstance(error, q.ServeSpawnFailedError)
+                self.assertIn("is not the serve that was asked for", str(error))
+        self.assertIn("401", str(caught["401"]))
+        self.assertIn("302", str(caught["redirect"]))
+        self.assertIn(MODEL, str(caught["other models"]))
+        self.assertEqual([], elsewhere.seen)
+        self.assert_all_gone()
+
+    def test_answers_that_may_yet_come_are_waited_for_until_the_deadline(self) -> None:
+        began = time.monotonic()
+        caught = self.errors_of({
+            "503": {"models_status": 503}, "429": {"models_status": 429}, "hang": {"models": "hang"},
+            "drip": {"models": "drip", "drip_s": 0.1}, "drip head": {"models": "drip_head", "drip_s": 0.1},
+            "reset": {"models": "reset"}, "cut": {"models": "close"}, "garbage": {"models": "garbage"},
+        })  # fmt: skip
+        for name, error in caught.items():
+            with self.subTest(name):
+                self.assertIsInstance(error, q.ServeStartTimeoutError)
+                self.assertIn("GET /v1/models", str(error))
+        self.assertIn("503", str(caught["503"]))
+        self.assertLess(time.monotonic() - began, 15.0)  # 4 s of patience, one health check, the end of the serve
+        self.assert_all_gone()
+
+    def test_a_serve_that_recovers_in_time_is_ready(self) -> None:
+        path = self.special("recovers", models_status=503)
+        timer = threading.Timer(0.7, lambda: self.special("recovers"))
+        timer.start()
+        with self.create(serve_bin_path=path) as client:
+            self.assertEqual("x", client.chat("x"))
+        self.assertEqual(1, len(self.fake_events("start")))
+
+
+@unittest.skipUnless(POSIX, "the fake serve is a script")
+class FailedModelTest(AnswerCase):
+    def test_a_default_model_that_failed_to_load_is_an_error_with_the_serves_reason(self) -> None:
+        path = self.special("failed", load_errors={MODEL: "gguf: bad magic"})
+        with self.assertRaises(q.ModelLoadFailedError) as caught:
+            self.create(serve_bin_path=path)
+        self.assertEqual((MODEL, "gguf: bad magic"), (caught.exception.model, caught.exception.reason))
+        self.assert_all_gone()
+
+    def test_it_is_not_with_require_ready_false_nor_for_other_models(self) -> None:
+        path = self.special("failed", load_errors={MODEL: "gguf: bad magic"})
+        with self.assertLogs("qvac_managed", "WARNING") as logged:
+            client = self.create(serve_bin_path=path, require_ready=False)
+        self.assertIn("gguf: bad magic", logged.output[0])
+        with self.assertRaises(q.ServeHTTPError) as caught:
+            client.chat("x")
+        self.assertEqual((503, 'Model "%s" failed to load.' % MODEL), (caught.exception.status, caught.exception.message))
+        with self.assertLogs("qvac_managed", "WARNING") as logged:
+            other = self.create([{"name": "qwen3.5-9b", "default": True}, MODEL], serve_bin_path=path)
+        self.assertEqual(1, len(logged.output))
+        self.assertEqual("x", other.chat("x"))
+        other.close()
+        client.close()
+        self.assert_all_gone()
+
+    def test_a_serve_that_gives_no_states_is_taken_as_ready(self) -> None:
+        with self.create(serve_bin_path=self.special("old", no_state=True)) as client:
+            self.assertEqual("x", client.chat("x"))
+
+
+class SecrecyTest(HostileCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.key = "k" + os.urandom(20).hex()  # in place of a random one, so that a test can look for it
+        patched = mock.patch.object(q, "_new_api_key", lambda: self.key)
+        patched.start()
+        self.addCleanup(patched.stop)
+        self.logged: List[str] = []
+
+        import logging
+
+        test, handler = self, logging.Handler()
+        handler.emit = lambda record: test.logged.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger().addHandler(handler)
+        self.addCleanup(logging.getLogger().removeHandler, handler)
+
+    def told(self, error: BaseException) -> str:
+        """All that a program could print of an error."""
+        import traceback
+
+        return "".join([repr(error), str(error), repr(error.args), repr(vars(error)),
+                        *traceback.format_exception(type(error), error, error.__traceback__)])  # fmt: skip
+
+    def places_of_key(self) -> Dict[str, int]:
+        """Files with the key in them, by ending, and their modes; fails if a process shows it."""
+        for pid, command in self.processes().items():
+            self.assertNotIn(self.key, command)
+            with contextlib.suppress(OSError), open("/proc/%d/environ" % pid, "rb") as file:
+                self.assertNotIn(self.key.encode(), file.read())
+        found = {}
+        for root, _, files in os.walk(self.home):
+            for name in files:
+                path = os.path.join(root, name)
+                with contextlib.suppress(OSError), open(path, "rb") as file:
+                    if self.key.encode() in file.read():
+                        found[name.split(".", 1)[-1]] = os.stat(path).st_mode & 0o777
+        return found
+
+    def test_a_whole_life_shows_the_key_in_two_files_alone(self) -> None:
+        import copy
+        import pickle
+
+        path = self.fake(echo=True)
+        client = self.create(serve_bin_path=path)
+        self.assertEqual(self.key, client.api_key)
+        self.assertEqual({"json": 0o600, "serve-api-key": 0o600}, self.places_of_key())
+        client.chat("hello")
+        "".join(client.stream_chat("hello again"))
+        errors: List[BaseException] = []
+        for call in (lambda: client.chat("x", model="none"), lambda: client.open("/nowhere"),
+                     lambda: client.embed("x")):  # fmt: skip
+            with self.assertRaises(Exception) as caught:
+                call()
+            errors.append(caught.exception)
+        self.fake(echo=True, answer_delay_s=30)
+        victim = threading.Timer(0.3, os.kill, (client.pid, signal.SIGKILL))
+        victim.start()
+        with self.assertRaises(OSError) as broken:  # in the midst of an answer
+            client.chat("x")
+        errors.append(broken.exception)
+        self.fake(echo=True)
+        self.assertEqual("back", client.chat("back"))
+        self.assertEqual({"json": 0o600, "serve-api-key": 0o600}, self.places_of_key())
+        record = q.read_record(client.fleet_key)
+        shown = [repr(client), str(client), repr(record), repr(q.list_serves()), repr(q.serve_info(client).as_dict()),
+                 repr(client._target), repr(client._resolver), repr(vars(client._resolver))]  # fmt: skip
+        for secretive in (client, record):
+            for show in (vars, pickle.dumps, copy.copy, lambda thing: thing.__dict__):
+                with self.assertRaises((TypeError, AttributeError)) as refused:
+                    show(secretive)  # type: ignore[operator]
+                errors.append(refused.exception)
+        for text in [*shown, *map(self.told, errors), *self.logged]:
+            self.assertNotIn(self.key, text)
+        client.close()
+        wait_until(lambda: not self.processes(), what="the end of all")
+        self.assertEqual({}, self.places_of_key())
+
+    def test_failing_starts_show_no_key(self) -> None:
+        """Also where the serve itself prints its arguments, and where it takes the key on its command line."""
+        for knobs in (
+            {"exit": 3, "echo": True, "stderr": "KEY is what it is"}, {"exit": 3, "echo": True, "old_cli": True},
+            {"exit": 3, "old_cli": True, "stderr": "\0".join("key: KEY")}, {"models_status": 401, "echo": True},
+            {"load_errors": {MODEL: "it was KEY"}}, {"models_status": 500, "old_cli": True, "echo": True},
+        ):  # fmt: skip
+            knobs = json.loads(json.dumps(knobs).replace("KEY", self.key).replace("K\\u0000E\\u0000Y", "\\u0000".join(self.key)))
+            with self.subTest(knobs), mock.patch.object(q, "CLIENT_MARGIN", 0.2):
+                with self.assertRaises(q.QvacManagedModeError) as caught:
+                    self.create(serve_bin_path=self.fake(**knobs), serve_start_timeout=0.7)
+                self.assertNotIn(self.key, self.told(caught.exception))
+                wait_until(lambda: not self.processes(), what="the end of all")
+                self.assertEqual({}, {place: mode for place, mode in self.places_of_key().items()
+                                      if place not in ("log", "json")})  # fmt: skip
+                if "old_cli" not in knobs and "KEY" not in knobs.get("stderr", ""):
+                    self.assert_all_gone()
+        for text in self.logged:
+            self.assertNotIn(self.key, text)
+
+    def test_a_runner_that_dies_in_a_start_takes_the_key_with_it(self) -> None:
+        path = self.fake(old_cli=True, stderr="the key is " + self.key, preload_s=20)
+        runner_of: List[int] = []
+
+        def kill() -> None:
+            runner_of.append(wait_until(lambda: q._starting_runner(self.key_of(bin_path=path))))
+            wait_until(lambda: len(self.fake_events("start")) == 2)
+            time.sleep(0.1)
+            os.kill(runner_of[0], signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        with self.assertRaises(q.ServeSpawnFailedError) as caught:
+            self.create(serve_bin_path=path)
+        thread.join()
+        self.assertIn("the key is [key]", str(caught.exception))
+        self.assertNotIn(self.key, self.told(caught.exception))
+
+    def test_the_callers_own_key_is_replaced_and_not_handed_on(self) -> None:
+        os.environ["QVAC_API_KEY"] = "the key of another serve"
+        path = self.fake(echo=True)
+        client = self.create(serve_bin_path=path, headers={"authorization": "Bearer mine", "X-Mine": "yes"})
+        self.assertEqual("x", client.chat("x"))
+        import urllib.request
+
+        request = urllib.request.Request("http://example.com/v1/models", headers={"AUTHORIZATION": "Bearer other"})
+        with client.open(request) as response:
+            self.assertEqual(200, response.status)
+        with open(q.log_path(client.fleet_key), "rb") as file:
+            self.assertNotIn(b"the key of another serve", file.read())
+        import hashlib
+
+        digest = hashlib.sha256(("Bearer " + self.key).encode()).hexdigest()
+        self.assertEqual([digest], sorted({event["auth_sha256"] for event in self.fake_events("request")}))
+
+    def test_proxies_in_the_environment_see_nothing(self) -> None:
+        proxy = self.listener()
+        url = "http://127.0.0.1:%d" % proxy.port
+        names = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        for no_proxy in ({}, {"no_proxy": "localhost", "NO_PROXY": ""}, {"no_proxy": "example.com"}):
+            with mock.patch.dict(os.environ, {**dict.fromkeys(names, url), **no_proxy}):
+                with mock.patch.object(q, "_opener_cache", None), self.create() as client:
+                    self.assertEqual("x", client.chat("x"))
+                    self.assertEqual("y", "".join(client.stream_chat("y")))
+                    outside = q.create_qvac(base_url=client.base_url, api_key=client.api_key)
+                    self.assertEqual("z", outside.chat("z"))
+                    q.list_serves()
+                    q.health_check(client.base_url, client.api_key)
+        self.assertEqual([], proxy.seen)
+
+    def test_a_redirected_request_does_not_carry_the_key_away(self) -> None:
+        import urllib.error
+        import urllib.request
+
+        elsewhere = self.listener()
+        for status in (301, 302, 303, 307, 308):
+            answer = "HTTP/1.1 %d Moved\r\nLocation: http://127.0.0.1:%d/v1/models\r\nContent-Length: 0\r\n\r\n"
+            moved = self.listener((answer % (status, elsewhere.port)).encode())
+            client = q.create_qvac(base_url="http://127.0.0.1:%d/v1" % moved.port, api_key=self.key)
+            with self.assertRaises(q.ServeHTTPError) as caught:
+                client.chat("x", model="m")
+            self.assertEqual(status, caught.exception.status)
+            with self.assertRaises(urllib.error.HTTPError) as error:
+                client.open("/models")
+            error.exception.close()
+            self.assertIn(self.key.encode(), moved.seen[0])
+        self.assertEqual([], elsewhere.seen)
+        # A caller's own opener follows them; the key stays behind all the same.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        client = q.create_qvac(base_url="http://127.0.0.1:%d/v1" % moved.port, api_key=self.key, opener=opener)
+        moved.answer = (answer % (302, elsewhere.port)).encode()
+        self.assertEqual(MODEL, client.models()[0]["id"])
+        self.assertEqual(1, len(elsewhere.seen))
+        self.assert_no_key_seen(elsewhere, self.key)
+
+
+class OutputTest(HostileCase):
+    def test_a_flood_of_bytes_is_drained_and_capped(self) -> None:
+        """10 MB that are no UTF-8 and have no line end, before the port opens and with each request."""
+        client = self.create(serve_bin_path=self.fake(flood_mb=10, request_flood_mb=5))
+        self.assertEqual("x", client.chat("x"))
+        self.assertEqual("y", client.chat("y"))
+        path = q.log_path(client.fleet_key)
+        wait_until(lambda: os.path.getsize(path) <= q.MAX_LOG_BYTES, what="a shorter log")
+        self.fake()
+        self.assertEqual("z", client.chat("z"))
+        self.assertEqual(1, len(self.fake_events("start")))
+
+    def test_what_a_serve_prints_before_it_fails_is_told_in_short(self) -> None:
+        path = self.fake(exit=5, stderr="the \x1b[31mreason\x1b[0m \U0001f600" + "x" * 3900)
+        with self.assertRaises(q.ServeExitedError) as caught:
+            self.create(serve_bin_path=path)
+        self.assertEqual(5, caught.exception.exit_code)
+        self.assertIn("reason", str(caught.exception))
+        self.fake(flood_mb=1, never_bind=True)
+        with self.assertRaises(q.ServeStartTimeoutError) as late:
+            self.create(serve_bin_path=path, serve_start_timeout=0.7)
+        self.assertIn("\ufffd", str(late.exception))
+        for error in (caught.exception, late.exception):
+            self.assertLess(len(str(error)), q.TAIL_CHARS + 300)
+            str(error).encode("utf-8")
+        self.assert_all_gone()
+
+    def test_all_who_wait_for_a_failing_start_are_told_alike(self) -> None:
+        path, caught = self.fake(stderr="\ufffd" * 3000, exit=5, exit_after_s=0.5), []
+
+        def start() -> None:
+            try:
+                self.create(serve_bin_path=path)
+            except q.QvacManagedModeError as error:
+                caught.append(error)
+
+        threads = [threading.Thread(target=start) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual([5] * 4, [error.exit_code for error in caught])
+        self.assertLessEqual(len(self.fake_events("start")), 2)
+
+
+class RequestTest(HostileCase):
+    def test_an_error_answer_is_one_exception_with_status_and_message(self) -> None:
+        with self.create(serve_bin_path=self.fake()) as client:
+            for call, status, message in (
+                (lambda: client.chat("x", model="none"), 404, 'Model "none" is not available.'),
+                (lambda: list(client.stream_chat("x", model="none")), 404, 'Model "none" is not available.'),
+                (lambda: client.embed("x"), 404, "Unknown endpoint: POST /v1/embeddings"),
+                (lambda: client.chat([]), 400, "Request body must be valid JSON."),
+            ):
+                with self.assertRaises(q.ServeHTTPError) as caught:
+                    call()
+                self.assertEqual((status, message), (caught.exception.status, caught.exception.message))
+                self.assertIn(message.encode()[:10], caught.exception.body.replace(b'\\"', b'"'))
+            self.fake(models_status=500)
+            with self.assertRaises(q.ServeHTTPError) as caught:
+                client.models()
+            self.assertEqual(500, caught.exception.status)
+
+    def test_odd_error_answers_still_are_that_exception(self) -> None:
+        head = b"HTTP/1.1 %d Oh\r\nConnection: close\r\n"
+        for answer, message in (
+            (head % 500 + b"\r\n", "Oh"), (head % 502 + b"\r\n<html>Bad gateway", "<html>Bad gateway"),
+            (head % 400 + b"\r\n\xff\xfe", "\ufffd\ufffd"), (head % 400 + b'\r\n{"error": "in short"}', "in short"),
+            (head % 400 + b'\r\n{"error": {"message": 7}}', '{"error": {"message": 7}}'),
+            (head % 429 + b"\r\n" + b"[" * 100000, "[" * 297 + "..."),
+            (head % 500 + b"Content-Length: 1000\r\n\r\nshort", "short"),
+        ):  # fmt: skip
+            client = q.create_qvac(base_url="http://127.0.0.1:%d/v1" % self.listener(answer).port)
+            with self.subTest(answer[:60]), self.assertRaises(q.ServeHTTPError) as caught:
+                client.chat("x", model="m")
+            self.assertEqual(message, caught.exception.message)
+            self.assertLessEqual(len(caught.exception.body), q.MAX_FILE_BYTES)
+
+    def test_an_answer_that_is_no_answer_is_that_exception_too(self) -> None:
+        for body in (b"<html>", b"[]", b"", b"{}", b'{"choices": []}', b'{"choices": 1, "data": 1}', b"\xff"):
+            answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            client = q.create_qvac(base_url="http://127.0.0.1:%d/v1" % self.listener(answer).port)
+            for call in (lambda: client.chat("x", model="m"), client.models, lambda: client.embed("x", model="m")):
+                with self.subTest(body=body, call=call), self.assertRaises(q.ServeHTTPError) as caught:
+                    call()
+                self.assertEqual(200, caught.exception.status)
+
+    def test_a_request_is_never_sent_twice_after_a_reset(self) -> None:
+        import http.client
+
+        client = self.create(serve_bin_path=self.fake(reset_after=0))
+        for call in (lambda: client.chat("one two"), lambda: list(client.stream_chat("one two"))):
+            posts = len(self.posts())
+            with self.assertRaises((OSError, http.client.HTTPException)):
+                call()
+            self.assertEqual(posts + 1, len(self.posts()))
+        pid = client.pid
+        self.fake(reset_after=1)
+        pieces = []
+        with self.assertRaises((OSError, http.client.HTTPException)):
+            for piece in client.stream_chat("one two three"):
+                pieces.append(piece)
+        self.assertEqual(["one"], pieces)
+        self.fake()
+        self.assertEqual("again", client.chat("again"))
+        self.assertEqual(pid, client.pid)
+
+    def test_a_request_whose_serve_dies_of_it_is_not_sent_to_the_next(self) -> None:
+        client = self.create(serve_bin_path=self.fake(crash_after_posts=1, crash_unanswered=True))
+        pid = client.pid
+        with self.assertRaises(OSError):
+            client.chat("deadly")
+        self.fake()
+        self.assertEqual("harmless", client.chat("harmless"))
+        self.assertNotEqual(pid, client.pid)
+        self.assertEqual(2, len(self.posts()))
+
+    def posts(self) -> List[Any]:
+        return [event for event in self.fake_events("request") if event["method"] == "POST"]
+
+
+class EvilNameTest(HostileCase):
+    def test_names_that_are_no_models_are_one_typed_error(self) -> None:
+        names = ["../x", "/etc/passwd", "a\0b", "a\nb", "\u202eevil", "\U0001f600", "x" * 1000000, "\ud800", "__proto__",
+                 "", " ", "-", "%s", "QWEN3_5_2B_MULTIMODAL_Q4_K_M ", "constructor"]  # fmt: skip
+        with self.assertRaises(q.UnknownManagedModelError) as caught:
+            self.create(names)
+        self.assertEqual(names, caught.exception.unknown_models)
+        self.assertLess(len(str(caught.exception)), 5000)
+        str(caught.exception).encode("utf-8", "strict")
+        for name in ("a\0b", "a\nb", "\u202eevil", "\ud800", "__proto__", "", " ", "x" * 129):
+            with self.subTest(name), self.assertRaises(q.InvalidManagedModelError):
+                self.create([{"name": name, "model": MODEL}])
+        self.assertFalse(os.path.exists(self.folder) and self.files())
+
+    def test_odd_aliases_stay_out_of_file_names(self) -> None:
+        names = ["../x", "/etc/passwd", "\U0001f600", "\u4f60\u597d", 'a"b\\c', "%s", "constructor", "x" * 128, "a b",
+                 "toString", "{}", "$HOME", "-rf", "gpt-4o-mini"]  # fmt: skip
+        models = [{"name": name, "model": MODEL} for name in names]
+        with self.create(models) as client:
+            for name in names:
+                self.assertEqual(name, client.chat(name, model=name))
+            self.assertEqual(names, [model["id"] for model in client.models()])
+            for file in self.files():
+                self.assertRegex(file, r"^[0-9a-f]{16}\.[a-z0-9.]+$")
+        self.assert_all_gone()
+
+
+class Peer:
+    """The JavaScript provider's way with the shared files, in short: so that what it does to ours is tried without it.
+
+    It steals a lock by removing and making it anew, counts bare pids, sweeps with `rm -r` of a config's folder,
+    and a runner of its own clears away by key, whoever owns what lies there.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.spins = 0  # rounds of waiting without a pause
+
+    def path(self, key: str, suffix: str) -> str:
+        return os.path.join(self.folder, key + suffix)
+
+    @staticmethod
+    def alive(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def try_lock(self, key: str) -> bool:
+        import re
+
+        while True:
+            try:
+                fd = os.open(self.path(key, ".lock"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            except FileExistsError:
+                owner = None
+                with contextlib.suppress(OSError), open(self.path(key, ".lock"), "rb") as file:
+                    owner = re.match(rb"\s*(\d+)", file.read())
+                if owner is None or self.alive(int(owner.group(1))):
+                    return False
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path(key, ".lock"))
+                continue
+            os.write(fd, b"%d" % os.getpid())
+            os.close(fd)
+            return True
+
+    def release_lock(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(key, ".lock"))
+
+    def read(self, key: str) -> Any:
+        try:
+            with open(self.path(key, ".json"), encoding="utf-8") as file:
+                record = json.load(file)
+        except (FileNotFoundError, ValueError):
+            return None
+        texts, numbers = ("apiKey", "fleetKey", "host", "baseURL", "configPath", "startedAt"), ("servePid", "runnerPid", "port")
+        assert all(isinstance(record[name], str) for name in texts), record
+        assert all(type(record[name]) is int for name in numbers), record
+        assert type(record["idleTimeoutMs"]) in (int, float), record
+        return record
+
+    @staticmethod
+    def healthy(record: Any) -> bool:
+        return q.health_check(record["baseURL"], record["apiKey"])
+
+    def usable(self, key: str) -> Any:
+        record = self.read(key)
+        is_there = record and self.alive(record["servePid"]) and self.alive(record["runnerPid"])
+        return record if is_there and self.healthy(record) else None
+
+    def sweep(self) -> None:
+        import shutil
+
+        for name in os.listdir(self.folder):
+            record = self.read(name[:-5]) if name.endswith(".json") and "runner-params" not in name else None
+            if record is None or (self.alive(record["servePid"]) and self.alive(record["runnerPid"])):
+                continue
+            if self.alive(record["servePid"]):
+                if not self.healthy(record):
+                    continue
+                os.kill(record["servePid"], signal.SIGTERM)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(record["fleetKey"], ".json"))
+            if record["configPath"]:
+                shutil.rmtree(os.path.dirname(record["configPath"]), ignore_errors=True)
+
+    def clean_up(self, key: str, config_path: str) -> None:
+        import shutil
+
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(key, ".json"))
+        shutil.rmtree(self.path(key, ".consumers"), ignore_errors=True)
+        shutil.rmtree(os.path.dirname(config_path), ignore_errors=True)
+
+    def add_consumer(self, key: str) -> str:
+        os.makedirs(self.path(key, ".consumers"), mode=0o700, exist_ok=True)
+        marker = os.path.join(self.path(key, ".consumers"), "%d.%s" % (os.getpid(), os.urandom(4).hex()))
+        open(marker, "w").close()
+        return marker
+
+    def live_consumers(self, key: str) -> int:
+        count = 0
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.path(key, ".consumers")):
+                if self.alive(int(name.split(".")[0])):
+                    count += 1
+                else:
+                    os.unlink(os.path.join(self.path(key, ".consumers"), name))
+        return count
+
+    def wait_for_record(self, key: str, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            record = self.read(key)
+            if record and self.healthy(record):
+                return record
+            if os.path.exists(self.path(key, ".error")):
+                return None
+            time.sleep(0.05)
+        return None
+
+    def resolve(self, key: str, bin_path: str, models: List[str], idle: float) -> Any:
+        """A record to attach to, and our marker; starts a serve if need be."""
+        self.sweep()
+        marker = self.add_consumer(key)
+        record = self.usable(key)
+        while record is None:
+            if not self.try_lock(key):
+                began = time.monotonic()
+                record = self.wait_for_record(key, 5)
+                self.spins += time.monotonic() - began < 0.01
+                continue
+            try:
+                record = self.usable(key) or self.start(key, bin_path, models, idle)
+            finally:
+                self.release_lock(key)
+        return record, marker
+
+    def start(self, key: str, bin_path: str, models: List[str], idle: float) -> Any:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(key, ".error"))
+        config = os.path.join(tempfile.mkdtemp(prefix="peer-", dir=os.path.expanduser("~")), "qvac.config.json")
+        with open(config, "w") as file:
+            json.dump({"serve": q.synthesize_serve_config(models)["serve"]}, file)
+        sock, port = q.reserve_port("127.0.0.1", 0)
+        sock.close()
+        argv = [bin_path, "serve", "--openai", "--no-default", "--config", config, "--port", str(port),
+                "--host", "127.0.0.1", "--api-key", "peer" + os.urandom(16).hex()]  # fmt: skip
+        command = [sys.executable, "-c", PEER % (__file__, self.folder, "run(%r, %r, %r)" % (key, argv, idle))]
+        null = subprocess.DEVNULL
+        runner = subprocess.Popen(command, stdin=null, stdout=null, start_new_session=True)
+        runner.returncode = 0  # it outlives this process
+        return self.wait_for_record(key, 20)
+
+    def run(self, key: str, argv: List[str], idle: float) -> None:
+        """Its runner."""
+        config, port, api_key = argv[5], int(argv[7]), argv[11]
+        serve = subprocess.Popen(argv, start_new_session=True)
+        base_url = "http://127.0.0.1:%d/v1" % port
+        while not q.health_check(base_url, api_key) and serve.poll() is None:
+            time.sleep(0.05)
+        record = {"fleetKey": key, "apiKey": api_key, "servePid": serve.pid, "runnerPid": os.getpid(), "port": port,
+                  "host": "127.0.0.1", "baseURL": base_url, "configPath": config,
+                  "startedAt": "2026-01-01T00:00:00.000Z", "idleTimeoutMs": idle * 1000}  # fmt: skip
+        with open(self.path(key, ".json.%d.tmp" % os.getpid()), "w") as file:
+            json.dump(record, file)
+        os.replace(file.name, self.path(key, ".json"))
+        empty_since = None
+        while serve.poll() is None:
+            now = time.monotonic()
+            empty_since = None if self.live_consumers(key) else empty_since or now
+            if empty_since and now - empty_since >= idle:
+                serve.terminate()
+                serve.wait()
+            time.sleep(0.1)
+        self.clean_up(key, config)
+
+
+PEER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("tests", %r)
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+peer = tests.Peer(%r)
+peer.%s
+"""
+
+@unittest.skipUnless(LINUX, "the peer is written for Linux")
+class PeerCase(HostileCase):
+    IDLE = 0.5
+
+    def setUp(self) -> None:
+        super().setUp()
+        q.ensure_managed_serves_dir()
+        self.peer = Peer(self.folder)
+        self.bin_path = self.fake()
+        self.key = self.key_of(bin_path=self.bin_path)
+
+    def peer_client(self) -> subprocess.Popen[str]:
+        """Another process that uses the serve as the provider does, until its standard input ends."""
+        code = PEER % (__file__, self.folder, "sweep()")
+        code += "record, marker = peer.resolve(%r, %r, %r, %r)\n" % (self.key, self.bin_path, [MODEL], self.IDLE)
+        code += "print(record['servePid'], peer.spins, flush=True)\nsys.stdin.read()\nimport os\n"
+        code += "os.path.exists(marker) and os.unlink(marker)\n"
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(self._end_child, child)
+        return child
+
+    @staticmethod
+    def told(child: subprocess.Popen[str]) -> List[int]:
+        assert child.stdout is not None
+        return [int(word) for word in child.stdout.readline().split()]
+
+    def client(self) -> q.ManagedQvac:
+        return self.create(serve_bin_path=self.bin_path)
+
+
+class PeerAttachTest(PeerCase):
+    def test_it_attaches_to_our_serve_and_keeps_it_alive(self) -> None:
+        ours = self.client()
+        child = self.peer_client()
+        self.assertEqual(ours.pid, self.told(child)[0])
+        ours.close()
+        time.sleep(2 * self.IDLE + q.RUNNER_TICK)
+        self.assertTrue(q.process_alive(ours.pid))
+        child.communicate()
+        self.assert_all_gone()
+
+    def test_it_is_no_consumer_any_more_once_it_is_killed(self) -> None:
+        ours, child = self.client(), self.peer_client()
+        self.told(child)
+        ours.close()
+        child.kill()
+        child.wait()
+        self.assert_all_gone()
+
+    def test_we_attach_to_its_serve_and_keep_it_alive_and_start_ours_after_it(self) -> None:
+        child = self.peer_client()
+        pid = self.told(child)[0]
+        ours = self.client()
+        self.assertEqual((pid, True), (ours.pid, ours.reused))
+        child.communicate()
+        time.sleep(2 * self.IDLE)
+        self.assertEqual("x", ours.chat("x"))
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not os.path.exists(q.record_path(self.key)), what="the end of its runner")
+        self.assertEqual([], q.live_consumers(self.key))  # it has removed our marker with its own
+        self.assertEqual("y", ours.chat("y"))
+        self.assertNotEqual(pid, ours.pid)
+        self.assertEqual([os.getpid()], q.live_consumers(self.key))
+        ours.close()
+        self.assert_all_gone()
+
+    def test_stopping_its_serve(self) -> None:
+        child = self.peer_client()
+        pid = self.told(child)[0]
+        self.assertTrue(q.stop_serve(self.key))  # its runner ends without the serve
+        self.assertFalse(q.process_alive(pid))
+        child.communicate()
+        wait_until(lambda: not self.processes())
+
+
+class PeerDamageTest(PeerCase):
+    def test_its_sweeps_leave_a_serve_alone_that_restarts_in_place(self) -> None:
+        ours, going_on = self.client(), [True]
+        port, config = ours.port, q.read_record(self.key).config_path  # type: ignore[union-attr]
+
+        def sweep() -> None:
+            while going_on:
+                self.peer.sweep()
+                time.sleep(0.002)
+
+        thread = threading.Thread(target=sweep)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(going_on.clear)
+        for _ in range(3):
+            pid = ours.pid
+            os.kill(pid, signal.SIGKILL)
+            self.assertEqual("back", ours.chat("back"))
+            self.assertNotEqual(pid, ours.pid)
+            self.assertEqual(port, ours.port)
+        self.assertTrue(os.path.exists(config))
+        self.assertEqual(4, len(self.fake_events("start")))
+
+    def test_its_sweep_after_a_crash_of_all_deletes_one_folder_only(self) -> None:
+        tree, ours = self.canary_tree(), self.client()
+        record = q.read_record(self.key)
+        assert record is not None
+        os.kill(ours.runner_pid, signal.SIGKILL)
+        for pid in (record.runner_pid, record.serve_pid):
+            wait_until(lambda: not self.peer.alive(pid), what="the end of both, to those who count zombies too")
+        self.write("0" * 16 + ".log", "kept")
+        self.peer.sweep()
+        self.assertFalse(os.path.exists(os.path.dirname(record.config_path)))
+        self.assertTrue(os.path.exists(q.log_path(self.key)) and os.path.exists(q.log_path("0" * 16)))
+        self.assertTrue(os.path.isdir(tree))
+        self.assertEqual("x", ours.chat("x"))
+        self.assertEqual([os.getpid()], q.live_consumers(self.key))
+
+    def test_its_clean_up_by_key_does_not_lose_our_serve(self) -> None:
+        """A runner of its kind with the same key that ends removes record, config and all markers."""
+        ours = self.client()
+        pid, config = ours.pid, q.read_record(self.key).config_path  # type: ignore[union-attr]
+        self.peer.clean_up(self.key, config)
+        self.assertEqual("x", ours.chat("x"))
+        self.assertEqual(pid, ours.pid)
+        record = wait_until(lambda: q.read_record(self.key), what="the record published again")
+        self.assertEqual(pid, record.serve_pid)
+        self.assertEqual([os.getpid()], q.live_consumers(self.key))
+        with self.client() as other:
+            self.assertEqual(pid, other.pid)
+        os.kill(pid, signal.SIGKILL)  # the restart has to do without the config that was there
+        self.assertEqual("y", ours.chat("y"))
+        ours.close()
+        self.assert_all_gone()
+
+    def test_a_clean_up_over_and_over_leaves_one_serve(self) -> None:
+        ours = self.client()
+        pid, config = ours.pid, q.read_record(self.key).config_path  # type: ignore[union-attr]
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            self.peer.clean_up(self.key, config)
+            self.assertEqual("x", ours.chat("x"))
+            time.sleep(0.05)
+        self.assertEqual(pid, ours.pid)
+        self.assertEqual(1, len(self.fake_events("start")))
+
+
+class PeerLockTest(PeerCase):
+    def test_a_runner_whose_lock_it_has_stolen_gives_way(self) -> None:
+        """The peer has seen a dead lock; before it acts on that, our client has taken the lock itself."""
+        self.fake(preload_s=1.5)
+        clients: List[q.ManagedQvac] = []
+        thread = threading.Thread(target=lambda: clients.append(self.client()))
+        thread.start()
+        wait_until(lambda: self.fake_events("start"))
+        self.peer.release_lock(self.key)
+        self.assertTrue(self.peer.try_lock(self.key))
+        started = self.fake_events("start")[0]
+        wait_until(lambda: not q.process_alive(started["pid"]), what="our runner giving way")
+        self.assertFalse(clients)
+        self.fake()
+        self.peer.release_lock(self.key)  # its own start has come to nothing
+        thread.join(PATIENCE)
+        self.assertEqual("x", clients[0].chat("x"))
+        clients[0].close()
+        self.assert_all_gone()
+
+    def test_a_dead_lock_is_never_held_by_both_for_long(self) -> None:
+        """Several of ours and one of its kind start at once over the lock of a dead process: one serve remains."""
+        self.fake(preload_s=0.3)
+        self.write(self.key + ".lock", str(self.dead_pid()))
+        ours = [self.python(HOLDER, repr([MODEL]), self.bin_path, str(self.IDLE)) for _ in range(3)]
+        peers = [self.peer_client()]
+        for child in ours + peers:
+            self.assertTrue(self.told_line(child))
+        record = wait_until(lambda: q.read_record(self.key))
+        wait_until(lambda: len(self.serves()) == 1, what="one serve of %s" % self.serves())
+        self.assertEqual([q.read_record(self.key).serve_pid], self.serves(), record)  # type: ignore[union-attr]
+        for child in ours + peers:
+            child.communicate()
+        self.assert_all_gone()
+
+    @staticmethod
+    def told_line(child: subprocess.Popen[str]) -> str:
+        assert child.stdout is not None
+        return child.stdout.readline()
+
+    def serves(self) -> List[int]:
+        return [pid for pid, command in self.processes().items() if " serve --openai" in command]
+
+    def test_no_error_file_lies_beside_a_held_lock(self) -> None:
+        """While it sees both, a peer that waits spins without a pause."""
+        self.write(self.key + ".error", "the start before")
+        self.assertTrue(q.try_lock(self.key))
+        self.assertFalse(os.path.exists(q.error_path(self.key)))
+        q.release_lock(self.key)
+        self.write(self.key + ".error", "the start before")
+        self.fake(preload_s=0.5)
+        thread = threading.Thread(target=self.client)
+        thread.start()
+        wait_until(lambda: os.path.exists(q.lock_path(self.key)))
+        child = self.peer_client()
+        self.assertLess(self.told(child)[1], 3)
+        thread.join(PATIENCE)
+        self.fake(exit=4, exit_after_s=0.3)
+        child.communicate()
+        q.stop_serve(self.key)
+        both: List[float] = []
+
+        def fail() -> None:
+            with contextlib.suppress(q.ServeExitedError):
+                self.client()
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        while thread.is_alive():
+            if os.path.exists(q.error_path(self.key)) and os.path.exists(q.lock_path(self.key)):
+                both.append(time.monotonic())
+            time.sleep(0.001)
+        self.assertLess(both[-1] - both[0] if both else 0, 0.5)  # milliseconds, on an idle machine
+
+
+# ==================================================================================================
+# Interrupts, odd errors
+# ==================================================================================================
+
+
+class InterruptedClientTest(Case):
+    """What a client leaves when it is interrupted between two steps."""
+
+    def test_a_signal_handler_may_close_a_client_that_is_resolving(self) -> None:
+        code = """
+import signal
+clients = []
+def leave(*_):
+    for resolver in clients:
+        resolver.cancel()
+    os.write(1, b"closed")
+    os._exit(0)
+signal.signal(signal.SIGTERM, leave)
+original = q.add_consumer
+def add_consumer(key, consumer_id):
+    original(key, consumer_id)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+q.add_consumer = add_consumer
+q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, _on_resolver=clients.append)
+"""
+        child = self.python(code)
+        out, err = child.communicate(timeout=PATIENCE)
+        self.assertEqual("closed", out, err)
+        self.assert_all_gone()
+
+    def test_a_start_that_is_cancelled_before_it_has_begun_is_called_off(self) -> None:
+        import asyncio
+
+        async def cancel_at_once() -> None:
+            path = self.fake(preload_s=1)
+            task = asyncio.ensure_future(q.create_qvac_async("managed", models=[MODEL], serve_bin_path=path))
+            await asyncio.sleep(0)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+
+        synthesize = q.synthesize_serve_config
+
+        def slowly(*args: Any) -> Any:
+            time.sleep(0.3)
+            return synthesize(*args)
+
+        with mock.patch.object(q, "synthesize_serve_config", slowly):
+            asyncio.run(cancel_at_once())
+            wait_until(lambda: not [t for t in threading.enumerate() if t.name == "qvac_managed start"])
+        self.assertEqual([], self.files())
+        self.assertEqual({}, self.processes())
+
+    def test_an_interrupt_right_after_the_lock_is_taken_leaves_no_lock(self) -> None:
+        taken = q.try_lock
+
+        def interrupted(key: str) -> bool:
+            taken(key)
+            raise KeyboardInterrupt
+
+        with mock.patch.object(q, "try_lock", interrupted), self.assertRaises(KeyboardInterrupt):
+            self.create()
+        self.assertEqual([], self.files())
+
+    def test_an_interrupt_while_the_guard_is_taken_frees_it(self) -> None:
+        interrupted = mock.Mock(add=mock.Mock(side_effect=KeyboardInterrupt))
+        with mock.patch.object(q, "_guard_fds", interrupted), self.assertRaises(KeyboardInterrupt):
+            q.guard().__enter__()
+        with q.guard(timeout=0.1):
+            pass
+
+    def test_a_progress_callback_that_fails_ends_the_start(self) -> None:
+        def fail(progress: Any) -> None:
+            if progress.elapsed_s > 0.5:
+                raise ZeroDivisionError
+
+        with self.assertRaises(ZeroDivisionError):
+            self.create(serve_bin_path=self.fake(preload_s=60), on_progress=fail)
+        self.assert_all_gone(5)
+
+    def test_a_failed_start_leaves_nobody_to_watch_the_parent(self) -> None:
+        with self.assertRaises(q.QvacManagedModeError):
+            self.create(serve_bin_path=self.fake(exit=3), close_on_parent_exit=True)
+        wait_until(lambda: not [t for t in threading.enumerate() if "parent" in t.name], 5)
+
+    def test_headers_of_the_wrong_shape_fail_before_anything_is_started(self) -> None:
+        with self.assertRaises((q.InvalidManagedModelError, ValueError, TypeError)):
+            self.create(headers="abc")
+        self.assertEqual([], self.files())
+        self.assertEqual({}, self.processes())
+
+
+class WrongErrorTest(Case):
+    def test_an_interpreter_that_is_gone_is_a_failed_spawn(self) -> None:
+        gone = mock.patch.object(sys, "executable", os.path.join(self.home, "gone"))
+        with gone, self.assertRaises(q.ServeSpawnFailedError) as caught:
+            self.create(serve_bin_path=self.fake())
+        self.assertIn("gone", str(caught.exception))
+        self.assertEqual([], self.files())
+
+    def test_a_report_that_comes_in_pieces_is_read_whole(self) -> None:
+        class Pieces(q.RunnerChannel):  # type: ignore[misc]
+            def read(self, timeout: float) -> Any:
+                data, ended = super().read(timeout)
+                if not hasattr(self, "waiting"):
+                    self.waiting = b""
+                self.waiting += data
+                piece, self.waiting = self.waiting[:10], self.waiting[10:]
+                return piece, ended and not piece
+
+        with mock.patch.object(q, "RunnerChannel", Pieces):
+            self.assertEqual("hi", self.create().chat("hi"))
+            with self.assertRaises(q.ServeExitedError):
+                self.create(serve_bin_path=self.fake(exit=3))
+
+    def test_an_error_file_of_any_content_is_an_error_of_ours(self) -> None:
+        lines = (
+            '{"error": "UnknownManagedModelError", "args": [[], 3]}', '{"error": "ServeExitedError", "args": 3}',
+            '{"error": "QvacManagedModeError"}', '{"error": "_Cancelled", "args": []}', "[1]", "",
+        )  # fmt: skip
+        for last in lines:
+            self.assertIsInstance(q._error_from_text(b"text\n" + last.encode()), q.QvacManagedModeError)
+
+    def test_options_of_the_wrong_shape_are_typed_errors(self) -> None:
+        wrong = ({"serve_bin_path": 3}, {"serve_bin_path": ""}, {"serve_bin_path": b"/x"}, {"headers": {"a": 1}})
+        for options in wrong:
+            with self.subTest(**options), self.assertRaises(q.InvalidManagedModelError):
+                self.create(**options)
+        for url in ("localhost:1", "ftp://x", 3):
+            with self.subTest(url=url), self.assertRaises(q.InvalidManagedModelError):
+                q.create_qvac(base_url=url)
+        self.assertFalse(os.path.exists(self.folder))
+
+    def test_the_key_of_one_serve_is_not_in_the_environment_of_the_next(self) -> None:
+        environ = q.create_qvac(api_key="secret").environ()
+        with mock.patch.dict(os.environ, environ):
+            self.assertNotIn("secret", q.runner_environ().values())
+        with mock.patch.dict(os.environ, {**environ, "OPENAI_API_KEY": "the user's own"}):
+            self.assertEqual("the user's own", q.runner_environ()["OPENAI_API_KEY"])
+
+    def test_a_path_may_hold_a_url(self) -> None:
+        base = "http://127.0.0.1:1/v1"
+        self.assertEqual(base + "/models?u=http://x/y", q._retarget("models?u=http://x/y", base))
+
+
+class LastingServeTest(Case):
+    def test_a_renamed_machine_is_the_same_machine(self) -> None:
+        client = self.create(serve_idle_timeout=3.0)
+        code = """
+q.host_name = lambda: "renamed"
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=3.0)
+print(client.pid, len(q.live_consumers(client.fleet_key)))
+"""
+        self.assertEqual("%d 2" % client.pid, self.run_python(code))
+
+    def test_a_restart_survives_the_loss_of_its_folder(self) -> None:
+        client = self.create()
+        (folder,) = [name for name in self.files() if name.endswith(".d")]
+        import shutil
+
+        shutil.rmtree(os.path.join(self.folder, folder))
+        pid = client.pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not q.process_alive(pid))
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(1, q.list_serves()[0].restarts)
+        client.close()
+        self.assert_all_gone()
+
+    def test_a_record_that_is_removed_as_soon_as_it_appears_is_no_failed_start(self) -> None:
+        removed = []
+        original = q._Resolver._attach_to_started
+
+        def attach(resolver: Any, *args: Any) -> Any:
+            os.unlink(q.record_path(resolver.key))
+            removed.append(1)
+            return original(resolver, *args)
+
+        with mock.patch.object(q._Resolver, "_attach_to_started", attach):
+            self.assertEqual("hi", self.create().chat("hi"))
+        self.assertEqual([1], removed)
+
+
+class LockOwnerTest(Case):
+    def test_a_thread_releases_its_own_lock_only(self) -> None:
+        key = "0123456789abcdef"
+        self.assertTrue(q.try_lock(key))
+        os.unlink(q.lock_path(key))
+        results: List[bool] = []
+        thread = threading.Thread(target=lambda: results.append(q.try_lock(key)))
+        thread.start()
+        thread.join()
+        self.assertEqual([True], results)
+        q.release_lock(key)
+        self.assertTrue(os.path.exists(q.lock_path(key)))
+
+
+class WindowsBankTest(Case):
+    """The functions for Windows, as far as they can be called elsewhere."""
+
+    NETSTAT = """
+Aktive Verbindungen
+  Proto  Lokale Adresse         Remoteadresse          Status           PID
+  TCP    127.0.0.1:8080         0.0.0.0:0              ABH\u00d6REN         4100
+  TCP    127.0.0.1:8080         127.0.0.1:50001        HERGESTELLT     4100
+  TCP    127.0.0.1:50001        127.0.0.1:8080         HERGESTELLT     9
+  TCP    127.0.0.1:8080         127.0.0.1:50002        WARTEND         0
+  TCP    [::1]:18080            [::]:0                 ABH\u00d6REN         9
+"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location("qvac_managed_windows", MODULE)
+        assert spec is not None and spec.loader is not None
+        self.bank: Any = importlib.util.module_from_spec(spec)
+        with mock.patch.object(sys, "platform", "win32"):
+            spec.loader.exec_module(self.bank)
+        self.bank._netstat = lambda: self.NETSTAT
+        self.bank._accepts_connections = lambda host, port: True
+
+    def test_who_listens_in_any_language_and_through_a_wrapper(self) -> None:
+        self.bank._parents = lambda: {4100: 4000, 4000: 1, 9: 8, 8: 9}
+        found = [self.bank.who_listens("127.0.0.1", port, pid) for port, pid in
+                 ((8080, 4100), (8080, 4000), (8080, 9), (18080, 4100), (8081, 4100))]  # fmt: skip
+        self.assertEqual([q.OURS, q.OURS, q.STRANGER, q.STRANGER, q.UNKNOWN], found)
+
+    def test_connections_in_any_language(self) -> None:
+        self.assertEqual((1, {"127.0.0.1:50002"}), self.bank.connections_to("127.0.0.1", 8080))
+
+    def test_a_runners_reports_come_line_by_line_and_its_end_last(self) -> None:
+        code = "import time; print('one', flush=True); time.sleep(0.3); print('two'); print('three')"
+        log = os.open(os.devnull, os.O_WRONLY)
+        self.addCleanup(os.close, log)
+        flags = {"CREATE_NO_WINDOW": 0, "CREATE_NEW_PROCESS_GROUP": 0}
+        with mock.patch.multiple(subprocess, create=True, **flags):
+            channel = self.bank.RunnerChannel([sys.executable, "-c", code], log)
+        self.assertEqual((b"one\n", False), channel.read(PATIENCE))
+        self.assertEqual((b"", False), channel.read(0.01))
+        heard = [channel.read(PATIENCE) for _ in range(4)]
+        self.assertEqual([(b"two\n", False), (b"three\n", False), (b"", True), (b"", True)], heard)
+        channel._child.wait()
+
+    def test_a_file_that_is_being_read_is_replaced_a_moment_later(self) -> None:
+        new, old = self.write("new", "new"), self.write("old", "old")
+        replace, tries = os.replace, [PermissionError, PermissionError]
+
+        def sometimes(source: str, target: str) -> None:
+            if tries:
+                raise tries.pop()
+            replace(source, target)
+
+        with mock.patch.object(os, "replace", sometimes):
+            self.bank.replace_file(new, old)
+        with open(old) as file:
+            self.assertEqual("new", file.read())
+        with self.assertRaises(FileNotFoundError):
+            self.bank.remove_file(new)
+
+
+class UnreadableLeftoverTest(Case):
+    def test_a_folder_that_cannot_be_read_does_not_prevent_starts(self) -> None:
+        self.write("0123456789abcdef.consumers/1.deadbeef", "")
+        folder = os.path.join(self.folder, "0123456789abcdef.consumers")
+        os.utime(folder, (0, 0))
+        listdir = os.listdir
+
+        def refusing(path: Any = ".") -> List[str]:
+            if path == folder:
+                raise PermissionError(13, "Permission denied")
+            return listdir(path)
+
+        with mock.patch.object(os, "listdir", refusing):
+            self.assertEqual("hi", self.create().chat("hi"))
+
+
+class LateComerTest(Case):
+    def test_who_comes_while_an_abandoned_start_is_being_called_off_gets_a_serve(self) -> None:
+        path = self.fake(preload_s=60, ignore_term=True)
+        holder = self.python(HOLDER, repr([MODEL]), path, "0.5")
+        wait_until(lambda: self.fake_events("start"))
+        holder.kill()
+        wait_until(lambda: self.fake_events("signal"))
+        self.fake()
+        self.assertEqual("hi", self.create(serve_bin_path=path).chat("hi"))
+
+    def test_an_abandoned_start_leaves_no_error(self) -> None:
+        holder = self.python(HOLDER, repr([MODEL]), self.fake(preload_s=60), "0.5")
+        wait_until(lambda: self.fake_events("start"))
+        holder.kill()
+        self.assert_all_gone()
+
+
+class StrangeStateTest(Case):
+    def test_a_stopped_guard_does_not_keep_the_runner(self) -> None:
+        client = self.create()
+        guards = [pid for pid, line in self.processes().items() if "qvac-guard" in line]
+        self.assertEqual(1, len(guards))
+        os.kill(guards[0], signal.SIGSTOP)
+        client.close()
+        wait_until(lambda: not q.process_alive(client.runner_pid), 8)
+
+    def test_a_record_that_says_that_a_stranger_is_restarting_its_serve(self) -> None:
+        with self.create() as client:
+            key = client.fleet_key
+        self.assert_all_gone()
+        stranger = subprocess.Popen(["sleep", "60"])
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        self.write(key + ".json", {
+            "fleetKey": key, "apiKey": "x", "servePid": stranger.pid, "runnerPid": stranger.pid, "port": 9,
+            "host": "127.0.0.1", "baseURL": "http://127.0.0.1:9/v1", "configPath": "",
+            "startedAt": "2026-01-01T00:00:00Z", "idleTimeoutMs": 1000,
+        })  # fmt: skip
+        client = self.create(serve_start_timeout=3)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertIsNone(stranger.poll())
+        client.close()
+
+
+# ==================================================================================================
+# The command line
+# ==================================================================================================
+
+
+MODULE_DIR = HERE
+AS_ROOT = POSIX and os.geteuid() == 0
+BYTECODE = tempfile.TemporaryDirectory(prefix="qvac-cli-test.")  # compiled once for all the commands
+
+
+def wait_for(condition, what, timeout=PATIENCE):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {what}")
+        time.sleep(0.02)
+
+
+class CommandLineCase(unittest.TestCase):
+    """Each test has a home of its own, and leaves no process behind."""
+
+    def setUp(self):
+        self.home = tempfile.mkdtemp(prefix="qvac-cli-test.")
+        self.registry = os.path.join(self.home, "serves")
+        self.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
+        self.addCleanup(self.end_everything)
+
+    def end_everything(self):
+        if self.left_behind():
+            self.run_here("stop", "--all")
+        wait_for(lambda: not self.processes(), "every process of this test has ended")
+
+    def processes(self):
+        """Pids whose environment names our home: runners, serves and what they started (Linux)."""
+        found = []
+        for name in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    if name.isdigit() and int(name) != os.getpid() and self.registry.encode() in file.read():
+                        found.append(int(name))
+        return found
+
+    def environment(self, extra=None):
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("QVAC_", "OPENAI_", "NO_COLOR", "PYTHON"))}
+        env.update(HOME=self.home, USERPROFILE=self.home, QVAC_MANAGED_DIR=self.registry)
+        env.update(PYTHONPATH=MODULE_DIR, PYTHONPYCACHEPREFIX=BYTECODE.name)
+        env.update(extra or {})
+        return {key: value for key, value in env.items() if value is not None}
+
+    def command(self, *args):
+        return [sys.executable, "-m", "qvac_managed", *args]
+
+    def run_here(self, *args):
+        """run_cli without a process: for what needs none of its own."""
+        out, err = io.StringIO(), io.StringIO()
+        with unittest.mock.patch.dict(os.environ, self.environment(), clear=True):
+            with unittest.mock.patch.multiple(sys, stdin=io.StringIO(), stdout=out, stderr=err):
+                code = q.main(list(args))
+        return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+    def run_cli(self, *args, input=None, env=None, timeout=60):
+        return subprocess.run(
+            self.command(*args), input=input, env=self.environment(env), cwd=self.home, timeout=timeout,
+            stdin=subprocess.DEVNULL if input is None else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+
+    def start_cli(self, *args, env=None, **options):
+        process = subprocess.Popen(
+            self.command(*args), env=self.environment(env), cwd=self.home, stdin=subprocess.DEVNULL,
+            stdout=options.pop("stdout", subprocess.PIPE), stderr=options.pop("stderr", subprocess.PIPE),
+            universal_newlines=True, **options,
+        )  # fmt: skip
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+    def assert_fails(self, code, fragment, *args, **options):
+        """One line on stderr that has FRAGMENT in it, nothing on stdout, this exit code."""
+        run = options.pop("run", self.run_cli)
+        done = run(*args, **options)
+        self.assertEqual(done.returncode, code, done)
+        self.assertEqual(done.stdout, "")
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn(fragment, done.stderr)
+        return done
+
+    def assert_done(self, *args, **options):
+        done = self.run_cli(*args, **options)
+        self.assertEqual(done.returncode, 0, done)
+        return done
+
+    def json_of(self, *args, **options):
+        return json.loads(self.assert_done(*args, **options).stdout)
+
+    def up(self, *args):
+        return self.json_of("up", "--echo", "--json", "--idle-timeout", "60", MODEL, *args)
+
+    def left_behind(self):
+        if not os.path.isdir(self.registry):
+            return []
+        return [name for name in os.listdir(self.registry) if not name.endswith((".log", ".guard"))]
+
+    def assert_nothing_left(self):
+        wait_for(lambda: not self.left_behind(), "the registry is empty")
+        wait_for(lambda: not self.processes(), "no process is left")
+
+    def script(self, name, text):
+        path = os.path.join(self.home, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write(textwrap.dedent(text))
+        os.chmod(path, 0o755)
+        return path
+
+
+class BadInputTest(CommandLineCase):
+    def test_usage_errors_are_one_line_and_exit_2(self):
+        cases = [
+            ("no command", []),
+            ("did you mean serve?", ["sreve", MODEL]),
+            ("no option '--frobnicate'", ["--frobnicate"]),
+            ("no option --idel-timeout; did you mean --idle-timeout", ["up", MODEL, "--idel-timeout", "4"]),
+            ("name a model", ["serve"]),
+            ("is no model", ["up", ""]),
+            ("is no model", ["up", "alias="]),
+            ("is no model", ["up", "=" + MODEL]),
+            ("write tiny=./tiny.gguf", ["up", "./tiny.gguf"]),
+            ("--port 0", ["up", MODEL, "--port", "0"]),
+            ("--port 65536", ["up", MODEL, "--port", "65536"]),
+            ("--port http", ["up", MODEL, "--port", "http"]),
+            ("--idle-timeout -1", ["up", MODEL, "--idle-timeout", "-1"]),
+            ("--idle-timeout nan", ["up", MODEL, "--idle-timeout", "nan"]),
+            ("--idle-timeout 5y", ["up", MODEL, "--idle-timeout", "5y"]),
+            ("--start-timeout never", ["up", MODEL, "--start-timeout", "never"]),
+            ("--ctx-size big", ["up", MODEL, "--ctx-size", "big"]),
+            ("--spec is not JSON", ["up", "--spec", "{"]),
+            ("--spec 7: No such file", ["up", "--spec", "7"]),
+            ("No such file", ["up", "--spec", "nowhere.json"]),
+            ("--set ctx_size: write it as KEY=VALUE", ["up", MODEL, "--set", "ctx_size"]),
+            ("are for a MODEL", ["up", "--spec", "[]", "--agent"]),
+            ("exclude each other", ["up", MODEL, "--echo", "--bin", "qvac"]),
+            ("ends with its owner", ["up", MODEL, "--echo", "--private"]),
+            ("after --", ["run", MODEL]),
+            ("after --", ["run", MODEL, "--"]),
+            ("name a serve", ["stop"]),
+            ("name a serve", ["logs"]),
+            ("too much", ["ps", "extra"]),
+            ("prompt is empty", ["chat", MODEL, ""]),
+            ("prompt is empty", ["chat", MODEL, "-"]),
+            ("not for a conversation", ["chat", MODEL, "--json"]),
+            ("for which shell", ["completion", "tcsh"]),
+            ("--shell tcsh", ["env", MODEL, "--shell", "tcsh"]),
+            ("--version ../x", ["install-cli", "--version", "../x"]),
+            ("expected one argument", ["logs", "x", "-n"]),
+        ]
+        for fragment, args in cases:
+            with self.subTest(args=args):
+                self.assert_fails(2, fragment, *args, run=self.run_here)
+        self.assert_fails(2, "no command")
+        self.assertFalse(os.path.exists(self.registry), "a usage error writes nothing")
+
+    def test_what_only_looking_at_the_world_shows_exits_1(self):
+        cases = [
+            (MODEL, ["up", "--echo", MODEL[:-1] + "x"]),  # the nearest name
+            (MODEL, ["up", "--echo", MODEL, MODEL]),  # twice
+            ("is a folder", ["up", "--echo", "mine=" + self.home]),
+            ("no such model file", ["up", "--echo", "mine=./none.gguf"]),
+            ("no model fits", ["models", "there-is-no-such-model"]),
+        ]
+        for fragment, args in cases:
+            with self.subTest(args=args):
+                self.assert_fails(1, fragment, *args)
+        self.assert_nothing_left()
+
+    def test_no_such_serve_exits_3(self):
+        for command in ("stop", "logs"):
+            self.assert_fails(3, "no serve 'nosuch'", command, "nosuch")
+
+    def test_command_that_cannot_run_starts_nothing(self):
+        self.script("plain", "text")
+        os.chmod(os.path.join(self.home, "plain"), 0o644)
+        self.assert_fails(127, "command not found", "run", "--echo", MODEL, "--", "no-such-command")
+        if POSIX:
+            self.assert_fails(126, "not executable", "run", "--echo", MODEL, "--", "./plain")
+            self.assert_fails(126, "a folder", "run", "--echo", MODEL, "--", self.home)
+        self.assertFalse(os.path.exists(self.registry))
+
+    def test_port_in_use(self):
+        with socket.socket() as rival:
+            rival.bind(("127.0.0.1", 0))
+            rival.listen()
+            port = str(rival.getsockname()[1])
+            self.assert_fails(1, port, "up", "--echo", MODEL, "--port", port)
+        self.assert_nothing_left()
+
+    def test_privileged_port(self):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", 81))
+                self.skipTest("port 81 is free for everyone here")
+            except OSError:
+                pass
+        self.assert_fails(1, "81", "up", "--echo", MODEL, "--port", "81")
+        self.assert_nothing_left()
+
+    def test_home_that_cannot_be_written(self):
+        not_a_folder = self.script("file", "")
+        env = {"HOME": not_a_folder, "USERPROFILE": not_a_folder, "QVAC_MANAGED_DIR": None}
+        self.assert_fails(1, not_a_folder, "up", "--echo", MODEL, env=env)
+        self.assertEqual(self.assert_done("ps", "--json", env=env).stdout.strip(), "[]")
+        if POSIX and not AS_ROOT:
+            os.mkdir(os.path.join(self.home, "locked"), 0o500)
+            env["HOME"] = os.path.join(self.home, "locked")
+            self.assert_fails(1, "locked", "up", "--echo", MODEL, env=env)
+
+    def test_no_home(self):
+        env = {"HOME": None, "USERPROFILE": None}
+        self.assert_done("up", "--echo", MODEL, env=env)
+        self.assert_done("ps", env=env)
+        self.assertIn(self.run_cli("doctor", env=env).returncode, (0, 1))
+
+    def test_reader_that_leaves_early(self):
+        process = self.start_cli("models")
+        self.assertTrue(process.stdout.readline())
+        process.stdout.close()
+        self.assertEqual(process.stderr.read(), "")
+        self.assertEqual(process.wait(), 0)
+
+    @unittest.skipUnless(POSIX, "a shell")
+    def test_stdout_closed_or_full(self):
+        line = subprocess.list2cmdline(self.command("models"))
+        closed = subprocess.run(["sh", "-c", line + " >&-"], env=self.environment(), stderr=subprocess.PIPE)
+        self.assertEqual((closed.returncode, closed.stderr), (0, b""))
+        if os.path.exists("/dev/full"):
+            full = subprocess.run(["sh", "-c", line + " >/dev/full"], env=self.environment(), stderr=subprocess.PIPE)
+            self.assertEqual(full.returncode, 1)
+            self.assertEqual(len(full.stderr.splitlines()), 1, full.stderr)
+
+    def test_locale_that_cannot_write_it(self):
+        for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+            done = self.assert_done("chat", "--echo", MODEL, "gr\u00fc\u00dfe \u2603", env=env)
+            self.assertNotIn("Traceback", done.stderr)
+            self.assert_fails(2, "is no model", "up", "\u2603=", env=env)
+
+
+class HelpTest(CommandLineCase):
+    def test_every_help_fits_a_screen_and_has_an_example(self):
+        with unittest.mock.patch.object(sys, "argv", ["/usr/bin/qvac-managed"]):
+            texts = {name: q._command_help(name) for name in q._COMMANDS}
+            texts[""] = q._overview()
+        for name, text in texts.items():
+            with self.subTest(command=name):
+                self.assertLessEqual(len(text.splitlines()), 24)
+                self.assertLessEqual(max(map(len, text.splitlines())), 80, text)
+                self.assertIn("qvac-managed " + name, text)
+                self.assertGreaterEqual(text.count("qvac-managed"), 2 if name else 1)
+
+    def test_help_in_its_forms(self):
+        overview = self.assert_done("--help").stdout
+        for name in q._COMMANDS:
+            self.assertRegex(overview, rf"(?m)^  {name} ")
+        self.assertEqual(self.assert_done("help", "ps").stdout, self.assert_done("ps", "-h").stdout)
+        self.assertEqual(self.assert_done("--version").stdout, f"qvac-managed {q.VERSION}\n")
+
+
+class UpTest(CommandLineCase):
+    KEYS = (
+        "fleet_key base_url host port pid runner_pid models reused private state consumers connections"
+        " uptime_s idle_timeout_s restarts rss_bytes started_at"
+    ).split()
+
+    def test_up_prints_the_url_and_returns(self):
+        done = self.assert_done("up", "--echo", MODEL)
+        self.assertRegex(done.stdout, r"^http://127\.0\.0\.1:\d+/v1\n$")
+        self.assertIn("started a serve", done.stderr)
+        again = self.assert_done("up", "--echo", MODEL)
+        self.assertEqual(again.stdout, done.stdout)
+        self.assertIn("attached", again.stderr)
+        self.assertEqual(self.assert_done("up", "--echo", "--quiet", MODEL).stderr, "")
+
+    def test_json_has_every_key(self):
+        first = self.up()
+        self.assertLessEqual(set(self.KEYS), set(first))
+        self.assertFalse(first["reused"])
+        self.assertEqual([m["id"] for m in first["models"]], [MODEL])
+        self.assertTrue(self.up()["reused"])
+        (listed,) = self.json_of("ps", "--json")
+        self.assertLessEqual(set(self.KEYS), set(listed))
+        self.assertEqual(listed["pid"], first["pid"])
+        self.assertNotIn("api_key", listed)
+
+    def test_a_later_up_lengthens_the_idle_timeout(self):
+        self.up()
+        self.assert_done("up", "--echo", MODEL, "--idle-timeout", "2h")
+        wait_for(lambda: self.json_of("ps", "--json")[0]["idle_timeout_s"] == 7200, "idle timeout 2h")
+        self.assert_done("up", "--echo", MODEL, "--idle-timeout", "never")
+        wait_for(lambda: self.json_of("ps", "--json")[0]["idle_timeout_s"] is None, "idle timeout never")
+        self.assert_done("stop", MODEL)
+        self.assert_nothing_left()
+
+    def test_up_ends_when_unused(self):
+        self.assert_done("up", "--echo", MODEL, "--idle-timeout", "1")
+        self.assert_nothing_left()
+
+    def test_models_in_every_form(self):
+        spec = json.dumps([{"name": MODEL, "config": {"ctx_size": 8192}}])
+        path = self.script("spec.json", spec)
+        gguf = self.script("own.gguf", "")
+        for args in (
+            ["alias=" + MODEL],
+            [MODEL, "--ctx-size", "4096"],
+            ["--spec", spec],
+            ["--spec", path],
+            ["mine=own.gguf"],
+            ["mine=" + gguf],
+        ):
+            with self.subTest(args=args):
+                self.assert_done("up", "--echo", "--idle-timeout", "0", *args)
+        keys = {self.json_of("explain", "--echo", "--json", "--spec", s)["fleet_key"] for s in (spec, path)}
+        keys.add(self.json_of("explain", "--echo", "--json", MODEL, "--set", "ctx_size=8192")["fleet_key"])
+        self.assertEqual(len(keys), 1)
+
+    def test_pinned_port_is_shared_by_what_names_it(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        first = self.up("--port", port)
+        self.assertEqual((first["port"], first["private"]), (int(port), False))
+        self.assertEqual(self.up("--port", port)["pid"], first["pid"])
+
+
+class ServeTest(CommandLineCase):
+    def start_serve(self, *args):
+        process = self.start_cli("serve", "--echo", "--idle-timeout", "0", MODEL, *args)
+        self.assertRegex(process.stdout.readline(), "^http")
+        return process
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_ctrl_c_detaches_and_exits_130(self):
+        process = self.start_serve()
+        self.assertEqual(self.json_of("ps", "--json")[0]["consumers"], 1)
+        process.send_signal(signal.SIGINT)
+        _out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 130)
+        self.assertEqual(err.splitlines()[-1], "qvac-managed: interrupted")
+        self.assert_nothing_left()
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_sigterm_is_a_clean_end(self):
+        process = self.start_serve("--private")
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 0)
+        self.assert_nothing_left()
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_ctrl_c_while_starting(self):
+        slow = self.script("slow-qvac", "#!/bin/sh\nexec sleep 60\n")
+        for command in ("serve", "up", "env"):
+            with self.subTest(command=command):
+                process = self.start_cli(command, "--bin", slow, MODEL)
+                wait_for(lambda: any(n.endswith(".lock") for n in self.left_behind()), "the start has begun")
+                time.sleep(0.3)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual((process.returncode, out, err), (130, "", "qvac-managed: interrupted\n"))
+                self.assert_nothing_left()
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_ctrl_c_at_any_moment_of_an_echo_start(self):
+        for delay in (0.0, 0.05, 0.1, 0.2, 0.3):
+            with self.subTest(delay=delay):
+                shutil.rmtree(self.registry, ignore_errors=True)
+                process = self.start_cli("serve", "--echo", "--idle-timeout", "0", MODEL)
+                wait_for(lambda: os.path.isdir(self.registry), "our code runs")
+                time.sleep(delay)
+                process.send_signal(signal.SIGINT)
+                _out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual(process.returncode, 130, err)
+                self.assertNotIn("Traceback", err)
+                self.assert_nothing_left()
+
+    def test_holder_repairs_what_was_killed(self):
+        process = self.start_serve()
+        old = self.json_of("ps", "--json")[0]["pid"]
+        os.kill(old, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+        def is_back():
+            serves = self.json_of("ps", "--json")
+            return serves and serves[0]["state"] == "ready" and serves[0]["pid"] != old
+
+        wait_for(is_back, "another serve is ready")
+        self.assertIsNone(process.poll())
+
+
+class RunTest(CommandLineCase):
+    def run_echo(self, *command, **options):
+        return self.run_cli("run", "--echo", "--idle-timeout", "0", MODEL, "--", *command, **options)
+
+    def python(self, text):
+        return [sys.executable, "-c", textwrap.dedent(text)]
+
+    def test_variables_and_output(self):
+        done = self.run_echo(*self.python("import os; print(*[n for n in os.environ if n[:6] in ('OPENAI', 'QVAC_B', 'QVAC_A')])"))
+        self.assertEqual(done.returncode, 0, done)
+        names = {"OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "QVAC_BASE_URL", "QVAC_API_KEY"}
+        self.assertLessEqual(names, set(done.stdout.split()))
+
+    def test_exit_code_is_the_commands(self):
+        self.assertEqual(self.run_echo(*self.python("import sys; sys.exit(7)")).returncode, 7)
+        if POSIX:
+            self.assertEqual(self.run_echo("sh", "-c", "kill -9 $$").returncode, 137)
+            self.assertEqual(self.run_echo("sh", "-c", "kill -15 $$").returncode, 143)
+        self.assert_nothing_left()
+
+    def test_stdin_is_the_commands(self):
+        done = self.run_echo(*self.python("import sys; print(sys.stdin.read().upper())"), input="abc")
+        self.assertEqual(done.stdout, "ABC\n")
+
+    def test_arguments_arrive_untouched(self):
+        words = ["--echo", "--", "-n", "", "a b", "--help"]
+        done = self.run_echo(*self.python("import sys; print(sys.argv[1:])"), *words)
+        self.assertEqual(done.stdout.strip(), repr(words))
+
+    def test_used_exactly_as_long_as_the_command_lives(self):
+        process = self.start_cli("run", "--echo", "--idle-timeout", "60", MODEL, "--", *self.python(
+            "import sys, time; print('up', flush=True); time.sleep(1.5)"))  # fmt: skip
+        self.assertEqual(process.stdout.readline(), "up\n")
+        self.assertEqual(self.json_of("ps", "--json")[0]["consumers"], 1)
+        ended = None
+        while process.poll() is None:
+            ended = time.monotonic()
+            time.sleep(0.01)
+        self.assertLess(time.monotonic() - ended, 0.5)
+        self.assertEqual(self.json_of("ps", "--json")[0]["consumers"], 0)
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_signals_are_passed_on_once(self):
+        program = """
+            import signal, sys, time
+            got = []
+            for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+                signal.signal(getattr(signal, name), lambda n, f: got.append(n))
+            print("up", flush=True)
+            while len(got) < 3:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            print(sorted(got))
+            sys.exit(9)
+        """
+        process = self.start_cli("run", "--echo", MODEL, "--", *self.python(program), start_new_session=True)
+        self.assertEqual(process.stdout.readline(), "up\n")
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            process.send_signal(signum)
+            time.sleep(0.1)
+        out, _err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(out.strip(), str(sorted([signal.SIGHUP.value, signal.SIGINT.value, signal.SIGTERM.value])))
+        self.assertEqual(process.returncode, 9)
+
+    def test_the_command_outlives_a_restart_of_the_serve(self):
+        program = """
+            import os, sys, time, urllib.request
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/models")
+            request.add_header("Authorization", "Bearer " + os.environ["OPENAI_API_KEY"])
+            print(opener.open(request).status, flush=True)
+            sys.stdin.readline()
+            for _ in range(200):
+                try:
+                    sys.exit(0 if opener.open(request).status == 200 else 1)
+                except OSError:
+                    time.sleep(0.1)
+            sys.exit(1)
+        """
+        process = self.start_cli("run", "--echo", MODEL, "--", *self.python(program))
+        self.assertEqual(process.stdout.readline(), "200\n")
+        os.kill(self.json_of("ps", "--json")[0]["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    @unittest.skipUnless(POSIX, "a terminal")
+    def test_the_command_has_the_terminal(self):
+        program = """
+            import os, signal, sys, time
+            def interrupted(number, frame):
+                os.write(1, b"interrupted")
+                os._exit(5)
+            signal.signal(signal.SIGINT, interrupted)
+            print("foreground", os.tcgetpgrp(0) == os.getpgrp(), "line", sys.stdin.readline(), flush=True)
+            time.sleep(30)
+        """
+        terminal = Terminal(self, "run", "--echo", "--idle-timeout", "0", MODEL, "--", *self.python(program))
+        terminal.type("typed\n")
+        terminal.expect("foreground True line typed")
+        terminal.type("\x03")
+        self.assertEqual(terminal.wait(), 5, terminal.text)
+        self.assertEqual(terminal.text.count("interrupted"), 1, terminal.text)
+        self.assert_nothing_left()
+
+    @unittest.skipUnless(POSIX, "a terminal")
+    def test_terminal_modes_come_back_when_the_command_is_killed(self):
+        import termios
+
+        terminal = Terminal(self, "run", "--echo", MODEL, "--", "sh", "-c", "stty -echo -icanon; kill -9 $$")
+        self.assertEqual(terminal.wait(), 137)
+        self.assertTrue(terminal.local_modes & termios.ECHO and terminal.local_modes & termios.ICANON)
+
+
+class Terminal:
+    """A command on a pseudo terminal of its own, as its session's leader."""
+
+    def __init__(self, case, *args, env=None, columns=80):
+        import pty
+        import struct
+        import termios
+        from fcntl import ioctl
+
+        self.pid, self.master = pty.fork()
+        if self.pid == 0:
+            os.chdir(case.home)
+            ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            os.execve(sys.executable, case.command(*args), case.environment(dict({"TERM": "xterm"}, **(env or {}))))
+        self.text, self.code = "", None
+        case.addCleanup(self.close)
+
+    def _read(self, timeout):
+        import select
+
+        if select.select([self.master], [], [], timeout)[0]:
+            self.text += os.read(self.master, 65536).decode("utf-8", "replace").replace("\r\n", "\n")
+
+    def expect(self, text):
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.text:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{text!r} did not come; this did: {self.text!r}")
+            self._read(0.2)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def wait(self):
+        import termios
+
+        deadline = time.monotonic() + PATIENCE
+        while self.code is None and time.monotonic() < deadline:
+            with contextlib.suppress(termios.error):
+                self.local_modes = termios.tcgetattr(self.master)[3]
+            with contextlib.suppress(OSError):
+                self._read(0.05)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        with contextlib.suppress(OSError):
+            self._read(0.05)
+        return self.code
+
+    def close(self):
+        if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.master)
+
+
+class EnvTest(CommandLineCase):
+    @unittest.skipUnless(POSIX, "a shell")
+    def test_eval_in_a_shell(self):
+        line = subprocess.list2cmdline(self.command("env", "--echo", MODEL))
+        script = f'eval "$({line})"; printf "%s %s" "$OPENAI_BASE_URL" "$QVAC_BASE_URL"; test -n "$OPENAI_API_KEY"'
+        done = subprocess.run(["sh", "-c", script], env=self.environment(), stdout=subprocess.PIPE)
+        self.assertEqual(done.returncode, 0)
+        self.assertRegex(done.stdout.decode(), r"^(http://127\.0\.0\.1:\d+/v1) \1$")
+
+    def test_json(self):
+        variables = self.json_of("env", "--echo", "--json", MODEL)
+        self.assertEqual(variables["OPENAI_BASE_URL"], variables["QVAC_BASE_URL"])
+        self.assertTrue(variables["OPENAI_API_KEY"])
+
+    def test_quoting(self):
+        assignment = q._assignment
+        self.assertEqual(assignment("sh", "A", "it's $x"), "export A='it'\\''s $x'")
+        self.assertEqual(assignment("fish", "A", "it's \\"), "set -gx A 'it\\'s \\\\'")
+        self.assertEqual(assignment("powershell", "A", "it's"), "$env:A = 'it''s'")
+        self.assertEqual(assignment("cmd", "A", "it's"), 'set "A=it\'s"')
+
+    def test_a_failed_env_prints_nothing_to_eval(self):
+        self.assert_fails(1, "no-such", "env", "--echo", "no-such-model-at-all")
+
+
+class PsTest(CommandLineCase):
+    def serve(self, **facts):
+        values = dict(
+            fleet_key="ff42c973b64d4f35", state="ready", models=[{"id": "qwen3.5-9b", "state": "ready"}], port=40123,
+            pid=12345, consumers=2, connections=1, uptime_s=4000.0, idle_timeout_s=300.0, time_left_s=None,
+            rss_bytes=6123456789, private=False,
+        )  # fmt: skip
+        values.update(facts)
+        return type("Serve", (), values)()
+
+    def test_table_fits_80_columns_and_grows(self):
+        many = [{"id": f"model-number-{i}", "state": "loading"} for i in range(9)]
+        serves = [
+            self.serve(),
+            self.serve(fleet_key="ff42c973b64d0000", state="restarting", models=many, time_left_s=252.0),
+            self.serve(fleet_key="ff42c973b64d4f35-priv-1234567-0a1b2c3d", state="dead", port=None, pid=None,
+                       rss_bytes=None, uptime_s=None, idle_timeout_s=None, models=[]),
+        ]  # fmt: skip
+        narrow, wide = (q._serve_lines(serves, width) for width in (80, 0))
+        self.assertLessEqual(max(map(len, narrow)), 80, "\n".join(narrow))
+        heading = ["KEY", "STATE", "MODELS", "PORT", "USERS", "UP", "IDLE/LEFT", "MEM"]
+        self.assertEqual(narrow[0].split(), heading)
+        self.assertIn("ff42c973b64d4f35-priv-1234567-0a1b2c3d", wide[3])
+        self.assertIn("model-number-8(loading)", wide[2])
+        self.assertIn("5m/4m12s", narrow[2])
+        self.assertIn("never", narrow[3])
+        column = narrow[0].index("STATE")
+        self.assertEqual([line[column:].split()[0] for line in narrow[1:]], ["ready", "restarting", "dead"])
+
+    def test_short_keys_can_be_typed(self):
+        keys = ["ff42c973b64d4f35", "ff42c973b64d0000", "0123456789abcdef", "ff42c973b64d4f35-priv-77-0a1b2c3d"]
+        aliases = {key: [] for key in keys}
+        for key in keys:
+            short = q._short_key(key, keys)
+            self.assertLess(len(short), 17)
+            self.assertEqual(q._one_key(short, aliases), key)
+
+    def test_ambiguous_key(self):
+        aliases = {"ff42c973b64d4f35": ["a"], "ff42c973b64d0000": ["a"]}
+        for text in ("ff42", "a"):
+            with self.assertRaisesRegex(q._CommandError, "could be any of"):
+                q._one_key(text, aliases)
+
+    def test_nothing_runs(self):
+        done = self.assert_done("ps")
+        self.assertEqual(done.stdout, "")
+        self.assertIn("no serve is running", done.stderr)
+        self.assertEqual(self.json_of("ps", "--json"), [])
+
+    @unittest.skipUnless(POSIX, "a terminal")
+    def test_watch_on_a_terminal(self):
+        self.up()
+        terminal = Terminal(self, "ps", "--watch")
+        terminal.expect("\033[H")
+        terminal.expect("ready")
+        terminal.type("\x03")
+        self.assertEqual(terminal.wait(), 130)
+
+    @unittest.skipUnless(POSIX, "a terminal")
+    def test_colour_on_a_terminal_only(self):
+        self.up()
+        self.assertNotIn("\033", self.assert_done("ps").stdout)
+        for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+            terminal = Terminal(self, "ps", env=env)
+            self.assertEqual(terminal.wait(), 0)
+            self.assertEqual("\033[32m" in terminal.text, coloured, (env, terminal.text))
+
+
+class StopCommandTest(CommandLineCase):
+    def test_by_key_prefix_and_model(self):
+        for name in ("key", "prefix", "model"):
+            with self.subTest(by=name):
+                key = self.up()["fleet_key"]
+                done = self.assert_done("stop", {"key": key, "prefix": key[:6], "model": MODEL}[name])
+                self.assertEqual(done.stdout, f"stopped {key}\n")
+                self.assertEqual(self.json_of("ps", "--json"), [])
+
+    def test_all(self):
+        self.up()
+        self.up("--ctx-size", "4096")
+        stopped = self.json_of("stop", "--all", "--json")
+        self.assertEqual([item["stopped"] for item in stopped], [True, True])
+        self.assert_nothing_left()
+        self.assertEqual(self.assert_done("stop", "--all").stdout, "")
+
+    def test_the_others_are_stopped_when_one_is_unknown(self):
+        key = self.up()["fleet_key"]
+        done = self.run_cli("stop", "nosuch", key)
+        self.assertEqual((done.returncode, done.stdout), (3, f"stopped {key}\n"))
+        self.assertIn("no serve 'nosuch'", done.stderr)
+
+
+class LogsTest(CommandLineCase):
+    def log_of(self, key):
+        return os.path.join(self.registry, key + ".log")
+
+    def test_last_lines(self):
+        key = self.up()["fleet_key"]
+        with open(self.log_of(key), "a") as file:
+            file.write("".join(f"line {i}\n" for i in range(300)))
+        self.assertEqual(self.assert_done("logs", "-n", "2", MODEL).stdout, "line 298\nline 299\n")
+        self.assertEqual(len(self.assert_done("logs", key[:8]).stdout.splitlines()), 100)
+        self.assertEqual(self.assert_done("logs", "-n", "0", key).stdout, "")
+
+    def test_a_log_outlives_its_serve(self):
+        key = self.up()["fleet_key"]
+        self.assert_done("stop", key)
+        for word in (key, key[:8], MODEL):
+            self.assert_done("logs", word)
+
+    def test_a_failed_start_can_be_looked_up(self):
+        broken = self.script("broken-qvac", "#!/bin/sh\necho one; echo two; echo three >&2; exit 4\n")
+        done = self.assert_fails(1, "exit code 4. Its last words: three", "up", "--bin", broken, MODEL)
+        key = re.search("logs ([0-9a-f]{16})", done.stderr).group(1)
+        self.assertIn("one\ntwo\nthree\n", self.assert_done("logs", key).stdout)
+        self.assert_nothing_left()
+
+    def test_follow_goes_on_in_a_log_that_its_runner_cut(self):
+        path, out = os.path.join(self.home, "log"), io.StringIO()
+        lines = [f"line {i}\n" for i in range(3000)]
+        with open(path, "w") as file:
+            file.writelines(lines[:2000])
+        with unittest.mock.patch.object(sys, "stdout", out):
+            reader = q._LogReader(path)
+            reader.copy_last_lines(1)
+            with open(path, "r+") as file:
+                file.truncate(0)
+                reader.copy_growth()
+                file.writelines(lines[1000:2001])
+            reader.copy_growth()
+            with open(path, "a") as file:
+                file.writelines(lines[2001:])
+            reader.copy_growth()
+        self.assertEqual(out.getvalue(), "".join(lines[1999:]))
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_follow_survives_cutting_and_replacing(self):
+        key = self.up()["fleet_key"]
+        self.assert_done("stop", key)
+        path = self.log_of(key)
+        process = self.start_cli("logs", "-f", "-n", "0", key)
+        time.sleep(0.6)
+        for number, text in enumerate(["one\n" * 9, "two\n" * 3, "three\n"]):
+            if number == 2:
+                os.rename(path, path + ".old.log")
+            with open(path, "w") as file:  # shorter each time: cut, or another file
+                file.write(text)
+            time.sleep(0.6)
+        process.send_signal(signal.SIGINT)
+        out, _err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(out, "one\n" * 9 + "two\n" * 3 + "three\n")
+        self.assertEqual(process.returncode, 130)
+
+
+class ModelsTest(CommandLineCase):
+    def test_catalog_ids_come_first(self):
+        lines = self.assert_done("models").stdout.splitlines()
+        self.assertEqual(lines[0].split(), ["NAME", "ENDPOINT", "SIZE", "PARAMS", "QUANT"])
+        ids = [entry.id for entry in q.QVAC_CATALOG]
+        self.assertEqual([line.split()[0] for line in lines[1 : 1 + len(ids)]], ids)
+        self.assertEqual(len(lines), 1 + len(ids) + len(q.all_models()))
+
+    def test_pattern_endpoint_and_json(self):
+        rows = self.json_of("models", "--json", MODEL)
+        self.assertEqual(rows[0]["name"], MODEL)
+        self.assertEqual(
+            set(rows[0]), {"name", "catalog_id", "constant", "endpoint", "size_bytes", "params", "quantization"}
+        )
+        self.assertTrue(all(MODEL in row["name"].lower() for row in rows))
+        endpoint = rows[0]["endpoint"]
+        chosen = self.json_of("models", "--json", "--endpoint", endpoint, "*Q4*")
+        self.assertTrue(chosen and all(row["endpoint"] == endpoint for row in chosen))
+        self.assertTrue(all("Q4" in row["constant"].upper() for row in chosen))
+
+
+class ChatTest(CommandLineCase):
+    def chat(self, *args, **options):
+        return self.assert_done("chat", "--echo", "--quiet", "--idle-timeout", "60", *args, **options)
+
+    def test_one_answer(self):
+        self.assertIn("hello there", self.chat(MODEL, "hello there").stdout)
+        self.assertIn("hello there", self.chat(MODEL, "hello", "there", "--system", "Be brief").stdout)
+        self.assertIn("from a pipe", self.chat(MODEL, "-", input="from a pipe\n").stdout)
+        self.assertIn("hello", self.chat("--spec", json.dumps({"name": MODEL}), "hello").stdout)
+
+    def test_stats_and_json(self):
+        done = self.chat(MODEL, "one two three", "--stats")
+        self.assertRegex(done.stderr, r"^\d+ tokens, the first after [\d.]+ s, [\d.-]+ tokens/s\n$")
+        answer = json.loads(self.chat(MODEL, "one two three", "--json").stdout)
+        self.assertEqual(set(answer), {"content", "tokens", "first_token_s", "tokens_per_s"})
+        self.assertIn("one two three", answer["content"])
+
+    def test_conversation(self):
+        done = self.chat(MODEL, input="first\n\nsecond\n/bye\nnever said\n")
+        self.assertEqual(len(done.stdout.splitlines()), 2, done.stdout)
+        self.assertIn("second", done.stdout)
+        self.assertNotIn("never", done.stdout)
+        self.assertIn("first", self.chat(MODEL, input="first\n").stdout)  # ends with its input
+
+    def test_history_is_sent_along(self):
+        seen = []
+
+        class Client:
+            def stream_chat(self, messages):
+                seen.append([dict(message) for message in messages])
+                return (piece for piece in ["an", "swer"])
+
+        args = type("Args", (), {"quiet": True, "json": False, "stats": False})()
+        stdin, stdout = io.StringIO("a\nb\n/clear\nc\n"), io.StringIO()
+        with unittest.mock.patch.multiple(sys, stdin=stdin, stdout=stdout):
+            q._converse(args, Client(), [{"role": "system", "content": "s"}])
+        self.assertEqual([[m["content"] for m in turn] for turn in seen],
+                         [["s", "a"], ["s", "a", "answer", "b"], ["s", "c"]])  # fmt: skip
+
+    @unittest.skipUnless(POSIX, "a terminal")
+    def test_conversation_on_a_terminal(self):
+        terminal = Terminal(self, "chat", "--echo", "--idle-timeout", "0", MODEL)
+        terminal.expect(">>> ")
+        terminal.type("good morning\n")
+        wait_for(lambda: terminal.text.count(">>> ") == 2 or terminal._read(0.1), "the second prompt")
+        self.assertEqual(terminal.text.count("good morning\n"), 2)  # typed, and echoed
+        terminal.type("\x04")
+        self.assertEqual(terminal.wait(), 0)
+
+
+class ExplainTest(CommandLineCase):
+    def test_names_what_differs(self):
+        other = self.up("--ctx-size", "4096")
+        told = self.json_of("explain", "--echo", "--json", MODEL, "--ctx-size", "8192", "--set", "tools=true")
+        self.assertIsNone(told["running"])
+        (running,) = told["others"]
+        self.assertEqual(running["fleet_key"], other["fleet_key"])
+        differences = {d["field"]: (d["wanted"], d["running"]) for d in running["differences"]}
+        self.assertEqual(differences, {
+            f"models.{MODEL}.config.ctx_size": (8192, 4096),
+            f"models.{MODEL}.config.tools": (True, "(not set)"),
+        })  # fmt: skip
+        text = self.assert_done("explain", "--echo", MODEL, "--ctx-size", "8192").stdout
+        self.assertRegex(text, rf"models\.{re.escape(MODEL)}\.config\.ctx_size +8192 +4096")
+
+    def test_the_serve_that_has_the_key(self):
+        up = self.up()
+        told = self.json_of("explain", "--echo", "--json", MODEL)
+        self.assertEqual((told["fleet_key"], told["running"]["pid"]), (up["fleet_key"], up["pid"]))
+        self.assertEqual(told["others"], [])
+        real = self.json_of("explain", "--json", MODEL)["others"][0]
+        self.assertEqual([d["field"] for d in real["differences"]], ["serve_bin_path"])
+        pinned = self.json_of("explain", "--echo", "--json", MODEL, "--port", "4321", "--host", "127.0.0.2")
+        self.assertEqual([d["field"] for d in pinned["others"][0]["differences"]], ["host", "serve_port"])
+
+    def test_starts_and_writes_nothing(self):
+        self.assert_done("explain", "--echo", MODEL)
+        self.assertFalse(os.path.exists(self.registry))
+
+
+@unittest.skipUnless(POSIX, "file modes")
+class DoctorTest(CommandLineCase):
+    def findings(self, *args):
+        done = self.run_cli("doctor", "--json", *args)
+        self.assertIn(done.returncode, (0, 1), done)
+        return {item["check"]: item for item in json.loads(done.stdout)}
+
+    def test_shape(self):
+        findings = self.findings()
+        self.assertEqual(set(findings), {"module", "python", "node", "qvac", "folder", "serves", "disk", "loopback", "proxy"})
+        for item in findings.values():
+            self.assertIn(item["status"], ("ok", "warn", "fail"))
+            self.assertTrue(item["status"] == "ok" or item["todo"], item)
+
+    def test_changes_nothing_without_fix(self):
+        key = self.up()["fleet_key"]
+        self.assert_done("stop", key)
+        os.chmod(self.registry, 0o755)
+        log = os.path.join(self.registry, key + ".log")
+        os.chmod(log, 0o644)
+        self.assertEqual(self.findings()["folder"]["status"], "warn")
+        self.assertEqual(stat.S_IMODE(os.stat(self.registry).st_mode), 0o755)
+        self.findings("--fix")
+        self.assertEqual(stat.S_IMODE(os.stat(self.registry).st_mode), 0o700)
+        self.assertEqual(stat.S_IMODE(os.stat(log).st_mode), 0o600)
+
+    def test_what_is_missing_is_said(self):
+        findings = self.findings()
+        empty = os.path.join(self.home, "empty")
+        os.mkdir(empty)
+        done = self.run_cli("doctor", env={"PATH": empty})
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"(?m)^fail  node .*not on PATH\n +-> install Node.js")
+        self.assertRegex(done.stdout, r"(?m)^fail  qvac .*\n +-> .*install-cli")
+        self.assertEqual(findings["proxy"]["status"], "ok")
+
+    def test_proxy(self):
+        done = self.run_cli("doctor", env={"http_proxy": "http://proxy.example:3128", "no_proxy": None, "NO_PROXY": None})
+        self.assertRegex(done.stdout, r"(?m)^warn  proxy .*\n +-> export NO_PROXY=127")
+
+
+@unittest.skipUnless(POSIX, "shell scripts stand in for npm and node")
+class InstallCliTest(CommandLineCase):
+    NPM = """\
+        #!/bin/sh
+        echo "fetching $*" >&2
+        while [ $# -gt 1 ]; do [ "$1" = --prefix ] && prefix=$2; shift; done
+        mkdir -p "$prefix/node_modules/.bin"
+        printf '#!/bin/sh\\necho %s\\n' "{version}" > "$prefix/node_modules/.bin/qvac"
+        chmod +x "$prefix/node_modules/.bin/qvac"
+    """
+    BROKEN_NPM = """\
+        #!/bin/sh
+        while [ $# -gt 1 ]; do
+            [ "$1" = --prefix ] && mkdir -p "$2/node_modules/half"
+            [ "$1" = --logs-dir ] && mkdir -p "$2" && {
+                echo "12 error code E404"; echo "13 error 404 Not Found - @qvac/cli"
+            } > "$2/x-debug-0.log"
+            shift
+        done
+        exit 1
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.script("bin/node", "#!/bin/sh\necho v22.1.0\n")
+        self.script("bin/npm", self.NPM.format(version="0.13.1"))
+        self.env = {"PATH": os.path.join(self.home, "bin") + ":/usr/bin:/bin"}
+
+    def install(self, *args):
+        return self.run_cli("install-cli", *args, env=self.env)
+
+    def left(self):
+        folder = os.path.join(self.home, ".qvac")
+        return os.listdir(folder) if os.path.isdir(folder) else []
+
+    def test_installs_and_replaces(self):
+        done = self.install()
+        self.assertEqual(done.stdout, "qvac 0.13.1 is in {}\n".format(os.path.join(self.home, ".qvac", "cli")))
+        self.assertIn("fetching", done.stderr)  # npm's own words
+        self.script("bin/npm", self.NPM.format(version="0.14.0"))
+        self.assertEqual(json.loads(self.install("--json", "--version", "0.14.0").stdout)["version"], "0.14.0")
+        self.assertEqual(self.left(), ["cli"])
+        self.assertEqual(qvac_managed_cli(self), "0.14.0")
+
+    def test_npm_fails(self):
+        self.install()
+        self.script("bin/npm", self.BROKEN_NPM)
+        self.assert_fails(1, "404 Not Found - @qvac/cli", "install-cli", env=self.env)
+        self.assertEqual(self.left(), ["cli"])  # the old one, whole
+        self.assertEqual(qvac_managed_cli(self), "0.13.1")
+
+    def test_half_an_installation_is_none(self):
+        self.script("bin/npm", "#!/bin/sh\nexit 0\n")
+        self.assert_fails(1, "no qvac command in it", "install-cli", env=self.env)
+        self.script("bin/npm", self.NPM.replace("echo %s", "exit 3 #%s").format(version="x"))
+        done = self.install()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("failed with 3", done.stderr)
+        self.assertEqual(self.left(), [])
+
+    def test_node_missing_or_old(self):
+        self.script("bin/node", "#!/bin/sh\necho v18.20.0\n")
+        self.assert_fails(1, "v18.20.0 is too old; install Node.js 20", "install-cli", env=self.env)
+        self.env["PATH"] = os.path.join(self.home, "nowhere")
+        self.assert_fails(1, "Node.js is not on PATH", "install-cli", env=self.env)
+        self.script("only-node/node", "#!/bin/sh\necho v20.0.0\n")
+        self.env["PATH"] = os.path.join(self.home, "only-node") + ":/bin"
+        if not shutil.which("npm", path="/bin"):
+            self.assert_fails(1, "npm is not on PATH", "install-cli", env=self.env)
+
+    def test_interrupted(self):
+        self.script("bin/npm", '#!/bin/sh\necho begun >&2\nexec sleep 60\n')
+        process = self.start_cli("install-cli", env=self.env)
+        self.assertEqual(process.stderr.readline(), "begun\n")
+        process.send_signal(signal.SIGINT)
+        _out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, err), (130, "qvac-managed: interrupted\n"))
+        self.assertEqual(self.left(), [])
+
+
+def qvac_managed_cli(case):
+    """The version of the CLI that a start would find in this home."""
+    argv = subprocess.run(
+        [sys.executable, "-c", "import qvac_managed as q; print(*q.find_cli(), sep='\\n')"],
+        env=case.environment(case.env), cwd=case.home, stdout=subprocess.PIPE, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    return subprocess.run([*argv, "--version"], stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+class ProgressTest(CommandLineCase):
+    def progress(self, phase, elapsed, done=None, total=None):
+        return type("Progress", (), dict(phase=phase, elapsed_s=elapsed, bytes_done=done, bytes_total=total))()
+
+    def test_line_of_a_download(self):
+        line = q._ProgressLine(quiet=False)
+        for second in range(10):
+            now = self.progress("downloading", second, second * 10 * 10**6, 400 * 10**6)
+            line._sample(now)
+            text = line._text(now, 79)
+        self.assertLessEqual(len(text), 79)
+        for part in ("downloading", "9s", "22%", "90 MB of 400 MB", "10 MB/s", "31s left"):
+            self.assertIn(part, text)
+        unknown = self.progress("downloading", 10, 95 * 10**6)
+        self.assertIn("95 MB  10 MB/s", line._text(unknown, 79))
+
+    def test_plain_lines_every_ten_seconds(self):
+        for quiet, expected in ((False, 3), (True, 0)):
+            stderr = io.StringIO()
+            with unittest.mock.patch.object(sys, "stderr", stderr):
+                line = q._ProgressLine(quiet)
+                for tenth in range(350):
+                    line(self.progress("loading", tenth / 10))
+                line.clear()
+            self.assertEqual(len(stderr.getvalue().splitlines()), expected, stderr.getvalue())
+
+    def test_units(self):
+        self.assertEqual([q._size(n) for n in (None, 0, 999, 1500, 9.96e6, 5.68e9, 3e13)],
+                         ["-", "0 B", "999 B", "2 kB", "10.0 MB", "5.7 GB", "30.0 TB"])  # fmt: skip
+        self.assertEqual([q._span(n) for n in (None, 0.4, 59, 60, 252, 7500, 273600)],
+                         ["-", "0s", "59s", "1m", "4m12s", "2h05m", "3d04h"])  # fmt: skip
+
+
+class DemoTest(CommandLineCase):
+    def test_whole_life_in_a_few_seconds(self):
+        began = time.monotonic()
+        done = self.assert_done("demo", env={"TMPDIR": self.home, "TEMP": self.home})
+        self.assertLess(time.monotonic() - began, 15)
+        for part in ("a serve runs at", "second process", "killed", "last user", "is gone"):
+            self.assertIn(part, done.stdout)
+        self.assertEqual(done.stderr, "")
+        self.assertEqual(os.listdir(self.home), [])
+
+
+class CompletionTest(CommandLineCase):
+    def complete(self, *words):
+        return self.assert_done("__complete", *words).stdout.split()
+
+    def test_commands_flags_models_keys(self):
+        self.assertEqual(self.complete("s"), ["serve", "stop"])
+        self.assertIn("--idle-timeout", self.complete("up", "--id"))
+        self.assertIn(MODEL, self.complete("up", MODEL[:3]))
+        self.assertIn("mine=" + MODEL, self.complete("up", "mine=" + MODEL[:3]))
+        self.assertEqual(self.complete("env", "--shell", "f"), ["fish"])
+        self.assertEqual(self.complete("run", MODEL, "--", "l"), [])
+        key = self.up()["fleet_key"]
+        self.assertEqual(self.complete("stop", key[:3]), [key])
+        self.assertIn(MODEL, self.complete("logs", ""))
+
+    @unittest.skipUnless(shutil.which("bash"), "bash")
+    def test_in_bash(self):
+        self.script("bin/qvac-managed", "#!/bin/sh\nexec {} \"$@\"\n".format(subprocess.list2cmdline(self.command())))
+        script = """
+            eval "$(qvac-managed completion bash)"
+            try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _qvac_managed; echo "${COMPREPLY[*]}"; }
+            try qvac-managed do
+            try qvac-managed up MODEL
+            try qvac-managed up mine = MODEL
+            try qvac-managed up mine =
+        """.replace("MODEL", MODEL[:6])
+        env = self.environment({"PATH": os.path.join(self.home, "bin") + os.pathsep + os.environ["PATH"]})
+        done = subprocess.run(["bash", "-c", script], env=env, stdout=subprocess.PIPE, text=True)
+        lines = done.stdout.splitlines()
+        self.assertEqual(lines[0], "doctor")
+        self.assertIn(MODEL, lines[1].split())
+        self.assertIn(MODEL, lines[2].split())
+        self.assertIn(MODEL, lines[3].split())
+
+
+# ==================================================================================================
+# The README
+# ==================================================================================================
+
+
+def readme_blocks() -> List[Any]:
+    """`(heading, language, remark, text)` of every fenced block of the README."""
+    blocks, heading, lines = [], "", []  # type: List[Any], str, List[str]
+    opening = None
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("```") and opening is None:
+                opening, lines = line[3:].strip().partition(" "), []
+            elif line.startswith("```"):
+                blocks.append((heading, opening[0], opening[2], "".join(lines)))
+                opening = None
+            elif opening is not None:
+                lines.append(line)
+            elif line.startswith("#"):
+                heading = line.strip("# \n")
+    return blocks
+
+
+class ReadmeTest(Case):
+    """Every block of the README runs, in an empty folder with an empty HOME.
+
+    `qvac` is the echo serve there, so that blocks which name a real model run as they stand. A block in need
+    of a package or a program that is not there is skipped, and the number of skipped ones is printed.
+    """
+
+    WEIGHT = 3
+    SKIPPED_PROGRAMS = ("pip", "npm", "aider", "opencode", "llm", "curl", "fish", "python test_qvac_managed.py")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.work = os.path.join(self.home, "work")
+        binaries = os.path.join(self.home, "bin")
+        os.makedirs(self.work)
+        os.makedirs(binaries)
+        for name, command in {
+            "python": '"%s" "$@"' % sys.executable,
+            "qvac-managed": '"%s" "%s" "$@"' % (sys.executable, MODULE),
+            "qvac": '"%s" -I -S "%s" --reexecuted echo "$@"' % (sys.executable, MODULE),
+        }.items():
+            path = os.path.join(binaries, name)
+            with open(path, "w") as file:
+                file.write("#!/bin/sh\nexec %s\n" % command)
+            os.chmod(path, 0o755)
+        os.symlink(MODULE, os.path.join(self.work, "qvac_managed.py"))
+        with open(os.path.join(self.work, "model.gguf"), "w") as file:
+            file.write("not read by the echo serve")
+        os.environ["PATH"] = binaries + os.pathsep + os.environ["PATH"]
+        os.environ["PYTHONPATH"] = HERE
+
+    def run_block(self, language: str, text: str) -> Any:
+        command = [sys.executable, "-c", text] if language == "python" else ["bash", "-e", "-o", "pipefail", "-c", text]
+        done = subprocess.run(command, cwd=self.work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=60)  # fmt: skip
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+
+    def test_python_blocks(self) -> None:
+        self.check("python")
+
+    def test_shell_blocks(self) -> None:
+        self.check("bash")
+
+    def check(self, language: str) -> None:
+        ran = 0
+        for heading, found, remark, text in readme_blocks():
+            if found != language:
+                continue
+            with self.subTest(heading=heading, text=text):
+                missing = self.missing(text)
+                if missing:
+                    print("README, %s: a block needs %s" % (heading, missing))
+                    continue
+                code, out = self.run_block(language, text.replace("/models/my-model.gguf", self.work + "/model.gguf"))
+                self.assertEqual(0, code, out)
+                self.run_block("bash", "python qvac_managed.py stop --all")
+                ran += 1
+        self.assertGreaterEqual(ran, 2)
+
+    def missing(self, text: str) -> str:
+        import importlib.util
+
+        for line in text.splitlines():
+            words = line.split()
+            if words[:1] and words[0] in ("import", "from"):
+                package = words[1].split(".")[0]
+                if importlib.util.find_spec(package) is None:
+                    return package
+            for program in self.SKIPPED_PROGRAMS:
+                if line.startswith(program + " ") or " -- %s " % program in line or line == program:
+                    return program
+        return ""
+
+    def test_languages_are_known(self) -> None:
+        for heading, language, _, text in readme_blocks():
+            self.assertIn(language, ("python", "bash", "text", "json", "toml"), (heading, text))
+
+
+# ==================================================================================================
+# The real CLI, and the provider
+# ==================================================================================================
+
+
+GGUF = os.environ.get("QVAC_TEST_GGUF") or os.path.join(os.path.dirname(HERE), "shared", "real-qvac", "tiny.gguf")
+CATALOG_MODEL: Any = {"name": MODEL, "preload": False}  # needs no download: it is loaded by the first request
+
+
+@unittest.skipUnless(REAL, "the real CLI: set QVAC_TEST_REAL")
+class RealCase(Case):
+    """Starts the CLI in $QVAC_TEST_REAL; its model is a tiny one that the engine loads in a moment."""
+
+    WEIGHT = 10
+    LONG = 60.0  # seconds for what takes the CLI two to five
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.environ["PATH"] = os.path.abspath(REAL) + os.pathsep + os.environ["PATH"]
+
+    def tiny(self, **changes: Any) -> List[Dict[str, Any]]:
+        if not os.path.exists(GGUF):
+            self.skipTest("a tiny model for the real CLI: set QVAC_TEST_GGUF")
+        return [{"name": "tiny", "src": os.path.abspath(GGUF), "config": {"ctx_size": 512, "device": "cpu"}, **changes}]
+
+    def real(self, models: Any, **options: Any) -> q.ManagedQvac:
+        return self.create(models, **{"serve_bin_path": None, "serve_start_timeout": self.LONG, **options})
+
+    def named(self, name: str) -> List[int]:
+        """Pids of this test's processes whose program has that name."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError), open("/proc/%d/comm" % pid) as file:
+                if file.read().strip() == name:
+                    found.append(pid)
+        return found
+
+    def serves(self) -> List[int]:
+        return [pid for pid, command in self.processes().items() if " serve --openai" in command and "node" in command]
+
+    def holder(self, models: Any) -> subprocess.Popen[str]:
+        return self.python(HOLDER.replace("30.0", str(self.LONG)), repr(models), "", str(self.IDLE))
+
+    @staticmethod
+    def told(child: subprocess.Popen[str]) -> Any:
+        """What a HOLDER says: pid, port, reused, runner pid."""
+        assert child.stdout is not None
+        words = child.stdout.readline().split()
+        if len(words) != 4:
+            raise AssertionError("the client failed: %s" % (child.stderr.read() if child.stderr else ""))
+        return int(words[0]), int(words[1]), words[2] == "True", int(words[3])
+
+
+class RealShareTest(RealCase):
+    def test_two_processes_share_one_serve_and_leave_nothing(self) -> None:
+        code = """
+client = q.create_qvac("managed", models=eval(sys.argv[1]), serve_idle_timeout=1.0, serve_start_timeout=60.0)
+pieces = list(client.stream_chat("hello", max_tokens=8))
+print(client.pid, len(pieces), flush=True)
+sys.stdin.read()
+"""
+        models = self.tiny()
+        children = [self.python(code, repr(models)) for _ in range(2)]
+        told = []
+        for child in children:
+            assert child.stdout is not None
+            told.append([int(word) for word in child.stdout.readline().split()])
+        self.assertEqual(told[0][0], told[1][0])
+        self.assertGreater(told[0][1], 1)
+        self.assertGreater(told[1][1], 1)
+        self.assertEqual(1, len(self.named("bare")))
+        for child in children:
+            child.communicate()
+        began = time.monotonic()
+        self.assert_all_gone()
+        # The idle timeout and 3 s are meant; three times that on a machine that does other things.
+        self.assertLess(time.monotonic() - began, 3 * (1.0 + 3.0))
+        self.assertEqual(["log", "registry.guard"], sorted(name[-14:].split(".", 1)[-1] if name.endswith(".log") else name
+                                                           for name in os.listdir(self.folder)))  # fmt: skip
+
+    def test_a_killed_serve_comes_back_between_two_requests(self) -> None:
+        client = self.real(self.tiny())
+        client.chat("one", max_tokens=4)
+        pid, port, workers = client.pid, client.port, self.named("bare")
+        os.kill(pid, signal.SIGKILL)
+        client.chat("two", max_tokens=4)
+        self.assertNotEqual(pid, client.pid)
+        self.assertEqual(port, client.port)
+        wait_until(lambda: not set(workers) & set(self.named("bare")), what="the end of the old worker")
+        self.assertEqual(1, len(self.named("bare")))
+        client.close()
+        self.assert_all_gone()
+
+
+class RealCrashTest(RealCase):
+    def test_after_a_crash_of_runner_and_client_the_next_start_clears_up(self) -> None:
+        models = self.tiny()
+        child = self.holder(models)
+        pid, _, _, runner = self.told(child)
+        os.kill(runner, signal.SIGKILL)
+        child.kill()
+        child.wait()
+        client = self.real(models)
+        client.chat("hello", max_tokens=4)
+        self.assertNotEqual(pid, client.pid)
+        wait_until(lambda: self.serves() == [client.pid] and len(self.named("bare")) == 1, what="one serve, one worker")
+        folders = [name for name in self.files() if name.endswith(".d")]
+        self.assertEqual(1, len(folders))
+        client.close()
+        self.assert_all_gone()
+
+    def test_a_worker_that_is_stopped_dies_all_the_same(self) -> None:
+        client = self.real(self.tiny())
+        client.chat("hello", max_tokens=4)
+        worker = self.named("bare")[0]
+        os.kill(worker, signal.SIGSTOP)
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        self.assertFalse(q.process_alive(client.pid))
+        self.assertFalse(q.process_alive(worker))
+
+    def test_a_stream_that_is_broken_off_leaves_the_serve_in_order(self) -> None:
+        client = self.real(self.tiny())
+        for _ in range(3):
+            stream = client.stream_chat("tell me a long story", max_tokens=400)
+            next(stream)
+            stream.close()  # type: ignore[attr-defined]
+        pid = client.pid
+        client.chat("hello", max_tokens=4, timeout=30)
+        self.assertEqual(pid, client.pid)
+        client.close()
+        self.assert_all_gone()  # a request that never got its answer does not keep it alive
+
+
+class RealModelTest(RealCase):
+    def test_a_catalog_model_that_is_not_preloaded_is_idle(self) -> None:
+        with self.real([CATALOG_MODEL]) as client:
+            self.assertEqual([(MODEL, "idle")], [(model["id"], model["state"]) for model in client.models()])
+            self.assertEqual([], self.named("bare"))
+            with self.assertRaises(q.ServeHTTPError) as caught:
+                client.chat("x", model="none")
+            self.assertEqual(404, caught.exception.status)
+        self.assert_all_gone()
+
+    def test_a_model_that_cannot_load_is_an_error_with_the_reason(self) -> None:
+        broken = os.path.join(self.home, "broken.gguf")
+        with open(broken, "wb") as file:
+            file.write(b"GGUF" + b"\0" * 5000)
+        models = [{"name": "broken", "src": broken, "config": {"ctx_size": 512, "device": "cpu"}}]
+        with self.assertRaises(q.ModelLoadFailedError) as caught:
+            self.real(models)
+        self.assertEqual("broken", caught.exception.model)
+        self.assertNotIn("does not say why", caught.exception.reason)
+        self.assertGreater(len(caught.exception.reason), 10)
+        self.assert_all_gone()
+
+    def test_a_download_that_does_not_move_ends_at_the_deadline(self) -> None:
+        began = time.monotonic()
+        with self.assertRaises(q.ServeStartTimeoutError):
+            self.real([MODEL], serve_start_timeout=4.0)
+        self.assertLess(time.monotonic() - began, 25.0)  # 4 s, the stop ladder, and a slow machine
+        self.assert_all_gone()
+
+    def test_a_config_that_an_engine_refuses_is_an_error_with_its_reason(self) -> None:
+        with self.assertRaises(q.ModelLoadFailedError) as caught:
+            self.real(self.tiny(config={"ctx_size": "banana"}))
+        self.assertIn("expected number, received string", caught.exception.reason)
+        self.assertIn("modelConfig.ctx_size", caught.exception.reason)
+        self.assert_all_gone()
+
+    def test_what_the_cli_refuses_is_told_in_its_own_words(self) -> None:
+        with mock.patch.object(q, "_MODEL_TABLE", q._MODEL_TABLE + "A_MODEL_OF_TOMORROW chat - - -\n"):
+            with self.assertRaises(q.ServeExitedError) as caught:
+                self.real(["A_MODEL_OF_TOMORROW"])
+        self.assertIn('unknown model constant "A_MODEL_OF_TOMORROW"', caught.exception.tail)
+        self.assertEqual(1, caught.exception.exit_code)
+        self.assert_all_gone()
+
+
+class RealDownloadTest(RealCase):
+    def test_a_download_shows_as_progress(self) -> None:
+        import http.server
+
+        self.tiny()
+        with open(GGUF, "rb") as file:
+            model = file.read()
+        size = 3 * 1024 * 1024
+        model += b"\0" * (size - len(model))
+
+        class SlowFile(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(size))
+                self.send_header("Content-Type", "application/octet-stream")
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                self.do_HEAD()
+                with contextlib.suppress(OSError):
+                    for start in range(0, size, 1 << 16):
+                        self.wfile.write(model[start : start + (1 << 16)])
+                        time.sleep(0.06)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowFile)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        seen: List[q.Progress] = []
+        src = "http://127.0.0.1:%d/tiny.gguf" % server.server_address[1]
+        client = self.real(self.tiny(src=src), on_progress=seen.append)
+        client.chat("hello", max_tokens=4)
+        phases = [progress.phase for progress in seen]
+        self.assertEqual("ready", phases[-1])
+        downloading = [progress for progress in seen if progress.phase == "downloading"]
+        self.assertGreater(len(downloading), 3, phases)
+        self.assertEqual({size}, {progress.bytes_total for progress in downloading} - {None})
+        self.assertEqual(sorted(p.bytes_done for p in downloading), [p.bytes_done for p in downloading])
+        self.assertLess(0, downloading[-1].bytes_done)
+        self.assertLessEqual(downloading[-1].bytes_done, size)
+        client.close()
+        self.assert_all_gone()
+
+
+# A client of the provider. Says where its serve is; then each line on its stdin is a request for a model that
+# no serve has, and it says which serve refused that; at the end of its stdin it closes.
+PROVIDER_CLIENT = """
+import { createInterface } from 'node:readline'
+import { createQvac } from '@qvac/ai-sdk-provider'
+const options = { mode: 'managed', serveStartTimeout: 60000, ...JSON.parse(process.argv[2]) }
+const qvac = await createQvac(options)
+const say = (facts) => console.log(JSON.stringify({ pid: qvac.pid, port: qvac.port, ...facts }))
+say({})
+for await (const line of createInterface({ input: process.stdin })) {
+  try {
+    await qvac('none').doGenerate({ prompt: [{ role: 'user', content: [{ type: 'text', text: line }] }] })
+    say({ status: 200 })
+  } catch (error) {
+    say({ status: error.statusCode ?? 0, message: String(error.message) })
+  }
+}
+await qvac.close()
+"""
+
+
+@unittest.skipUnless(PROVIDER, "the JavaScript provider: set QVAC_TEST_PROVIDER")
+class ProviderCase(RealCase):
+    def setUp(self) -> None:
+        super().setUp()
+        for name in ("worker.entry.mjs",):
+            worker = os.path.join(os.path.dirname(os.path.abspath(REAL)), "qvac", name)
+            if os.path.exists(worker):  # the provider starts the CLI's script itself, without what `qvac` sets
+                os.environ["QVAC_WORKER_PATH"] = worker
+
+    def script(self, text: str) -> str:
+        """A module in the provider's folder, where its imports are found; removed at the end."""
+        fd, path = tempfile.mkstemp(suffix=".mjs", prefix="qvac-test-", dir=PROVIDER)
+        with open(fd, "w") as file:
+            file.write(text)
+        self.addCleanup(os.unlink, path)
+        return path
+
+    def node(self, *argv: str) -> subprocess.Popen[str]:
+        own = os.path.join(os.path.abspath(PROVIDER), "node_modules", ".bin", "node")
+        command = [own if os.path.exists(own) else "node", *argv]
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, cwd=PROVIDER, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self.addCleanup(self._end_child, child)
+        return child
+
+    def provider(self, **options: Any) -> subprocess.Popen[str]:
+        options = {"models": [CATALOG_MODEL], "serveIdleTimeout": int(self.IDLE * 1000), **options}
+        return self.node(self.script(PROVIDER_CLIENT), json.dumps(options))
+
+    @staticmethod
+    def facts(child: subprocess.Popen[str]) -> Dict[str, Any]:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        if not line:
+            raise AssertionError("the provider failed: %s" % (child.stderr.read() if child.stderr else ""))
+        return dict(json.loads(line))
+
+    def ask(self, child: subprocess.Popen[str]) -> Dict[str, Any]:
+        """Have the provider's client make a request, and return which serve refused it."""
+        assert child.stdin is not None
+        child.stdin.write("hello\n")
+        child.stdin.flush()
+        return self.facts(child)
+
+    def leave(self, *children: subprocess.Popen[str]) -> None:
+        for child in children:
+            child.communicate(timeout=self.LONG)
+            self.assertEqual(0, child.returncode)
+
+
+class ProviderOurServeTest(ProviderCase):
+    def test_it_attaches_to_our_serve_and_is_the_last_to_leave(self) -> None:
+        ours = self.real([CATALOG_MODEL])
+        theirs = self.provider()
+        self.assertEqual({"pid": ours.pid, "port": ours.port}, self.facts(theirs))
+        ours.close()
+        time.sleep(self.IDLE + 1.5)
+        self.assertEqual(404, self.ask(theirs)["status"])
+        self.assertTrue(q.process_alive(ours.pid))
+        self.leave(theirs)
+        self.assert_all_gone()
+
+    def test_its_client_recovers_after_a_restart_in_place(self) -> None:
+        ours = self.real([CATALOG_MODEL])
+        theirs, pid = self.provider(), ours.pid
+        self.facts(theirs)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not os.path.exists("/proc/%d" % pid), what="the end of its sockets: no retry after a reset")
+        told = self.ask(theirs)
+        self.assertEqual((404, ours.port), (told["status"], told["port"]), told)
+        self.assertEqual(404, self.status_of(ours))
+        self.assertNotEqual(pid, ours.pid)
+        self.assertEqual([ours.pid], self.serves())
+        ours.close()
+        self.leave(theirs)
+        self.assert_all_gone()
+
+    def test_a_runner_of_its_that_fails_does_not_lose_our_serve(self) -> None:
+        """With our key: it removes record and markers of that key on its way out. Then another client of it sweeps."""
+        ours = self.real([CATALOG_MODEL])
+        pid, folder = ours.pid, os.path.join(self.home, "its config")
+        os.mkdir(folder)
+        params = {"fleetKey": ours.fleet_key, "apiKey": "x" * 43, "configPath": os.path.join(folder, "missing.json"),
+                  "port": q.allocate_free_port("127.0.0.1"), "host": "127.0.0.1", "idleTimeoutMs": 1000,
+                  "startTimeoutMs": 20000}  # fmt: skip
+        path = self.write(ours.fleet_key + ".1.abcd.runner-params.json", params)
+        runner = self.node("node_modules/@qvac/ai-sdk-provider/dist/managed/runner.js", path)
+        self.assertEqual(1, runner.wait(self.LONG))
+        self.assertFalse(os.path.exists(folder))
+        self.assertEqual(404, self.status_of(ours))
+        self.assertEqual(pid, ours.pid)
+        self.assertEqual([os.getpid()], q.live_consumers(ours.fleet_key))
+        wait_until(lambda: q.read_record(ours.fleet_key), what="the record published again")
+        theirs = self.provider()
+        self.assertEqual(pid, self.facts(theirs)["pid"])
+        self.leave(theirs)
+        ours.close()
+        self.assert_all_gone()
+
+    def status_of(self, client: q.ManagedQvac) -> int:
+        with self.assertRaises(q.ServeHTTPError) as caught:
+            client.chat("x", model="none")
+        return caught.exception.status
+
+
+class ProviderItsServeTest(ProviderCase):
+    def test_we_attach_to_its_serve_and_are_the_last_to_leave(self) -> None:
+        theirs = self.provider()
+        pid = self.facts(theirs)["pid"]
+        ours = self.real([CATALOG_MODEL])
+        self.assertEqual((pid, True), (ours.pid, ours.reused))
+        info = q.serve_info(ours)
+        self.assertEqual(("ready", 2), (info.state, info.consumers))
+        self.leave(theirs)
+        time.sleep(self.IDLE + 4.0)  # its runner looks every 2 s
+        self.assertEqual("idle", ours.models()[0]["state"])
+        ours.close()
+        self.assert_all_gone()
+
+    def test_its_serve_is_killed_and_ours_takes_its_place_for_both(self) -> None:
+        theirs = self.provider()
+        pid = self.facts(theirs)["pid"]
+        ours = self.real([CATALOG_MODEL])
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not os.path.exists(q.record_path(ours.fleet_key)), what="the end of its runner")
+        self.assertEqual("idle", ours.models()[0]["state"])
+        self.assertNotEqual(pid, ours.pid)
+        told = self.ask(theirs)  # on the same port and with the same key: its client need not know
+        self.assertEqual((404, ours.port), (told["status"], told["port"]), told)
+        self.assertEqual([ours.pid], self.serves())
+        self.leave(theirs)
+        ours.close()
+        self.assert_all_gone()
+
+    def test_its_serve_is_stopped_by_us(self) -> None:
+        theirs = self.provider()
+        told = self.facts(theirs)
+        self.assertTrue(q.stop_serve(q.list_serves()[0].fleet_key))
+        self.assertFalse(q.process_alive(told["pid"]))
+        self.leave(theirs)
+        self.assert_all_gone()
+
+
+class ProviderTogetherTest(ProviderCase):
+    def test_five_of_each_kind_at_once_come_to_share_one_serve(self) -> None:
+        theirs = [self.provider() for _ in range(5)]
+        ours = [self.holder([CATALOG_MODEL]) for _ in range(5)]
+        for child in ours:
+            self.told(child)
+        for other in theirs:
+            self.facts(other)
+        wait_until(lambda: len(self.serves()) == 1, what="one serve of %s" % self.serves())
+        pid = self.serves()[0]
+        key = q.list_serves()[0].fleet_key
+        self.assertEqual(pid, q.read_record(key).serve_pid)  # type: ignore[union-attr]
+        self.assertEqual([pid] * 5, [self.ask(other)["pid"] for other in theirs])
+        self.leave(*theirs)
+        for child in ours:
+            child.communicate()
+        self.assert_all_gone()
+
+
+# Fleet keys, one for each line of options on its stdin.
+PROVIDER_KEYS = """
+import { createInterface } from 'node:readline'
+import { computeFleetKey } from './node_modules/@qvac/ai-sdk-provider/dist/managed/fleet-key.js'
+import { synthesizeServeConfig } from './node_modules/@qvac/ai-sdk-provider/dist/managed/config-synthesizer.js'
+for await (const line of createInterface({ input: process.stdin })) {
+  const { models, host, bin, port } = JSON.parse(line)
+  console.log(computeFleetKey(synthesizeServeConfig(models), host, bin ?? undefined, port ?? undefined))
+}
+"""
+
+
+class ProviderKeyTest(ProviderCase):
+    def test_fleet_keys_are_its_own(self) -> None:
+        import random
+
+        chance = random.Random(20260101)
+        texts = ["", "x", "\u00e9", "\U0001f600", "\ufb01", "\ud800", "a\"b\\c\n\t\0\u2028", "10", "9", "\x7f", "__proto"]
+
+        def value(depth: int) -> Any:
+            kind = chance.randrange(8 if depth < 3 else 6)
+            if kind == 0:
+                return chance.choice([None, True, False])
+            if kind == 1:
+                return chance.randrange(-(10**20), 10**20) if chance.random() < 0.3 else chance.randrange(-1000, 1000)
+            if kind == 2:
+                return chance.uniform(-1, 1) * 10.0 ** chance.randrange(-12, 25)
+            if kind == 3:
+                return chance.choice([0.0, -0.0, 1.0, 1e21, 1e-7, 5e-324, 1.7976931348623157e308, 2.0**53 + 2, 0.1 + 0.2])
+            if kind < 6:
+                return chance.choice(texts)
+            if kind == 6:
+                return [value(depth + 1) for _ in range(chance.randrange(4))]
+            return {chance.choice(texts): value(depth + 1) for _ in range(chance.randrange(5))}
+
+        names = [entry.id for entry in q.QVAC_CATALOG] + [q.QVAC_CATALOG[0].constant]
+        cases = []
+        for _ in range(150):
+            models: List[Any] = []
+            for name in chance.sample(names[:-2], chance.randrange(1, 4)):
+                spec: Dict[str, Any] = {"name": name}
+                if chance.random() < 0.6:
+                    spec["config"] = {chance.choice(texts): value(0) for _ in range(chance.randrange(4))}
+                if chance.random() < 0.5:
+                    spec["preload"] = chance.random() < 0.5
+                if chance.random() < 0.2 and not any(isinstance(m, dict) and m.get("default") for m in models):
+                    spec["default"] = chance.random() < 0.7
+                models.append(spec if len(spec) > 1 or chance.random() < 0.5 else name)
+            cases.append({
+                "models": models, "host": chance.choice(["127.0.0.1", "::1", "0.0.0.0", "localhost"]),
+                "bin": chance.choice([None, None, "/opt/qv\u00e1c", "C:\\qvac.exe"]),
+                "port": chance.choice([None, None, 1, 65535]),
+            })  # fmt: skip
+        child = self.node(self.script(PROVIDER_KEYS))
+        out, err = child.communicate("".join(json.dumps(case) + "\n" for case in cases), timeout=self.LONG)
+        self.assertEqual(len(cases), len(out.split()), err)
+        for case, expected in zip(cases, out.split()):
+            config = q.synthesize_serve_config(case["models"])
+            with self.subTest(case=case):
+                self.assertEqual(expected, q.compute_fleet_key(config, case["host"], case["bin"], case["port"]))
+
+
+# ==================================================================================================
+# Running them all
+# ==================================================================================================
+
+CLASS_TIMEOUT = 240.0  # seconds: no class takes a tenth of it
+
+
+def _split(tests: unittest.TestSuite) -> List[str]:
+    """Names of test classes that can run beside each other, the slow ones first."""
+    names: Dict[str, int] = {}
+
+    def walk(suite: Any) -> None:
+        for item in suite:
+            if isinstance(item, unittest.TestSuite):
+                walk(item)
+            else:
+                name = type(item).__name__
+                names[name] = names.get(name, 0) + 1
+
+    walk(tests)
+    return sorted(names, key=lambda name: (-getattr(globals()[name], "WEIGHT", 1), -names[name], name))
+
+
+class _Job:
+    """One class in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.began = name, time.monotonic()
+        self.out = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        command = [sys.executable, os.path.abspath(__file__), "-j0", name]
+        self.child = subprocess.Popen(command, stdout=self.out, stderr=self.out, stdin=subprocess.DEVNULL)
+
+    def ended(self) -> bool:
+        if self.child.poll() is None and time.monotonic() - self.began > CLASS_TIMEOUT:
+            self.child.kill()
+            self.child.wait()
+        return self.child.poll() is not None
+
+    def text(self) -> str:
+        self.out.seek(0)
+        with self.out:
+            return self.out.read()
+
+
+def _run_in_processes(names: List[str], jobs: int) -> int:
+    """Each name in a process of its own, `jobs` at a time; then unittest's own summary of all.
+
+    What fails is tried once more, alone: beside others, on a busy machine, a second can take ten. What
+    fails twice has failed; what passes the second time is named at the end.
+    """
+    import re
+
+    began, running, waiting, total = time.monotonic(), [], list(names), 0  # type: float, List[_Job], List[str], int
+    failed, again, skips = [], [], {}  # type: List[str], List[str], Dict[str, int]
+    while waiting or running or any(name not in again for name in failed):
+        if not waiting and not running:
+            again, jobs = list(failed), 1
+            waiting, failed = list(failed), []
+        while waiting and len(running) < jobs:
+            running.append(_Job(waiting.pop(0)))
+        time.sleep(0.01)
+        for job in [job for job in running if job.ended()]:
+            running.remove(job)
+            text = job.text()
+            ran = re.search(r"^Ran (\d+) tests?", text, re.M)
+            if job.child.returncode != 0:
+                failed.append(job.name)
+                print(text, flush=True)
+                continue
+            total += int(ran.group(1)) if ran else 0
+            for reason in re.findall(r"skipped ['\"](.*)['\"]$", text, re.M):
+                skips[reason] = skips.get(reason, 0) + 1
+            took = time.monotonic() - job.began
+            print("ok  %-32s %4.1f s  %s" % (job.name, took, ran.group(0) if ran else ""), flush=True)
+    for reason, count in sorted(skips.items()):
+        print("skipped %d: %s" % (count, reason))
+    for variable in [name for name in ("QVAC_TEST_REAL", "QVAC_TEST_PROVIDER") if not os.environ.get(name)]:
+        print("Set %s to switch on more: see the top of this file." % variable)
+    for name in again:
+        print("%s %s" % ("failed twice:" if name in failed else "passed at the second try:", name))
+    print("-" * 70 + "\nRan %d tests in %.3fs\n" % (total, time.monotonic() - began))
+    skipped = sum(skips.values())
+    print("FAILED (failures=%d)" % len(failed) if failed else "OK (skipped=%d)" % skipped if skipped else "OK")
+    return 1 if failed else 0
+
+
+def run_tests(argv: List[str]) -> int:
+    jobs = max(4, 2 * (os.cpu_count() or 1))
+    names = [arg for arg in argv if not arg.startswith("-")]
+    for arg in argv:
+        if arg.startswith("-j"):
+            jobs = int(arg[2:])
+    loader, module = unittest.defaultTestLoader, sys.modules[__name__]
+    tests = loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
+    if jobs == 0:
+        return 0 if unittest.TextTestRunner(verbosity=2).run(tests).wasSuccessful() else 1
+    return _run_in_processes(_split(tests) if not any("." in name for name in names) else names, jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tests(sys.argv[1:]))
