@@ -821,6 +821,9 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
 
+    def call_after_fork(function: Callable[[], None]) -> None:
+        """There is no fork here."""
+
     def replace_file(source: str, target: str) -> None:
         _while_in_use(lambda: os.replace(source, target))
 
@@ -1112,6 +1115,9 @@ else:
         return True
 
     replace_file, remove_file = os.replace, os.unlink
+
+    def call_after_fork(function: Callable[[], None]) -> None:
+        os.register_at_fork(after_in_child=function)
 
     def unlock_file(fd: int) -> None:
         try:
@@ -4447,8 +4453,7 @@ def _install_hooks() -> None:
 
         _hooks_installed.append(1)
         atexit.register(_detach_all)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_after_fork)
+        call_after_fork(_after_fork)
 
 
 def _detach_all() -> None:
