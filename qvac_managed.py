@@ -4039,18 +4039,17 @@ class _Resolver:
 
     def _register(self) -> Optional[ServeRecord]:
         """Write the marker, then read the record, as one step: see _Runner._reap for the other side."""
-        with self._state:
+        with guard(), self._state:  # in this order: close() must not wait for the guard
             self._check_cancelled()
-            with guard():
-                if not has_consumer(self.key, self.consumer_id):
-                    add_consumer(self.key, self.consumer_id)
-                record = read_record(self.key)
-                is_here = record is not None and judge_place(record.place) == ALIVE
-                if record is not None and is_here and record.idle_timeout_ms < self.idle_timeout_ms:
-                    # The longest wish wins; the runner sees that its record says more than it wrote.
-                    record = record.with_fields(idle_timeout_ms=self.idle_timeout_ms)
-                    write_record(record)
-                return record
+            if not has_consumer(self.key, self.consumer_id):
+                add_consumer(self.key, self.consumer_id)
+            record = read_record(self.key)
+            is_here = record is not None and judge_place(record.place) == ALIVE
+            if record is not None and is_here and record.idle_timeout_ms < self.idle_timeout_ms:
+                # The longest wish wins; the runner sees that its record says more than it wrote.
+                record = record.with_fields(idle_timeout_ms=self.idle_timeout_ms)
+                write_record(record)
+            return record
 
     def _check_cancelled(self) -> None:
         if self.cancelled:
