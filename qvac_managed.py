@@ -2576,20 +2576,21 @@ class guard:
     """
 
     def __init__(self, timeout: float = GUARD_TIMEOUT) -> None:
-        self._timeout, self._fd, self._owner = timeout, -1, os.getpid()
+        self._timeout, self._fd = timeout, -1
 
     def __enter__(self) -> None:
+        _let_go_of_guard()
         path = os.path.join(ensure_managed_serves_dir(), "registry.guard")
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW | CLOEXEC | NONBLOCK, 0o600)
         except OSError as error:
             raise _registry_trouble("open", path, error) from None
+        _guards[get_ident()] = self
         try:
             self._wait_for_lock(path)
         except BaseException:
             self._close()
             raise
-        _guard_fds.add(self._fd)
 
     def _wait_for_lock(self, path: str) -> None:
         deadline, touched, pause = 0.0, None, 0.001  # type: float, Optional[int], float
@@ -2612,18 +2613,21 @@ class guard:
         self._close()
 
     def _close(self) -> None:
-        _guard_fds.discard(self._fd)
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+        _guards.pop(get_ident(), None)
 
-    def __del__(self) -> None:
-        """For a Ctrl-C before the block began: a program that lives on would lock all others out."""
-        if self._fd >= 0 and self._owner == os.getpid():
-            self._close()
+
+def _let_go_of_guard() -> None:
+    """Ctrl-C right before or after the block of a `with guard()` leaves it locked: free what this thread still has."""
+    leftover = _guards.get(get_ident())
+    if leftover is not None:
+        leftover._close()
 
 
 RUNNER_MARK = "runner-"  # begins the nonce of a lock that a runner holds
-_guard_fds: Set[int] = set()
+_guards: Dict[int, guard] = {}  # by thread
 _held_locks: Dict[Tuple[str, int], str] = {}  # (fleet key, thread): the text it has in the lock
 
 
@@ -2651,20 +2655,36 @@ def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
 
 def _make_lock(key: str, text: str) -> bool:
     path = lock_path(key)
-    for _ in range(3):
-        found = file_version(path)
-        try:
-            _write_new_file(path, text.encode())
-        except FileExistsError:
-            if _judge_lock(key) != DEAD or not _move_stale_lock_away(key, found):
-                return False
-        except OSError as error:
-            raise _registry_trouble("make", path, error) from None
-        else:
-            # At once: a provider's client that waits spins while it sees an error and a held lock.
-            _unlink(error_path(key))
-            return True
+    written = "%s.%d.%s.tmp" % (path, os.getpid(), os.urandom(4).hex())
+    try:
+        _write_new_file(written, text.encode())
+        for _ in range(3):
+            found = file_version(path)
+            try:
+                _link_or_write(written, path, text.encode())
+            except FileExistsError:
+                if _judge_lock(key) != DEAD or not _move_stale_lock_away(key, found):
+                    return False
+            else:
+                # At once: a provider's client that waits spins while it sees an error and a held lock.
+                _unlink(error_path(key))
+                return True
+    except OSError as error:
+        raise _registry_trouble("make", path, error) from None
+    finally:
+        _unlink(written)
     return False
+
+
+def _link_or_write(written: str, path: str, content: bytes) -> None:
+    """Make a file that must not exist yet appear with its content: a kill between two steps would leave it empty,
+    and all others wait half a minute. A file system without links has to take that risk."""
+    try:
+        os.link(written, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        _write_new_file(path, content)
 
 
 def release_lock(key: str) -> None:
@@ -2676,9 +2696,9 @@ def release_lock(key: str) -> None:
 
 def _release_lock(key: str) -> None:
     """As release_lock, for a holder of the guard."""
-    text = _held_locks.pop((key, get_ident()), None)
-    if text is not None and _read_lock(key) == text:
+    if held_lock(key) and _read_lock(key) == held_lock(key):
         _unlink(lock_path(key))
+    _held_locks.pop((key, get_ident()), None)
 
 
 def held_lock(key: str) -> str:
@@ -2762,12 +2782,12 @@ def take_over_lock(key: str, expected: str) -> Optional[str]:
 def _forget_after_fork() -> None:
     """In a forked child: what the parent holds is the parent's. A child that keeps an open guard would
     keep it locked, were its parent to die in that moment."""
-    for fd in list(_guard_fds):
+    for held in list(_guards.values()):
         try:
-            os.close(fd)
+            os.close(held._fd)
         except OSError:
             pass
-    _guard_fds.clear()
+    _guards.clear()
     _held_locks.clear()
 
 
@@ -3258,6 +3278,7 @@ class _Runner:
             now = time.monotonic()
             if now - looked >= LOCK_REREAD or now - moved >= self.start_timeout:
                 looked = now
+                cut_log(self.log_fd)
                 sizes, before = model_files(self.models_folder), sizes
                 moved = now if sizes != before else moved
                 unwatched_since = self._fail_if_unwatched(unwatched_since, now)
@@ -4070,6 +4091,7 @@ class _Resolver:
                     self._withdraw_marker()
                     self._make_private()
         except BaseException:
+            _let_go_of_guard()
             release_lock(self.key)
             self._withdraw_marker()
             if self._spawned:
