@@ -6833,7 +6833,7 @@ hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 taken = [os.dup(0) for _ in range(20)]
 for spare in (0, 1, 2, 3, 5, 7, 40):
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1 + spare, hard))
-    result = attempt(serve_start_timeout=0.7)
+    result = attempt(serve_start_timeout=0.7 if spare < 40 else 10.0)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     print(json.dumps([spare, result]), flush=True)
     settle()
