@@ -3804,9 +3804,10 @@ class Qvac:
             for line in response:
                 if not line.startswith(b"data:"):
                     continue
-                event = _strict_json(line[len(b"data:") :].strip())
+                data = line[len(b"data:") :].strip()
+                ended = ended or data == b"[DONE]"
+                event = _strict_json(data)
                 if not isinstance(event, dict):
-                    ended = True  # [DONE]
                     continue
                 if "error" in event:
                     error = event["error"]
