@@ -4245,7 +4245,6 @@ class _Resolver:
                         return self._attach_to_started(patience, api_key, message["ready"])
                 if ended:
                     raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), api_key))
-                self._check_cancelled()
                 patience.look()
         finally:
             channel.close()
