@@ -3291,9 +3291,9 @@ class _Runner:
                 raise ServeStartTimeoutError(
                     "qvac serve was not ready on port %d after %.0f s without progress. Raise serve_start_timeout "
                     "for a large model.%s" % (self.port, self.start_timeout, _output(tail)))  # fmt: skip
-            # Short at first, for a serve that is up in 70 ms; a fiftieth of the time so far, and no more than
-            # costs 0.3 % of a processor while a model loads for minutes.
-            wait_for_event(min(0.03, max(0.002, (now - began) / 50)))
+            # Short at first, for a serve that is up in 70 ms; a fiftieth of the time so far, and no shorter than
+            # costs 0.6 % of a processor while a model loads for minutes.
+            wait_for_event(min(0.05, max(0.002, (now - began) / 50)))
 
     def _fail_if_ended(self) -> None:
         assert self.serve is not None
