@@ -2645,17 +2645,18 @@ def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
             return False
         # Noted first: Ctrl-C between two steps must not leave a lock that nobody would release.
         _held_locks[key, get_ident()] = text
+        written = "%s.%d.%s.tmp" % (lock_path(key), os.getpid(), os.urandom(4).hex())
         try:
-            taken = _make_lock(key, text)
+            taken = _make_lock(key, text, written)
             return taken
         finally:
+            _unlink(written)  # again, in case Ctrl-C came right before the first time
             if not taken:
                 _release_lock(key)
 
 
-def _make_lock(key: str, text: str) -> bool:
+def _make_lock(key: str, text: str, written: str) -> bool:
     path = lock_path(key)
-    written = "%s.%d.%s.tmp" % (path, os.getpid(), os.urandom(4).hex())
     try:
         _write_new_file(written, text.encode())
         for _ in range(3):
