@@ -63,6 +63,15 @@ def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE, what: st
         time.sleep(0.01)
 
 
+def has_exited(pid: int) -> bool:
+    """Its sockets are closed: a process with SIGKILL pending counts as dead a moment earlier. Linux."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
+
+
 def tagged_processes(tag: str) -> Dict[int, str]:
     """Pid and command line of every live process (zombies apart) whose environment has the tag. Linux."""
     found = {}
@@ -1087,8 +1096,9 @@ class EchoProcessTest(EchoCase):
         self.assertTrue(log[2].startswith('Model "first" loaded'))
         self.assertEqual(log[3], f"QVAC API server listening on {self.url[: -len('/v1')]}")
         self.assertEqual(log[4], "→ GET /v1/models")
-        self.assertRegex(log[5], r"^← 200 GET /v1/models \(\d+ms\)$")
-        self.assertRegex(log[6], r"^← 401 GET /v1/models \(\d+ms\)$")
+        ends = sorted(log[5:7])  # an answer is logged when it is out: the next request may be faster
+        self.assertRegex(ends[0], r"^← 200 GET /v1/models \(\d+ms\)$")
+        self.assertRegex(ends[1], r"^← 401 GET /v1/models \(\d+ms\)$")
         self.assertNotIn(self.key, "\n".join(log))
 
     def test_goes_on_when_nobody_reads_the_log(self) -> None:
@@ -3825,7 +3835,6 @@ os.waitpid(child, 0)
         os.close(send)
         os.waitpid(pid, 0)
 
-    @unittest.skipIf(sys.version_info >= (3, 12), "Python warns of a fork beside threads: 3.13 itself may hang there")
     def test_a_fork_in_the_middle_of_threads_requests_leaves_a_client_that_works(self) -> None:
         """Whatever lock a thread holds in that moment: the child has none of the threads."""
         client = self.create()
@@ -4411,11 +4420,18 @@ class Stranger:
         self.received = b""
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind(("127.0.0.1", port))
+        wait_until(lambda: self._take(port), what="port %d" % port)
         self._listener.listen(50)
         self.port = self._listener.getsockname()[1]
         case.addCleanup(self.close)
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def _take(self, port: int) -> bool:
+        """A killed process counts as dead a moment before the system has closed its sockets."""
+        with contextlib.suppress(OSError):
+            self._listener.bind(("127.0.0.1", port))
+            return True
+        return False
 
     def _accept(self) -> None:
         body = json.dumps({"object": "list", "data": [{"id": MODEL, "state": "ready"}]}).encode()
@@ -4916,8 +4932,7 @@ class RestartTest(LifeCase):
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
             pid = client.pid
             os.kill(pid, number)
-            if number != signal.SIGKILL:  # what dies in its own time may still answer
-                self.assert_gone(pid)
+            wait_until(lambda: has_exited(pid))  # what dies in its own time may still answer, or reset
             self.assertEqual("hi", client.chat("hi"))
             self.assertNotEqual(pid, client.pid)
             self.assertEqual(before, (client.port, client.api_key, client.runner_pid))
@@ -5049,8 +5064,8 @@ class RunnerDeathTest(LifeCase):
         client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term"]))
         for _ in range(2):
             time.sleep(0.3)
-            self.assertEqual(1, len(self.signal_all(signal.SIGKILL, "qvac-guard")))
-            wait_until(lambda: [line for line in self.processes().values() if "qvac-guard" in line])
+            [killed] = self.signal_all(signal.SIGKILL, "qvac-guard")
+            wait_until(lambda: [pid for pid, line in self.processes().items() if "qvac-guard" in line and pid != killed])
         os.kill(client.runner_pid, signal.SIGKILL)
         wait_until(lambda: not self.processes(), 6)
 
@@ -6568,6 +6583,7 @@ class CrowdedRegistryTest(HostileCase):
         self.assertLess(cold, 10.0)
         client.close()
         self.assertTrue(q.stop_serve(client.fleet_key))
+        q.sweep_serves()  # a start gives its sweep 2 s only
         self.assertEqual(2500, len(self.files()))
 
 
@@ -9029,6 +9045,7 @@ class InstallCliTest(CommandLineCase):
         self.script("bin/npm", '#!/bin/sh\necho begun >&2\nexec sleep 60\n')
         process = self.start_cli("install-cli", env=self.env)
         self.assertEqual(process.stderr.readline(), "begun\n")
+        time.sleep(0.3)  # npm may speak before Popen has returned
         process.send_signal(signal.SIGINT)
         _out, err = process.communicate(timeout=PATIENCE)
         self.assertEqual((process.returncode, err), (130, "qvac-managed: interrupted\n"))
