@@ -14,6 +14,7 @@ QVAC_TEST_PROVIDER=FOLDER  also test beside the JavaScript provider: a folder wi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import io
@@ -268,6 +269,7 @@ Always:
   life_s            it ends itself after so long, 300
 """
 
+import atexit
 import json
 import os
 import re
@@ -8090,7 +8092,8 @@ class OpenerTest(Case):
 
 MODULE_DIR = HERE
 AS_ROOT = POSIX and os.geteuid() == 0
-BYTECODE = tempfile.TemporaryDirectory(prefix="qvac-cli-test.")  # compiled once for all the commands
+BYTECODE = tempfile.mkdtemp(prefix="qvac-cli-test.")  # compiled once for all the commands
+atexit.register(shutil.rmtree, BYTECODE, ignore_errors=True)
 
 
 def wait_for(condition, what, timeout=PATIENCE):
@@ -8128,7 +8131,7 @@ class CommandLineCase(unittest.TestCase):
     def environment(self, extra=None):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("QVAC_", "OPENAI_", "NO_COLOR", "PYTHON"))}
         env.update(HOME=self.home, USERPROFILE=self.home, QVAC_MANAGED_DIR=self.registry)
-        env.update(PYTHONPATH=MODULE_DIR, PYTHONPYCACHEPREFIX=BYTECODE.name)
+        env.update(PYTHONPATH=MODULE_DIR, PYTHONPYCACHEPREFIX=BYTECODE)
         env.update(extra or {})
         return {key: value for key, value in env.items() if value is not None}
 
