@@ -123,6 +123,7 @@ MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond t
 TAIL_CHARS = 4000  # how much of the log goes into an error
 
 HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means busy, not dead
+SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, and again for orphans to answer
 CLOSING_WAIT = 10.0  # seconds a live serve may refuse connections (its end or restart) before it is a miss
 CLIENT_MARGIN = 10.0  # seconds a client waits beyond the runner's own start timeout
 GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so its holder is stopped
@@ -2967,7 +2968,7 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
         return reexec_argv("echo")
     for name, chosen in (("serve_bin_path", serve_bin_path), ("QVAC_BIN", os.environ.get("QVAC_BIN"))):
         if chosen:
-            path = os.path.abspath(chosen)
+            path = _on_path(chosen) or os.path.abspath(chosen)
             if not os.path.isfile(path) or not os.access(path, os.X_OK):
                 problem = "is not an executable file" if os.path.exists(path) else "does not exist"
                 raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
@@ -2982,6 +2983,15 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
     raise CliNotFoundError(
         "No `qvac` command found. Install it with `npm install -g @qvac/cli` or "
         "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.", looked_in)  # fmt: skip
+
+
+def _on_path(name: str) -> Optional[str]:
+    """Where on PATH a bare name is that is no file in the working folder: a shell and Node.js look there, too."""
+    if os.path.dirname(name) or os.path.exists(name):
+        return None
+    import shutil
+
+    return shutil.which(name)
 
 
 def _cli_folders() -> Iterator[str]:
@@ -4139,7 +4149,7 @@ class _Resolver:
                     raise self._adopted_failure()
                 if command is None:  # the first miss: what a hit need not do
                     command = find_cli(self.serve_bin_path)
-                    sweep_serves(HEALTH_TIMEOUT)
+                    sweep_serves(SWEEP_LIMIT)
                 if try_lock(self.key):
                     try:
                         started = self._start(command, patience, previous)
@@ -4190,7 +4200,8 @@ class _Resolver:
         if health.state == REFUSED:
             return self._pending_while_closing(record)
         if health.state == BUSY:
-            patience.trouble = health.detail
+            patience.trouble = "process %d does not answer (%s); `python -m qvac_managed stop %s` ends it" % (
+                record.serve_pid, health.detail, self.key)  # fmt: skip
             return PENDING
         missing = [alias for alias in self.aliases if alias not in [model["id"] for model in health.models]]
         if health.state == WRONG or missing:
@@ -4682,8 +4693,9 @@ class ServeInfo:
     """What can be said of one serve on disk, at one moment. Unknown values are None.
 
     `state`: ready, starting, restarting, hung (alive, no answer), orphaned (its runner is dead), dead,
-    or foreign (another machine or container's). `models` are [{"id", "state"}]. `connections` are open
-    ones. `time_left_s` counts down while nobody uses it.
+    or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not
+    answer they are what it was started with, in state "unknown". `connections` are open ones.
+    `time_left_s` counts down while nobody uses it.
     """
 
     FIELDS = ("fleet_key", "base_url", "host", "port", "pid", "runner_pid", "models", "reused", "private", "state",
@@ -4761,6 +4773,17 @@ def serve_info(client: ManagedQvac) -> ServeInfo:
     return info
 
 
+def _record_models(record: Optional[ServeRecord]) -> Optional[Dict[str, Any]]:
+    """The `models` part of the config a serve was started with; None if it cannot be read."""
+    found = _read_registry_file(record.config_path) if record else None
+    config = _strict_json(found[0]) if found else None
+    try:
+        models = config["serve"]["models"] if config else None
+    except (LookupError, TypeError):
+        return None
+    return models if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values()) else None
+
+
 def _describe(record: ServeRecord) -> ServeInfo:
     now, models = time.monotonic(), []
     state = _state_of(record)
@@ -4768,6 +4791,7 @@ def _describe(record: ServeRecord) -> ServeInfo:
         health = check_serve(record)
         models = health.models
         state = "hung" if state == "ready" and health.state != HEALTHY else state
+    models = models or [{"id": alias, "state": "unknown"} for alias in _record_models(record) or {}]
     is_here = state not in ("dead", "foreign")
     never = record.idle_timeout_ms >= NEVER_MS
     left = record.idle_timeout_ms / 1000 - (now - record.idle_since) if record.idle_since and not never else None
@@ -4837,7 +4861,7 @@ def stop_serve(fleet_key: str) -> bool:
         _stop_runner(fleet_key, record.runner_pid, record.runner_start)
         if start and process_start(record.serve_pid) == start:  # a provider's runner that had to be killed leaves it
             stop_stray_group(record.serve_pid, lambda: process_start(record.serve_pid) == start)
-    elif serve == ALIVE and not _stop_orphan(record, must_answer=not record.has_identities):
+    elif serve == ALIVE and not _stop_orphan(record, None if record.has_identities else HEALTH_TIMEOUT):
         raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
     return True
@@ -4871,9 +4895,12 @@ def _stop_starting(fleet_key: str) -> bool:
     return bool(runner_pid)
 
 
-def _stop_orphan(record: ServeRecord, must_answer: bool = True) -> bool:
-    """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours."""
-    if not record.names_its_serve or (must_answer and check_serve(record).state != HEALTHY):
+def _stop_orphan(record: ServeRecord, patience: Optional[float] = None) -> bool:
+    """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours.
+
+    With PATIENCE it must also answer, within so many seconds.
+    """
+    if not record.names_its_serve or (patience is not None and check_serve(record, patience).state != HEALTHY):
         return False
     if who_listens(record.host, record.port, record.serve_pid) == STRANGER:
         return False
@@ -4900,8 +4927,8 @@ def sweep_serves(limit: float = float("inf")) -> List[str]:
 
     A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it
     answers as ours, else kept for a later sweep. A live serve with a live runner is never touched.
-    Hung ones cost one health timeout altogether. After `limit` seconds of reading records the rest of
-    them is left to the next sweep.
+    Hung ones cost one health timeout altogether, `limit` seconds at most. After as many of reading
+    records the rest of them is left to the next sweep.
     """
     swept, orphans, deadline = [], [], time.monotonic() + limit
     for record in _each_record():
@@ -4915,7 +4942,8 @@ def sweep_serves(limit: float = float("inf")) -> List[str]:
             swept += [record.fleet_key] if _drop_record(record) else []
         elif serve == ALIVE and runner == DEAD:
             orphans.append(record)
-    stopped = _in_parallel(lambda orphan: _stop_orphan(orphan) and orphan, orphans, HEALTH_TIMEOUT + STOP_GRACE + 1)
+    patience = min(HEALTH_TIMEOUT, limit)
+    stopped = _in_parallel(lambda orphan: _stop_orphan(orphan, patience) and orphan, orphans, patience + STOP_GRACE + 1)
     swept += [orphan.fleet_key for orphan in stopped if orphan and _drop_record(orphan)]
     _sweep_leftovers()
     return swept
@@ -6305,7 +6333,7 @@ def _model_list(serve: ServeInfo) -> str:
     words = []
     for model in serve.models or []:
         state = model.get("state")
-        words.append(model["id"] if state in (None, "ready") else "{}({})".format(model["id"], state))
+        words.append(model["id"] if state in (None, "ready", "unknown") else "{}({})".format(model["id"], state))
     return ",".join(words) or "-"
 
 
@@ -6360,17 +6388,6 @@ def _aliases_by_key(*more: str) -> Dict[str, List[str]]:
     keys = (name.rpartition(".") for name in sorted(_listdir(managed_serves_dir())))
     found = [key for key, dot, ending in keys if dot + ending in (".json", ".lock", *more) and is_valid_fleet_key(key)]
     return {key: sorted(_record_models(read_record(key)) or {}) for key in found}
-
-
-def _record_models(record: Optional[ServeRecord]) -> Optional[Dict[str, Any]]:
-    """The `models` part of the config a serve was started with; None if it cannot be read."""
-    found = _read_registry_file(record.config_path) if record else None
-    config = _strict_json(found[0]) if found else None
-    try:
-        models = config["serve"]["models"] if config else None
-    except (LookupError, TypeError):
-        return None
-    return models if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values()) else None
 
 
 def _do_stop(args: Any) -> int:

@@ -2942,6 +2942,10 @@ class FindCliTest(Unit):
         self.assertEqual([variable], q.find_cli())
         self.assertEqual([chosen], q.find_cli(chosen))
         self.assertEqual([chosen], q.find_cli(os.path.relpath(chosen)))
+        on_path = self.command("bin", "my-qvac")
+        self.assertEqual([on_path], q.find_cli("my-qvac"))
+        with open("my-qvac", "w"), self.assertRaises(q.CliNotFoundError):  # the file here is the one that was meant
+            q.find_cli("my-qvac")
 
     def test_a_missing_cli_says_what_to_type_and_where_it_was_looked_for(self) -> None:
         with self.assertRaises(q.CliNotFoundError) as caught:
@@ -5228,7 +5232,10 @@ class FrozenTest(LifeCase):
                 self.create(serve_bin_path=serve, serve_start_timeout=0.5)
         self.assert_soon(began, 6)
         self.assertIn("does not answer", str(caught.exception))
+        self.assertIn("stop %s" % client.fleet_key, str(caught.exception))
         self.assertEqual(1, len(q.live_consumers(client.fleet_key)), "the marker of the one that gave up is gone")
+        (listed,) = q.list_serves()
+        self.assertEqual(("hung", [{"id": MODEL, "state": "unknown"}]), (listed.state, listed.models))
 
     def test_a_frozen_runner_is_no_reason_to_refuse_its_serve(self) -> None:
         client = self.create()
