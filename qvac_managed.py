@@ -1758,7 +1758,7 @@ else:
             return int(text[-13:-5], 16).to_bytes(4, sys.byteorder) + int(text[-4:], 16).to_bytes(2, "big")
 
         def who_listens(host: str, port: int, pid: int) -> str:
-            """Whether all that listens on the port belongs to PID's process group.
+            """Whether all that listens on the port belongs to PID's process group; NOBODY, too, if PID is dead.
 
             This is what stands between the key and another program that has taken the port.
             """
@@ -1771,7 +1771,10 @@ else:
             if wanted:  # a wrapper script's child may be the one that listens
                 for member in group_members(pid):
                     wanted -= _open_sockets(member)
-            return STRANGER if wanted else OURS
+            if not wanted:
+                return OURS
+            # While a process dies its descriptors are not to be seen any more, and its socket listens still.
+            return STRANGER if process_start(pid) is not None else NOBODY
 
         def _open_sockets(pid: int) -> Set[bytes]:
             folder, sockets = b"/proc/%d/fd" % pid, set()
