@@ -954,6 +954,9 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
             signal.signal(number, _note_stop)
 
+    def watch_folder(folder: str) -> int:
+        return -1
+
     def wait_for_event(timeout: float) -> None:
         time.sleep(min(timeout, 0.1))
 
@@ -1348,7 +1351,7 @@ else:
     _wakeup: List[int] = []
 
     def wait_for_event(timeout: float) -> None:
-        """Wait for a signal (a child's end, a request to stop), `timeout` seconds at most."""
+        """Wait for a signal (a child's end, a request to stop, a watched folder), `timeout` seconds at most."""
         import select
 
         if select.select(_wakeup, [], [], max(0.0, timeout))[0]:
@@ -1788,6 +1791,21 @@ else:
                 pass
             return sockets
 
+        def watch_folder(folder: str) -> int:
+            """A write to a file in the folder ends wait_for_event(), until the descriptor is closed (-1: never)."""
+            import signal
+
+            try:
+                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | CLOEXEC)
+            except OSError:
+                return -1
+            try:
+                signal.signal(signal.SIGIO, lambda *_: None)
+                fcntl.fcntl(fd, fcntl.F_NOTIFY, fcntl.DN_MODIFY | fcntl.DN_MULTISHOT)
+            except OSError:
+                pass  # a kernel without dnotify
+            return fd
+
         def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
             """`(open connections to the port, the other ends of those closed in the last minute)`."""
             opened, closed = 0, set()
@@ -1887,6 +1905,9 @@ else:
                 if _libproc().proc_pidinfo(pid, 4, ctypes.c_uint64(0), buffer, 96) == 96:  # PROC_PIDTASKINFO
                     total += struct.unpack_from("=Q", buffer, 8)[0]
             return total or None
+
+        def watch_folder(folder: str) -> int:
+            return -1
 
         def _parent_death_signal() -> Callable[[], None]:
             return lambda: None  # the guard does it
@@ -3287,6 +3308,14 @@ class _Runner:
 
     def _wait_until_it_listens(self) -> None:
         """Until the port has a listener of the serve's own group. A growing model file resets the clock."""
+        watch = watch_folder(managed_serves_dir())  # a serve logs that it listens
+        try:
+            self._look_until_it_listens()
+        finally:
+            if watch >= 0:
+                os.close(watch)
+
+    def _look_until_it_listens(self) -> None:
         assert self.serve is not None
         began = moved = time.monotonic()
         looked, unwatched_since, sizes = began, None, model_files(self.models_folder)
@@ -3314,9 +3343,10 @@ class _Runner:
                 raise ServeStartTimeoutError(
                     "qvac serve was not ready on port %d after %.0f s without progress. Raise serve_start_timeout "
                     "for a large model.%s" % (self.port, self.start_timeout, _output(tail)))  # fmt: skip
-            # Short at first, for a serve that is up in 70 ms; a fiftieth of the time so far, and no shorter than
-            # costs 0.6 % of a processor while a model loads for minutes.
-            wait_for_event(min(0.05, max(0.002, (now - began) / 50)))
+            # Whatever the serve writes into its log ends the wait, but one that fills it must not keep us looking.
+            # For one that writes nothing: a fiftieth of the time so far, and what costs 0.6 % of a processor.
+            time.sleep(0.002)
+            wait_for_event(min(0.05, (now - began) / 50))
 
     def _fail_if_ended(self) -> None:
         assert self.serve is not None

@@ -4743,6 +4743,19 @@ class PortTest(LifeCase):
         self.assertNotEqual(stranger.port, client.port)
         self.assertEqual(b"", stranger.received)
 
+    @unittest.skipUnless(LINUX, "other systems look now and then")
+    def test_a_line_in_the_log_ends_the_runners_wait(self) -> None:
+        q.ensure_managed_serves_dir()
+        child = self.python("q.watch_signals()\nwatch = q.watch_folder(sys.argv[1])\nprint(flush=True)\n"
+                            "began = time.monotonic()\nq.wait_for_event(10)\nos.close(watch)\n"
+                            "print('woken' if time.monotonic() - began < 9 else 'late', flush=True)\n"
+                            "q.wait_for_event(0.5)\nprint('over')", self.folder)  # fmt: skip
+        child.stdout.readline()
+        self.write("some.log", "listening")
+        self.assertEqual("woken\n", child.stdout.readline())
+        self.write("some.log", "after the watch")
+        self.assertEqual("over\n", child.communicate(timeout=PATIENCE)[0])
+
     @unittest.skipUnless(LINUX, "other systems ask lsof or netstat")
     def test_a_socket_that_outlives_its_dying_serve_is_no_strangers(self) -> None:
         """The descriptors of a process with threads go first: a crash at the start is not a taken port."""
