@@ -84,7 +84,6 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-VERSION = __version__
 
 __all__ = [
     # starting and using
@@ -130,6 +129,7 @@ GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so 
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
 LOCK_REREAD = 0.25  # seconds after which a provider that stole the same lock has shown itself
 HEARTBEAT = 20.0  # seconds between touches of lock and record: other namespaces see only these
+FOREIGN_LOCK_STALE = 3 * HEARTBEAT  # seconds without one after which another namespace's lock is dead
 FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
 LEFTOVER_STALE = 3600.0  # seconds after which folders, temp files and errors without owner are swept
@@ -2763,7 +2763,7 @@ def _judge_lock(key: str) -> str:
     verdict = judge_process(pid, "" if words[1] == "?" else words[1], words[2])
     if verdict == ALIVE and pid == os.getpid() and text not in _held_locks.values():
         return DEAD
-    if verdict == FOREIGN and _heartbeat_age(status.st_mtime) > LOCK_STALE * 2:
+    if verdict == FOREIGN and _heartbeat_age(status.st_mtime) > FOREIGN_LOCK_STALE:
         return DEAD
     return verdict
 
@@ -5628,7 +5628,7 @@ def _dispatch(words: List[str]) -> int:
         _out(_command_help(topic) if topic in _COMMANDS else _overview())
         return EXIT_DONE
     if words[0] in ("-V", "--version"):
-        _out(f"qvac-managed {VERSION}")
+        _out(f"qvac-managed {__version__}")
         return EXIT_DONE
     if words[0] == "__complete":
         return _complete(words[1:])
@@ -6855,7 +6855,7 @@ def _print_finding(finding: _Finding) -> None:
 def _check_python(_args: Any) -> List[_Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     return [
-        ("ok", "module", f"{VERSION} at {_THIS_FILE}", ""),
+        ("ok", "module", f"{__version__} at {_THIS_FILE}", ""),
         ("ok", "python", f"{version} at {sys.executable}", ""),
     ]
 

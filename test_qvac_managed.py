@@ -8381,7 +8381,7 @@ class HelpTest(CommandLineCase):
         for name in q._COMMANDS:
             self.assertRegex(overview, rf"(?m)^  {name} ")
         self.assertEqual(self.assert_done("help", "ps").stdout, self.assert_done("ps", "-h").stdout)
-        self.assertEqual(self.assert_done("--version").stdout, f"qvac-managed {q.VERSION}\n")
+        self.assertEqual(self.assert_done("--version").stdout, f"qvac-managed {q.__version__}\n")
 
 
 class UpTest(CommandLineCase):
