@@ -2389,7 +2389,7 @@ class SpawnLockTest(Unit):
             content = "%d 5 %s nonce\n" % (dead_pid(), where)
             self.assert_respected(content)
             self.assert_respected(content, q.LOCK_STALE + 1)
-            self.assert_stolen(content, q.LOCK_STALE * 2 + 1)
+            self.assert_stolen(content, q.FOREIGN_LOCK_STALE + 1)
 
     def test_what_is_no_lock_file_is_a_typed_error_and_left_alone(self) -> None:
         canary = os.path.join(self.home, "canary")
