@@ -1802,8 +1802,8 @@ else:
             try:
                 signal.signal(signal.SIGIO, lambda *_: None)
                 fcntl.fcntl(fd, fcntl.F_NOTIFY, fcntl.DN_MODIFY | fcntl.DN_MULTISHOT)
-            except OSError:
-                pass  # a kernel without dnotify
+            except (AttributeError, OSError):
+                pass  # a C library or a kernel without dnotify
             return fd
 
         def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
@@ -2986,7 +2986,7 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
     """The command that starts the CLI, as a list; CliNotFoundError, saying what to type, if there is none.
 
     Looked for: `serve_bin_path`; $QVAC_BIN; node_modules/.bin from the working folder upwards; PATH;
-    ~/.qvac/cli, where `install-cli` puts it.
+    ~/.qvac/cli, where `install-cli` puts it. The first two are a path, or a name that is on PATH.
     """
     if serve_bin_path == ECHO:
         return reexec_argv("echo")
@@ -3015,7 +3015,12 @@ def _on_path(name: str) -> Optional[str]:
         return None
     import shutil
 
-    return shutil.which(name)
+    return shutil.which(name, path=os.pathsep.join(_path_folders()))
+
+
+def _path_folders() -> List[str]:
+    """The folders of PATH, without those that depend on where we are: whose files would those be?"""
+    return [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
 
 
 def _cli_folders() -> Iterator[str]:
@@ -3028,9 +3033,7 @@ def _cli_folders() -> Iterator[str]:
             folder = os.path.dirname(folder)
     except OSError:
         pass  # the working folder has been removed
-    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
-        if os.path.isabs(folder):
-            yield folder
+    yield from _path_folders()
     try:
         yield os.path.join(qvac_home(), "cli", "node_modules", ".bin")
     except RegistryError:

@@ -2944,6 +2944,8 @@ class FindCliTest(Unit):
         self.assertEqual([chosen], q.find_cli(os.path.relpath(chosen)))
         on_path = self.command("bin", "my-qvac")
         self.assertEqual([on_path], q.find_cli("my-qvac"))
+        with mock.patch.dict(os.environ, PATH=os.path.relpath(os.path.dirname(on_path))):
+            self.assertRaises(q.CliNotFoundError, q.find_cli, "my-qvac")
         with open("my-qvac", "w"), self.assertRaises(q.CliNotFoundError):  # the file here is the one that was meant
             q.find_cli("my-qvac")
 
@@ -6613,7 +6615,7 @@ class CrowdedRegistryTest(HostileCase):
         self.assertLess(cold, 10.0)
         client.close()
         self.assertTrue(q.stop_serve(client.fleet_key))
-        q.sweep_serves()  # a start gives its sweep 2 s only
+        q.sweep_serves()  # the one before a start may leave some
         self.assertEqual(2500, len(self.files()))
 
 

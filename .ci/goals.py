@@ -15,6 +15,7 @@ import contextlib
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
@@ -100,6 +101,15 @@ def chat_of(case: Home, serve: str) -> Callable[[], None]:
     return life
 
 
+def usual_cold_start(case: Home, serve: str) -> float:
+    """The median of five, in seconds."""
+    times = []
+    for _ in range(5):
+        times.append(seconds(chat_of(case, serve)))
+        case.stop_all()
+    return statistics.median(times)
+
+
 def one_serve(rounds: int) -> Iterator[Line]:
     """G1: six processes at once, on the lock of a dead process."""
     with home() as case:
@@ -143,11 +153,7 @@ def no_orphan(rounds: int) -> Iterator[Line]:
     chance, ends, nexts = random.Random(1), [], []
     with home() as case:
         serve = case.fake(preload_s=0.2, grandchildren=["plain", "ignore_term", "stopped"])
-        colds = []
-        for _ in range(5):
-            colds.append(seconds(chat_of(case, serve)))
-            case.stop_all()
-        cold = sorted(colds)[2]
+        cold = usual_cold_start(case, serve)
         for _ in range(max(10, rounds // 5)):
             starting = t.in_thread(case.create, serve_bin_path=serve)
             t.wait_until(lambda: case.signal_all(0, "runner-params"))
@@ -167,11 +173,7 @@ def no_wedge(rounds: int) -> Iterator[Line]:
     chance, delays = random.Random(2), []  # type: Any, List[float]
     with home() as case:
         serve = case.fake(preload_s=0.2)
-        colds = []
-        for _ in range(5):
-            colds.append(seconds(chat_of(case, serve)))
-            case.stop_all()
-        cold = sorted(colds)[2]
+        cold = usual_cold_start(case, serve)
         for number in range(max(12, rounds // 5)):
             child = case.python(t.HOLDER, repr([t.MODEL]), serve, "1")
             time.sleep(chance.uniform(0.05, 1.0))
