@@ -5903,7 +5903,7 @@ def _sabotage():
             counts = event.startswith(("os.", "fcntl.", "socket."))
         if counts:
             seen[0] += 1
-            if seen[0] == int(at):
+            if seen[0] == int(at) and not os.path.exists(path):  # else a child before its exec has been hit
                 with open(path + ".new", "w") as file:
                     file.write("%d %s %s" % (os.getpid(), event, args))
                 os.rename(path + ".new", path)
