@@ -4823,19 +4823,20 @@ def _record_models(record: Optional[ServeRecord]) -> Optional[Dict[str, Any]]:
 def _describe(record: ServeRecord) -> ServeInfo:
     now, models = time.monotonic(), []
     state = _state_of(record)
+    is_here = state not in ("dead", "foreign")
+    # Before the health check: the serve may close that connection a moment after we have.
+    connections = connections_to(record.host, record.port)[0] if is_here else 0
     if state in ("ready", "orphaned") and record.api_key:
         health = check_serve(record)
         models = health.models
         state = "hung" if state == "ready" and health.state != HEALTHY else state
     models = models or [{"id": alias, "state": "unknown"} for alias in _record_models(record) or {}]
-    is_here = state not in ("dead", "foreign")
     never = record.idle_timeout_ms >= NEVER_MS
     left = record.idle_timeout_ms / 1000 - (now - record.idle_since) if record.idle_since and not never else None
     return ServeInfo(
         fleet_key=record.fleet_key, base_url=record.base_url, host=record.host, port=record.port,
         pid=record.serve_pid, runner_pid=record.runner_pid, models=models, reused=True, private=record.is_private,
-        state=state, consumers=len(live_consumers(record.fleet_key)),
-        connections=connections_to(record.host, record.port)[0] if is_here else 0,
+        state=state, consumers=len(live_consumers(record.fleet_key)), connections=connections,
         uptime_s=round(now - record.ready_at, 1) if record.ready_at and is_here else None,
         idle_timeout_s=None if never else record.idle_timeout_ms / 1000, restarts=record.restarts,
         rss_bytes=rss_bytes(group_members(record.serve_pid)) if is_here and not record.is_restarting else None,

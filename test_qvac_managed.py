@@ -106,6 +106,7 @@ class Case(unittest.TestCase):
         environ = {
             name: value for name, value in os.environ.items()
             if not name.startswith(("QVAC_", "OPENAI_")) and not name.lower().endswith("_proxy")
+            and name != "PYTHONUNBUFFERED"  # a line that a process and its fork both write could be cut in pieces
         }  # fmt: skip
         environ.update(HOME=self.home, USERPROFILE=self.home, NO_COLOR="1", **dict([self.tag.split("=")]))
         patched = mock.patch.dict(os.environ, environ, clear=True)
@@ -456,6 +457,7 @@ class Serve:
                 body = stream.read(int(headers.get("content-length", 0)))
                 if len(words) == 3:
                     self.answer(client, words[0], words[1].partition("?")[0], headers, body)
+                    time.sleep(knobs().get("close_delay_s", 0))
         except OSError:
             pass
 
@@ -4898,6 +4900,12 @@ class RawUseTest(LifeCase):
             self.assertTrue(q.process_alive(client.pid))
             self.assertEqual(1, q.list_serves()[0].connections)
         self.assert_all_gone()
+
+    def test_our_own_look_is_no_open_connection(self) -> None:
+        """Not even where the serve closes it a while after we have."""
+        client = self.create(serve_bin_path=self.fake(close_delay_s=0.5))
+        wait_until(lambda: q.connections_to("127.0.0.1", client.port)[0] == 0, what="the end of the start's look")
+        self.assertEqual(0, q.list_serves()[0].connections)
 
     def test_short_requests_keep_it_alive(self) -> None:
         client = self.create()
