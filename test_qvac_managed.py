@@ -9844,6 +9844,7 @@ def run_tests(argv: List[str]) -> int:
     for arg in argv:
         if arg.startswith("-j"):
             jobs = int(arg[2:])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, and children would too
     loader, module = unittest.defaultTestLoader, sys.modules[__name__]
     tests = loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
     if jobs == 0:
