@@ -28,7 +28,7 @@ File in ~/.qvac/managed-serves/     what it is                    who writes it 
 ($QVAC_MANAGED_DIR)
 KEY.json                            record of a running serve     runner [1]       runner, a sweep, a stop
 KEY.consumers/PID.RAND              marker of a live consumer     the consumer     it; who finds it dead
-KEY.lock                            spawn lock                    spawner, runner  the same; a stealer
+KEY.lock                            spawn lock                    spawner, runner  same; a stealer, a sweep
 KEY.error                           why the last start failed     runner           the next spawner [2]
 KEY.PID.RAND.runner-params.json     hand-off to the runner        spawner          runner, a sweep
 KEY.RAND.d/                         serve's config and key file   spawner, runner  runner, a sweep
@@ -124,7 +124,7 @@ TAIL_CHARS = 4000  # how much of the log goes into an error
 HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means busy, not dead
 SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, and again for orphans to answer
 CLOSING_WAIT = 10.0  # seconds a live serve may refuse connections (its end or restart) before it is a miss
-CLIENT_MARGIN = 10.0  # seconds a client waits beyond the runner's own start timeout
+CLIENT_MARGIN = 10.0  # seconds a client waits for its own runner beyond the start timeout, which that one keeps
 GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so its holder is stopped
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
 LOCK_REREAD = 0.25  # seconds after which a provider that stole the same lock has shown itself
@@ -2520,13 +2520,13 @@ def _rmdir(path: str) -> bool:
 # -- consumers
 
 
-def add_consumer(key: str, consumer_id: str) -> None:
-    """Write the marker of a consumer. `consumer_id` is `PID.RAND`, one for each client object.
+def add_consumer(key: str, consumer_id: Union[str, int]) -> None:
+    """Write the marker of a consumer. `consumer_id` is `PID.RAND`, one for each client object, or a bare pid.
 
     The provider reads the pid in its name; we add the identity of the process in its content.
     """
     ensure_managed_serves_dir()
-    folder, path = consumers_dir(key), os.path.join(consumers_dir(key), consumer_id)
+    folder, path = consumers_dir(key), os.path.join(consumers_dir(key), str(consumer_id))
     content = ("%s %s\n" % (process_start(os.getpid()) or "", place())).encode()
     for attempt in range(5):
         try:
@@ -2547,9 +2547,9 @@ def add_consumer(key: str, consumer_id: str) -> None:
     raise _registry_trouble("write", path, error)
 
 
-def remove_consumer(key: str, consumer_id: str) -> None:
+def remove_consumer(key: str, consumer_id: Union[str, int]) -> None:
     """Remove the marker of a consumer; no error if it is gone. The folder is the runner's to remove."""
-    _unlink(os.path.join(consumers_dir(key), consumer_id))
+    _unlink(os.path.join(consumers_dir(key), str(consumer_id)))
 
 
 def has_consumer(key: str, consumer_id: str) -> bool:
@@ -2790,6 +2790,14 @@ def _move_stale_lock_away(key: str, judged: Any) -> bool:
             pass
     _unlink(aside)
     return same
+
+
+def _remove_dead_lock(key: str) -> None:
+    """For a sweep: of a key that is never asked for again, nobody steals the lock."""
+    with guard():
+        found = file_version(lock_path(key))
+        if found is not None and _judge_lock(key) == DEAD:
+            _move_stale_lock_away(key, found)
 
 
 def take_over_lock(key: str, expected: str) -> Optional[str]:
@@ -3171,6 +3179,12 @@ def stop_stray_group(pid: int, is_still_it: Callable[[], bool], grace: float = S
 # ==================================================================================================
 
 
+OLD_CLI = (
+    "This qvac CLI knows no --api-key-file: the key is on its command line, which every user of this machine "
+    "can read. Update @qvac/cli."
+)
+
+
 class _Superseded(Exception):
     """Another runner serves this key, or another spawner has the lock: give way without a trace."""
 
@@ -3226,7 +3240,7 @@ class _Runner:
                 raise _Superseded
             self._bring_up()
             self._publish()
-            self._tell({"ready": os.getpid()})
+            self._tell({"ready": os.getpid(), "warning": OLD_CLI if self.old_cli else ""})
             self._close_channel()
             self._watch()
         except _Superseded:
@@ -3248,10 +3262,10 @@ class _Runner:
                 self._start_serve()
                 return self._wait_until_it_listens()
             except ServeExitedError as error:
-                if "--api-key-file" in error.tail and "unknown option" in error.tail and not self.old_cli:
+                said = error.tail.lower()
+                if "--api-key-file" in said and ("unknown" in said or "unrecogni" in said) and not self.old_cli:
                     self.old_cli = True
-                    self._log("this CLI knows no --api-key-file: the key goes on its command line, which every "
-                              "user of this machine can read. Update @qvac/cli.")  # fmt: skip
+                    self._log(OLD_CLI)
                     return self._bring_up()
                 if not ("EADDRINUSE" in error.tail or "address already in use" in error.tail.lower()):
                     raise
@@ -3344,7 +3358,7 @@ class _Runner:
                 tail = self._tail()
                 self._stop_serve()
                 raise ServeStartTimeoutError(
-                    "qvac serve was not ready on port %d after %.0f s without progress. Raise serve_start_timeout "
+                    "qvac serve was not ready on port %d after %g s without progress. Raise serve_start_timeout "
                     "for a large model.%s" % (self.port, self.start_timeout, _output(tail)))  # fmt: skip
             # Whatever the serve writes into its log ends the wait, but one that fills it must not keep us looking.
             # For one that writes nothing: a fiftieth of the time so far, and what costs 0.6 % of a processor.
@@ -3790,11 +3804,12 @@ class _Target:
 class Qvac:
     """A client of one OpenAI-compatible serve. Made by create_qvac().
 
-    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: the
-    client's own key replaces it. Threads may share a client. It cannot be pickled: it holds a key.
+    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: a key that
+    was given replaces it. Threads may share a client. It cannot be pickled: it holds a key.
     """
 
-    __slots__ = ("__weakref__", "_default_model", "_opener", "_target", "headers")
+    # What it holds is in slots, so that vars() shows no key; `__dict__` is for what others hang onto it.
+    __slots__ = ("__dict__", "__weakref__", "_default_model", "_opener", "_target", "headers")
 
     def __init__(self, base_url: str, api_key: str, headers: Optional[Mapping[str, str]] = None,
                  opener: Any = None) -> None:  # fmt: skip
@@ -3942,7 +3957,10 @@ def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, s
     merged.pop("Authorization", None)
     merged.pop("Host", None)
     request = urllib.request.Request(_retarget(url, aim.base_url), data, merged, method=method)
-    request.add_unredirected_header("Authorization", "Bearer " + aim.api_key)
+    authorization = "Bearer " + aim.api_key
+    if aim.api_key == DEFAULT_API_KEY:  # nobody has named a key; a Request's own may be for another server
+        authorization = {name.title(): value for name, value in headers.items()}.get("Authorization", authorization)
+    request.add_unredirected_header("Authorization", authorization)
     return request
 
 
@@ -4122,13 +4140,20 @@ class _Resolver:
             self._check_cancelled()
             if not has_consumer(self.key, self.consumer_id):
                 add_consumer(self.key, self.consumer_id)
-            record = read_record(self.key)
-            is_here = record is not None and judge_place(record.place) == ALIVE
-            if record is not None and is_here and record.idle_timeout_ms < self.idle_timeout_ms:
-                # The longest wish wins; the runner sees that its record says more than it wrote.
-                record = record.with_fields(idle_timeout_ms=self.idle_timeout_ms)
-                write_record(record)
-            return record
+            return read_record(self.key)
+
+    def _wish_to_keep(self, record: ServeRecord) -> None:
+        """The longest idle timeout wins: the runner sees that its record says more than it wrote.
+
+        Only once we are attached, or a client that gives up would leave its wish to a serve it never used.
+        """
+        if record.idle_timeout_ms >= self.idle_timeout_ms or judge_place(record.place) != ALIVE:
+            return
+        with guard(), self._state:
+            self._check_cancelled()
+            current = read_record(self.key)
+            if current is not None and current.idle_timeout_ms < self.idle_timeout_ms:
+                write_record(current.with_fields(idle_timeout_ms=self.idle_timeout_ms))
 
     def _check_cancelled(self) -> None:
         if self.cancelled:
@@ -4259,6 +4284,7 @@ class _Resolver:
             raise ModelLoadFailedError(self.default_alias, reason)
         for alias in failed:
             _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
+        self._wish_to_keep(record)
         return _Target(record.base_url, record.api_key, record, reused)
 
     def _others_use_it(self) -> bool:
@@ -4286,7 +4312,7 @@ class _Resolver:
         # A serve that comes back on the port and with the key it had lets plain URLs recover too.
         api_key, port = (previous.api_key, previous.port) if previous else (_new_api_key(), 0)
         channel, params_path, folder = self._start_runner(command, api_key, port)
-        self._spawned, heard = True, b""
+        self._spawned, patience.margin, heard = True, CLIENT_MARGIN, b""
         try:
             _openers()  # 30 ms of imports that the health check needs, in the runner's time
             while True:
@@ -4296,9 +4322,11 @@ class _Resolver:
                     if "error" in message:
                         raise _error_from_json(message)
                     elif "superseded" in message:
-                        self._spawned = False
+                        self._spawned, patience.margin = False, 0.0
                         return None
                     elif "ready" in message:
+                        if message["warning"]:
+                            _warn("%s", message["warning"])
                         return self._attach_to_started(patience, api_key, message["ready"])
                 if ended:
                     raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), api_key))
@@ -4373,13 +4401,14 @@ class _Patience:
         self.resolver = resolver
         self.began = self.moved = self.looked = time.monotonic()
         self.reported = 0.0
+        self.margin = 0.0  # once a runner of ours is at it, which is the first to tell that it took too long
         self.files: List[Any] = []
         self.trouble = ""
         self.sizes: Optional[Dict[str, int]] = None
         self.first_sizes: Dict[str, int] = {}
 
     def left(self) -> float:
-        return self.moved + self.resolver.start_timeout + CLIENT_MARGIN - time.monotonic()
+        return self.moved + self.resolver.start_timeout + self.margin - time.monotonic()
 
     def wait(self) -> None:
         """Until a file of the key changes, a tenth of the time waited so far at most: then look at everything.
@@ -4409,7 +4438,7 @@ class _Patience:
                 self.moved = now
         if self.left() <= 0:
             raise ServeStartTimeoutError(
-                "No serve was ready after %.0f s without progress%s. Raise serve_start_timeout for a large model, "
+                "No serve was ready after %g s without progress%s. Raise serve_start_timeout for a large model, "
                 "or see the log: %s" % (self.resolver.start_timeout, ": " + self.trouble if self.trouble else "",
                                         log_path(self.resolver.key)))  # fmt: skip
         if self.resolver.on_progress is not None and now - self.reported >= 0.25:
@@ -4987,32 +5016,39 @@ def sweep_serves(limit: float = float("inf")) -> List[str]:
 
 
 def _sweep_leftovers() -> None:
-    """Files whose makers died before they could remove them, once they are too old to be in the making."""
-    folder = managed_serves_dir()
-    names = set(_listdir(folder))
-    for name in names:
+    for name in leftovers():
         key, _, rest = name.partition(".")
-        if not is_valid_fleet_key(key):
-            continue
-        path = os.path.join(folder, name)
+        path = os.path.join(managed_serves_dir(), name)
         try:
-            age = _heartbeat_age(os.lstat(path).st_mtime)
-        except OSError:
-            continue
-        is_owned = key + ".json" in names or key + ".lock" in names
-        stale_after = _stale_after(name, rest, is_owned)
-        if stale_after is None or age <= stale_after:
-            continue
-        try:
-            if rest == "consumers":
-                if not _live_markers(key):
-                    _rmdir(path)
+            if rest == "lock":
+                _remove_dead_lock(key)
+            elif rest == "consumers":
+                _rmdir(path)
             elif is_serve_folder_name(name):
                 remove_serve_folder(key, path)
             else:
                 _unlink(path)
         except RegistryError:
             pass  # unreadable: not a reason for every start to fail
+
+
+def leftovers() -> List[str]:
+    """Names of the files whose makers died before they could remove them, once too old to be in the making."""
+    folder = managed_serves_dir()
+    names, found = set(_listdir(folder)), []
+    for name in sorted(names):
+        key, _, rest = name.partition(".")
+        if not is_valid_fleet_key(key):
+            continue
+        try:
+            age = _heartbeat_age(os.lstat(os.path.join(folder, name)).st_mtime)
+            is_locked = key + ".lock" in names and _judge_lock(key) != DEAD
+            stale_after = _stale_after(name, rest, is_locked, key + ".json" in names)
+            if stale_after is not None and age > stale_after and not (rest == "consumers" and _live_markers(key)):
+                found.append(name)
+        except (OSError, RegistryError):
+            pass
+    return found
 
 
 def _clear_before_start(key: str) -> None:
@@ -5030,13 +5066,17 @@ def _clear_before_start(key: str) -> None:
                 remove_serve_folder(key, os.path.join(folder, name))
 
 
-def _stale_after(name: str, rest: str, is_owned: bool) -> Optional[float]:
-    """The age at which a file of the registry is swept; None: never, or only with its serve."""
+def _stale_after(name: str, rest: str, is_locked: bool, has_record: bool) -> Optional[float]:
+    """The age in seconds at which a file of the registry is swept; None: never, or only with its serve."""
     if rest.endswith(".runner-params.json"):
         return PARAMS_STALE
     if rest.endswith((".tmp", ".stale")):
         return LEFTOVER_STALE
-    if is_owned:
+    if is_locked:
+        return None
+    if rest == "lock":
+        return -1.0  # its owner is proved dead, so its age does not matter
+    if has_record:
         return None
     if rest == "log":
         return LOG_STALE
@@ -6956,16 +6996,32 @@ def _check_serves(args: Any) -> List[_Finding]:
         "orphaned": f"{_program()} doctor --fix",
         "hung": f"{_program()} stop %s",
     }
+    stale = leftovers()
     swept = sweep_serves() if args.fix else []
-    removed: List[_Finding] = [("ok", "serves", f"{key}: removed", "") for key in swept]
+    findings: List[_Finding] = [("ok", "serves", f"{key}: removed", "") for key in swept]
     serves = list_serves()
     sick = [serve for serve in serves if serve.state in advice]
-    if not sick:
-        return removed or [("ok", "serves", f"{len(serves)} on disk, none stale", "")]
-    return removed + [
+    if not sick and not swept:
+        findings.append(("ok", "serves", f"{len(serves)} on disk, none stale", ""))
+    findings += [
         ("warn", "serves", f"{s.fleet_key} is {s.state}", advice[s.state].replace("%s", s.fleet_key))
         for s in sick
     ]
+    left = leftovers()
+    removed = sorted(set(stale) - set(left))
+    if removed:
+        findings.append(("ok", "files", f"removed: {_some(removed)}", ""))
+    if left:
+        findings.append(("warn", "files", f"left behind by killed programs: {_some(left)}", advice["dead"]))
+    if not stale and not left:
+        findings.append(("ok", "files", "nothing left behind by killed programs", ""))
+    return findings
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _check_disk(_args: Any) -> List[_Finding]:

@@ -2768,6 +2768,17 @@ class ClientUnitTest(Unit):
         self.assertEqual("mine", self.sent().get_header("X-one"))
         self.assertNotIn("sk-secret", str(self.sent().headers))  # unredirected: it would follow no redirect
 
+    def test_an_authorization_header_stays_where_no_key_was_given(self) -> None:
+        import urllib.request
+
+        self.opener = FakeOpener()
+        client = q.create_qvac(base_url=self.BASE, headers={"authorization": "Basic xyz"}, opener=self.opener)
+        client.open("/models").close()
+        self.assertEqual("Basic xyz", self.sent().get_header("Authorization"))
+        without = q.create_qvac(base_url=self.BASE, opener=self.opener)
+        without.open(urllib.request.Request("https://other.example/v1/x", headers={"Authorization": "c"})).close()
+        self.assertEqual("Bearer qvac", self.sent().get_header("Authorization"))
+
     def test_the_callers_request_is_left_as_it_is(self) -> None:
         import urllib.request
 
@@ -2798,7 +2809,7 @@ class ClientUnitTest(Unit):
 
         client = self.client()
         self.assertEqual("<Qvac %s>" % self.BASE, repr(client))
-        self.assertFalse(hasattr(client, "__dict__"))
+        self.assertEqual({}, vars(client))
         for value in (client._target, client):
             self.assertNotIn("sk-secret", repr(value) + str(value))
             self.assertNotIn("sk-secret", str(getattr(value, "__dict__", "")))
@@ -4678,7 +4689,9 @@ class FailingStartTest(LifeCase):
         self.assertEqual([], [name for name in self.files() if name.endswith(".error")])
 
     def test_an_old_cli_gets_the_key_on_its_command_line(self) -> None:
-        client = self.create(serve_bin_path=self.fake(old_cli=True))
+        with self.assertLogs("qvac_managed", "WARNING") as logged:
+            client = self.create(serve_bin_path=self.fake(old_cli=True))
+        self.assertIn("Update @qvac/cli", logged.output[0])
         self.assertEqual("hi", client.chat("hi"))
         self.assertEqual(2, len(self.fake_events("start")))
         self.assertIn("--api-key", self.fake_events("start")[-1]["argv"])
@@ -5257,16 +5270,38 @@ class FrozenTest(LifeCase):
         serve = self.fake()
         client = self.create(serve_bin_path=serve)
         os.kill(client.pid, signal.SIGSTOP)
-        with mock.patch.object(q, "CLIENT_MARGIN", 0.5):
-            began = time.monotonic()
-            with self.assertRaises(q.ServeStartTimeoutError) as caught:
-                self.create(serve_bin_path=serve, serve_start_timeout=0.5)
+        began = time.monotonic()
+        with self.assertRaises(q.ServeStartTimeoutError) as caught:
+            self.create(serve_bin_path=serve, serve_start_timeout=0.5)
         self.assert_soon(began, 6)
+        self.assertIn("after 0.5 s", str(caught.exception))
         self.assertIn("does not answer", str(caught.exception))
         self.assertIn("stop %s" % client.fleet_key, str(caught.exception))
         self.assertEqual(1, len(q.live_consumers(client.fleet_key)), "the marker of the one that gave up is gone")
         (listed,) = q.list_serves()
         self.assertEqual(("hung", [{"id": MODEL, "state": "unknown"}]), (listed.state, listed.models))
+
+    def test_a_client_that_gives_up_leaves_no_wish_for_a_longer_life(self) -> None:
+        serve = self.fake()
+        client = self.create(serve_bin_path=serve)
+        os.kill(client.pid, signal.SIGSTOP)
+        with self.assertRaises(q.ServeStartTimeoutError):
+            self.create(serve_bin_path=serve, serve_start_timeout=0.5, serve_idle_timeout=600)
+        os.kill(client.pid, signal.SIGCONT)
+        client.close()
+        self.assert_all_gone()
+
+    def test_the_deadline_for_a_start_of_others_is_our_own(self) -> None:
+        serve = self.fake(preload_s=30)
+        child = self.python(HOLDER, repr([MODEL]), serve, "1")
+        wait_until(lambda: self.fake_events("start"))
+        began = time.monotonic()
+        with self.assertRaises(q.ServeStartTimeoutError):
+            self.create(serve_bin_path=serve, serve_start_timeout=0.5)
+        self.assert_soon(began, 6)
+        self.assertIsNone(child.poll(), "the other still waits")
+        self.signal_all(signal.SIGKILL, "runner-params")
+        child.kill()
 
     def test_a_frozen_runner_is_no_reason_to_refuse_its_serve(self) -> None:
         client = self.create()
@@ -5824,6 +5859,17 @@ class LeftoverTest(OrphanCase):
             os.utime(os.path.join(self.folder, name), (time.time() - 2 * q.LEFTOVER_STALE,) * 2)
         q.sweep_serves()
         self.assertEqual(sorted(young + [os.path.basename(path) for path in strange]), self.files())
+
+    def test_a_lock_of_the_dead_keeps_nothing(self) -> None:
+        """A serve whose runner was killed in the middle of its start, and which nobody asks for again."""
+        key, held = self.new_key(), self.new_key()
+        text = "%d %s %s 00\n"
+        self.write(key + ".lock", text % (self.dead_pid, 1, q.place()))
+        self.write(held + ".lock", text % (self.canary.pid, q.process_start(self.canary.pid), q.place()))
+        for name in self.leave(key) + self.leave(held):
+            os.utime(os.path.join(self.folder, name), (time.time() - 2 * q.LEFTOVER_STALE,) * 2)
+        q.sweep_serves()
+        self.assertEqual([held + ".abcd.d", held + ".consumers", held + ".error", held + ".lock"], self.files())
 
     def test_what_a_running_serve_needs_is_not_swept_however_old(self) -> None:
         client = self.create()
@@ -8980,7 +9026,8 @@ class DoctorTest(CommandLineCase):
 
     def test_shape(self):
         findings = self.findings()
-        self.assertEqual(set(findings), {"module", "python", "node", "qvac", "folder", "serves", "disk", "loopback", "proxy"})
+        checks = {"module", "python", "node", "qvac", "folder", "serves", "files", "disk", "loopback", "proxy"}
+        self.assertEqual(set(findings), checks)
         for item in findings.values():
             self.assertIn(item["status"], ("ok", "warn", "fail"))
             self.assertTrue(item["status"] == "ok" or item["todo"], item)
@@ -8996,6 +9043,25 @@ class DoctorTest(CommandLineCase):
         self.findings("--fix")
         self.assertEqual(stat.S_IMODE(os.stat(self.registry).st_mode), 0o700)
         self.assertEqual(stat.S_IMODE(os.stat(log).st_mode), 0o600)
+
+    def test_what_killed_programs_have_left(self):
+        self.assertEqual(self.findings()["files"]["status"], "ok")
+        os.makedirs(self.registry, 0o700, exist_ok=True)
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        old = time.time() - 2 * q.LEFTOVER_STALE
+        names = ["%s.%s" % ("0" * 16, end) for end in ("1.ab.runner-params.json", "error", "json.1.ab.tmp", "lock")]
+        for name in names:
+            with open(os.path.join(self.registry, name), "w") as file:
+                file.write(str(dead.pid))
+            os.utime(file.name, (old, old))
+        found = self.findings()["files"]
+        self.assertEqual(found["status"], "warn")
+        self.assertEqual(found["detail"].partition(": ")[2], ", ".join(names[:3]) + " and 1 more")
+        self.assertIn("doctor --fix", found["todo"])
+        self.assertEqual(sorted(names), sorted(os.listdir(self.registry)))
+        self.assertIn("removed: " + names[0], self.findings("--fix")["files"]["detail"])
+        self.assertEqual([name for name in os.listdir(self.registry) if name in names], [])
 
     def test_what_is_missing_is_said(self):
         findings = self.findings()
