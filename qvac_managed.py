@@ -4760,6 +4760,7 @@ class ServeInfo:
     `state`: ready, starting, restarting, hung (alive, no answer), orphaned (its runner is dead), dead,
     or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not
     answer they are what it was started with, in state "unknown". `connections` are open ones.
+    `idle_timeout_s` is None for one that stays until stopped, and for one that is starting.
     `time_left_s` counts down while nobody uses it.
     """
 
@@ -4816,7 +4817,7 @@ def _starting_serves(known: Set[str]) -> List[ServeInfo]:
             runner_pid = _starting_runner(key)
             if runner_pid:
                 starting.append(ServeInfo(
-                    fleet_key=key, runner_pid=runner_pid, models=[], reused=True, private="-priv-" in key,
+                    fleet_key=key, runner_pid=runner_pid, models=_unknown(_starting_models(key)), reused=True, private="-priv-" in key,
                     state="starting", consumers=len(live_consumers(key)), connections=0, restarts=0))  # fmt: skip
     return starting
 
@@ -4826,6 +4827,16 @@ def _starting_runner(key: str) -> int:
     words = (_read_lock(key) or "").split()
     held = len(words) == 4 and words[3].startswith(RUNNER_MARK) and _judge_lock(key) == ALIVE
     return int(words[0]) if held else 0
+
+
+def _starting_models(key: str) -> Optional[Dict[str, Any]]:
+    """The `models` part of the config of a serve that has no record yet; None if it cannot be read."""
+    configs = (_config_models(os.path.join(folder, "qvac.config.json")) for folder in serve_folders(key))
+    return next((models for models in configs if models is not None), None)
+
+
+def _unknown(aliases: Optional[Mapping[str, Any]]) -> List[Dict[str, str]]:
+    return [{"id": alias, "state": "unknown"} for alias in aliases or {}]
 
 
 def serve_info(client: ManagedQvac) -> ServeInfo:
@@ -4840,7 +4851,11 @@ def serve_info(client: ManagedQvac) -> ServeInfo:
 
 def _record_models(record: Optional[ServeRecord]) -> Optional[Dict[str, Any]]:
     """The `models` part of the config a serve was started with; None if it cannot be read."""
-    found = _read_registry_file(record.config_path) if record else None
+    return _config_models(record.config_path) if record else None
+
+
+def _config_models(path: str) -> Optional[Dict[str, Any]]:
+    found = _read_registry_file(path)
     config = _strict_json(found[0]) if found else None
     try:
         models = config["serve"]["models"] if config else None
@@ -4859,7 +4874,7 @@ def _describe(record: ServeRecord) -> ServeInfo:
         health = check_serve(record)
         models = health.models
         state = "hung" if state == "ready" and health.state != HEALTHY else state
-    models = models or [{"id": alias, "state": "unknown"} for alias in _record_models(record) or {}]
+    models = models or _unknown(_record_models(record))
     never = record.idle_timeout_ms >= NEVER_MS
     left = record.idle_timeout_ms / 1000 - (now - record.idle_since) if record.idle_since and not never else None
     return ServeInfo(
@@ -6395,7 +6410,8 @@ def _serve_lines(serves: Sequence[ServeInfo], width: int) -> List[str]:
 
 
 def _serve_row(serve: ServeInfo, key: str) -> List[str]:
-    idle = "never" if serve.idle_timeout_s is None else _span(serve.idle_timeout_s)
+    is_known = serve.idle_timeout_s is not None or serve.state == "starting"
+    idle = _span(serve.idle_timeout_s) if is_known else "never"
     left = "" if serve.time_left_s is None else "/" + _span(serve.time_left_s)
     cells = [key, serve.state, _model_list(serve), serve.port, serve.pid, serve.consumers, serve.connections]
     return ["-" if cell is None else str(cell) for cell in cells] + [
@@ -6464,7 +6480,7 @@ def _aliases_by_key(*more: str) -> Dict[str, List[str]]:
     """
     keys = (name.rpartition(".") for name in sorted(_listdir(managed_serves_dir())))
     found = [key for key, dot, ending in keys if dot + ending in (".json", ".lock", *more) and is_valid_fleet_key(key)]
-    return {key: sorted(_record_models(read_record(key)) or {}) for key in found}
+    return {key: sorted(_record_models(read_record(key)) or _starting_models(key) or {}) for key in found}
 
 
 def _do_stop(args: Any) -> int:
@@ -6761,10 +6777,11 @@ def _do_explain(args: Any) -> int:
     running = next((record for record in records if record.fleet_key == key), None)
     if args.private:
         running = None  # it would be that key with its owner behind it, and nobody else's
+    is_starting = running is None and not args.private and _starting_runner(key) != 0
     if args.json:
-        _print_json(_explanation(key, config, args, running, others))
+        _print_json(_explanation(key, config, args, running, is_starting, others))
     else:
-        _print_explanation(key, config, args, running, others)
+        _print_explanation(key, config, args, running, is_starting, others)
     return EXIT_DONE
 
 
@@ -6815,7 +6832,7 @@ def _record_place(record: ServeRecord, models: Mapping[str, Any], args: Any) -> 
     return known if any(known) else ("(another)", None)
 
 
-def _explanation(key: str, config: Any, args: Any, running: Any, others: Any) -> Dict[str, Any]:
+def _explanation(key: str, config: Any, args: Any, running: Any, is_starting: bool, others: Any) -> Dict[str, Any]:
     return {
         "fleet_key": key,
         "private": args.private,
@@ -6824,17 +6841,20 @@ def _explanation(key: str, config: Any, args: Any, running: Any, others: Any) ->
         "serve_port": args.port,
         "config": config,
         "running": None if running is None else {"base_url": running.base_url, "pid": running.serve_pid},
+        "starting": is_starting,
         "others": [{"fleet_key": record.fleet_key, "differences": found} for record, found in others],
     }
 
 
-def _print_explanation(key: str, config: Any, args: Any, running: Any, others: Any) -> None:
+def _print_explanation(key: str, config: Any, args: Any, running: Any, is_starting: bool, others: Any) -> None:
     import json
 
     _out("key     " + key + (" (and the owner behind it: private)" if args.private else ""))
     _out("cli     " + _cli_text(args))
     _out("config  " + json.dumps(config, indent=2, ensure_ascii=False).replace("\n", "\n        "))
-    if running is None:
+    if is_starting:
+        _out("serve   one with this key is just starting; up would wait for it")
+    elif running is None:
         _out("serve   none has this key; up would start one")
     else:
         _out(f"serve   {running.base_url} (pid {running.serve_pid})")
@@ -6881,7 +6901,7 @@ def _do_doctor(args: Any) -> int:
             found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), "put that right first")]
         for finding in found:
             findings.append(finding)
-            if not args.json:
+            if not args.json and not (args.quiet and finding[0] == "ok"):
                 _print_finding(finding)
     if args.json:
         _print_json([dict(zip(("status", "check", "detail", "todo"), finding)) for finding in findings])
@@ -7417,15 +7437,16 @@ _COMMANDS: Dict[str, _Command] = {
         ("chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b -"),
     ),
     "explain": _Command(
-        _do_explain, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + ("json",),
+        _do_explain, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("json", "quiet"),
         "Show the config and key these arguments make; start nothing.\n"
         "Also whether a serve has that key, and in what each other one differs.",
         ("explain qwen3.5-9b --agent",),
     ),
     "doctor": _Command(
-        _do_doctor, "", 0, ("fix", "json"),
+        _do_doctor, "", 0, ("fix", "json", "quiet"),
         "Check what serves need, and say what to type.\n"
-        "Changes nothing without --fix. Exit code 1: a check failed.",
+        "Changes nothing without --fix. With --quiet only what is not ok. Exit code 1:\n"
+        "a check failed.",
         ("doctor", "doctor --fix"),
     ),
     "install-cli": _Command(

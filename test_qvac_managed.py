@@ -8854,6 +8854,28 @@ class StopCommandTest(CommandLineCase):
         self.assertIn("no serve 'nosuch'", done.stderr)
 
 
+class StartingServeTest(CommandLineCase):
+    """What a serve that loads for minutes can be asked and told meanwhile."""
+
+    def test_it_can_be_named_by_its_model(self):
+        slow = ("--echo", MODEL, "--set", "echo_load_seconds=60")
+        starter = self.start_cli("up", *slow)
+        wait_for(lambda: self.json_of("ps", "--json"), "a starting serve is listed")
+        (serve,) = self.json_of("ps", "--json")
+        self.assertEqual((serve["state"], serve["models"]), ("starting", [{"id": MODEL, "state": "unknown"}]))
+        cells = self.assert_done("ps").stdout.splitlines()[1].split()
+        self.assertEqual((cells[1:3], cells[-2]), (["starting", MODEL], "-"))
+        told = self.json_of("explain", "--json", *slow)
+        self.assertEqual((told["running"], told["starting"]), (None, True))
+        self.assertIn("just starting", self.assert_done("explain", *slow, "--idle-timeout", "5").stdout)
+        self.assertIn("starting", self.assert_done("logs", MODEL).stdout)
+        self.assertEqual(f"stopped {serve['fleet_key']}\n", self.assert_done("stop", MODEL).stdout)
+        out, err = starter.communicate(timeout=30)
+        self.assertEqual((starter.returncode, out), (1, ""))
+        self.assertIn("told to stop", err)
+        self.assert_nothing_left()
+
+
 class LogsTest(CommandLineCase):
     def log_of(self, key):
         return os.path.join(self.registry, key + ".log")
@@ -9072,6 +9094,12 @@ class DoctorTest(CommandLineCase):
         self.assertRegex(done.stdout, r"(?m)^fail  node .*not on PATH\n +-> install Node.js")
         self.assertRegex(done.stdout, r"(?m)^fail  qvac .*\n +-> .*install-cli")
         self.assertEqual(findings["proxy"]["status"], "ok")
+
+    def test_quiet_tells_only_what_is_not_ok(self):
+        done = self.run_cli("doctor", "--quiet", env={"PATH": self.home})
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"(?m)^fail  qvac ")
+        self.assertNotIn("ok ", done.stdout)
 
     def test_proxy(self):
         done = self.run_cli("doctor", env={"http_proxy": "http://proxy.example:3128", "no_proxy": None, "NO_PROXY": None})
