@@ -4617,19 +4617,23 @@ def create_qvac(
     Raises the errors of this module (base: QvacManagedModeError); then nothing is left behind.
     """
     headers = _checked_headers(headers)
+    if opener is not None and not callable(getattr(opener, "open", None)):
+        raise InvalidManagedModelError("An opener has a method open(), as urllib's have; %r has none." % (opener,))
     if mode == "external":
         url = base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL
         if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
             raise InvalidManagedModelError("base_url begins with http:// or https://, unlike %r." % (url,))
-        return Qvac(url, api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY,
-                    headers, opener)  # fmt: skip
+        key = api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY
+        if not _fits_into_a_header(key):  # http.client would refuse it, and show it
+            raise InvalidManagedModelError("api_key is a string of characters that a header can carry: no line breaks.")
+        return Qvac(url, key, headers, opener)
     if mode != "managed":
         raise InvalidManagedModelError("The mode is 'external' or 'managed', not %r." % (mode,))
     options = {
         "models": models if models is not None else [], "serve_host": serve_host, "serve_port": serve_port,
         "serve_bin_path": os.fsdecode(serve_bin_path) if isinstance(serve_bin_path, os.PathLike) else serve_bin_path,
         "serve_start_timeout": serve_start_timeout, "serve_idle_timeout": serve_idle_timeout, "reuse": reuse,
-        "require_ready": require_ready, "on_progress": on_progress,
+        "require_ready": require_ready, "close_on_parent_exit": close_on_parent_exit, "on_progress": on_progress,
     }  # fmt: skip
     _check_options(options)
     resolver = _Resolver(options)
@@ -4649,14 +4653,21 @@ def create_qvac(
 
 def _checked_headers(headers: Any) -> Dict[str, str]:
     """Before anything is started, not when it is done."""
-    refusal = InvalidManagedModelError("`headers` is a mapping of names to values, both strings.")
+    refusal = InvalidManagedModelError(
+        "`headers` is a mapping of names to values, both strings of characters that a header can carry.")  # fmt: skip
     try:
         checked = dict(headers or {})
     except (TypeError, ValueError):
         raise refusal from None
-    if not all(isinstance(text, str) for pair in checked.items() for text in pair):
+    if not all(_fits_into_a_header(text) for pair in checked.items() for text in pair):
+        raise refusal
+    if not all(name and name == name.strip() and ":" not in name for name in checked):
         raise refusal
     return checked
+
+
+def _fits_into_a_header(text: Any) -> bool:
+    return isinstance(text, str) and all((" " <= c <= "\xff" and c != "\x7f") or c == "\t" for c in text)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -4676,6 +4687,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
     path = options["serve_bin_path"]
     if path is not None and (not isinstance(path, str) or not path):
         raise InvalidManagedModelError("serve_bin_path is a path, or left out to search for `qvac`: not %r." % (path,))
+    for name in ("require_ready", "close_on_parent_exit"):
+        if not isinstance(options[name], bool):
+            raise InvalidManagedModelError("%s is True or False, not %r." % (name, options[name]))
+    if not isinstance(options["reuse"], (bool, type(None))):
+        raise InvalidManagedModelError("reuse is True, False, or None for the default, not %r." % (options["reuse"],))
+    if options["on_progress"] is not None and not callable(options["on_progress"]):
+        raise InvalidManagedModelError("on_progress is a function, not %r." % (options["on_progress"],))
 
 
 async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
@@ -4816,8 +4834,9 @@ def _starting_serves(known: Set[str]) -> List[ServeInfo]:
         if name.endswith(".lock") and is_valid_fleet_key(key) and key not in known:
             runner_pid = _starting_runner(key)
             if runner_pid:
+                models = _unknown(_starting_models(key))
                 starting.append(ServeInfo(
-                    fleet_key=key, runner_pid=runner_pid, models=_unknown(_starting_models(key)), reused=True, private="-priv-" in key,
+                    fleet_key=key, runner_pid=runner_pid, models=models, reused=True, private="-priv-" in key,
                     state="starting", consumers=len(live_consumers(key)), connections=0, restarts=0))  # fmt: skip
     return starting
 

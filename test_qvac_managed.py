@@ -1434,7 +1434,8 @@ class ModelSpecTest(Unit):
             {"serve_start_timeout": "5"}, {"serve_start_timeout": float("nan")}, {"serve_start_timeout": float("inf")},
             {"serve_start_timeout": True}, {"serve_idle_timeout": -0.1}, {"serve_idle_timeout": "never"},
             {"serve_idle_timeout": float("nan")}, {"serve_idle_timeout": float("inf")}, {"serve_idle_timeout": False},
-            {"serve_bin_path": ""},
+            {"serve_bin_path": ""}, {"reuse": "no"}, {"reuse": 1}, {"require_ready": None}, {"require_ready": "x"},
+            {"close_on_parent_exit": 1}, {"on_progress": 5}, {"opener": 5}, {"opener": {}},
         ]  # fmt: skip
         for options in wrong:
             with self.subTest(**options), self.assertRaises(q.QvacManagedModeError) as caught:
@@ -7138,9 +7139,10 @@ class SecrecyTest(HostileCase):
                  repr(client._target), repr(client._resolver), repr(vars(client._resolver))]  # fmt: skip
         for secretive in (client, record):
             for show in (vars, pickle.dumps, copy.copy, lambda thing: thing.__dict__):
-                with self.assertRaises((TypeError, AttributeError)) as refused:
-                    show(secretive)  # type: ignore[operator]
-                errors.append(refused.exception)
+                try:
+                    shown.append(str(show(secretive)))  # type: ignore[operator]
+                except (TypeError, AttributeError) as refused:
+                    errors.append(refused)
         for text in [*shown, *map(self.told, errors), *self.logged]:
             self.assertNotIn(self.key, text)
         client.close()
@@ -7950,6 +7952,13 @@ class WrongErrorTest(Case):
         for url in ("localhost:1", "ftp://x", 3):
             with self.subTest(url=url), self.assertRaises(q.InvalidManagedModelError):
                 q.create_qvac(base_url=url)
+        for key in ("sk-of-a-file\n", "sk-\u2603", "\x00sk", b"sk", 3):
+            with self.subTest(key=key), self.assertRaises(q.InvalidManagedModelError) as caught:
+                q.create_qvac(api_key=key)
+            self.assertNotIn("sk-", str(caught.exception))
+        for headers in ({"x\n": "1"}, {"x": "a\r\nb: c"}, {"x": "\u2603"}, {"": "1"}, {"x:": "1"}, {" x": "1"}, ["x"], 5):
+            with self.subTest(headers=headers), self.assertRaises(q.InvalidManagedModelError):
+                q.create_qvac(headers=headers)
         self.assertFalse(os.path.exists(self.folder))
 
     def test_the_key_of_one_serve_is_not_in_the_environment_of_the_next(self) -> None:
