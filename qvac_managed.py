@@ -60,7 +60,7 @@ import errno
 import os
 import sys
 import time
-from _thread import RLock, allocate_lock, get_ident
+from _thread import RLock, get_ident
 from collections import namedtuple
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
@@ -118,6 +118,7 @@ FLEET_PROTOCOL_VERSION = 2  # the provider's; in every fleet key
 NEVER_MS = 2**53 - 1  # idleTimeoutMs for "until stopped": the largest integer of a JSON double
 MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
+MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
 
@@ -233,9 +234,16 @@ class ServeSpawnFailedError(QvacManagedModeError):
 
 
 class ServeStartTimeoutError(QvacManagedModeError):
-    """The serve was not ready in time. Raise serve_start_timeout for a large model."""
+    """The serve was not ready in time: `seconds` without progress. Raise serve_start_timeout for a large model."""
 
     code = "SERVE_START_TIMEOUT"
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message, seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ServeExitedError(QvacManagedModeError):
@@ -299,6 +307,11 @@ class _Cancelled(QvacManagedModeError):
 
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _fits_into_a_header(text: Any) -> bool:
+    """Whether http.client takes it; what it refuses, it shows in its error, a key for instance."""
+    return isinstance(text, str) and all((" " <= c <= "\xff" and c != "\x7f") or c == "\t" for c in text)
 
 
 def _error_to_json(error: BaseException) -> Dict[str, Any]:
@@ -817,6 +830,9 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
                 return False
             raise
 
+    def make_private(_fd: int) -> None:
+        """A profile is private here."""
+
     def unlock_file(fd: int) -> None:
         import msvcrt
 
@@ -1122,6 +1138,13 @@ else:
 
     def call_after_fork(function: Callable[[], None]) -> None:
         os.register_at_fork(after_in_child=function)
+
+    def make_private(fd: int) -> None:
+        """The mode 0600 for a file of ours."""
+        try:
+            os.fchmod(fd, 0o600)
+        except OSError:
+            pass  # another user's, or a file system without modes
 
     def unlock_file(fd: int) -> None:
         try:
@@ -1696,23 +1719,36 @@ else:
 
         def _tcp_rows(host: str, port: int, *states: int) -> Iterator[Tuple[int, bool, bytes, int]]:
             """`(state, port is the local one, the other end, inode)` of the TCP sockets that concern us."""
-            tail, ends = port.to_bytes(2, "big"), ()  # type: bytes, Tuple[bytes, ...]
-            try:
-                packed = bytes(int(part) for part in host.split("."))
-                ends = (packed + tail, bytes(4) + tail) if len(packed) == 4 else ()
-            except ValueError:
-                pass  # a name or an IPv6 address: the port alone has to do
+            tail, address = port.to_bytes(2, "big"), _packed_address(host)
             try:
                 table = list(_ask_sock_diag(states))
             except (OSError, AttributeError):  # a kernel, a sandbox or a Python without it
                 table = list(_read_proc_net(states))
             for state, local, remote, inode in table:
                 for here, there in ((local, remote), (remote, local)):
-                    if here[4:] == tail and (not ends or here in ends):
+                    if here[16:] == tail and _reaches(address, here[:16]):
                         yield state, here is local, there, inode
 
-        # Both name an end of a connection by six bytes: the last four of its address, and its port. So an
-        # IPv4 address is the same in both tables, IPv4 and IPv6, and a wildcard is all zeros.
+        # An end of a connection is 18 bytes: its IPv6 address, or its IPv4 address as IPv6 writes it
+        # (::ffff:a.b.c.d, as a socket for both has it), and its port.
+        _IPV4, _ANY_IPV4, _ANY_IPV6 = bytes(10) + b"\xff\xff", bytes(10) + b"\xff\xff" + bytes(4), bytes(16)
+
+        def _packed_address(host: str) -> bytes:
+            """Of a name, or what else is no address, the wildcard: then the port alone has to do."""
+            import socket
+
+            try:
+                if ":" in host:
+                    return socket.inet_pton(socket.AF_INET6, host.strip("[]"))
+                return _IPV4 + socket.inet_pton(socket.AF_INET, host)
+            except OSError:
+                return _ANY_IPV6
+
+        def _reaches(address: bytes, end: bytes) -> bool:
+            """Whether a connection to ADDRESS may be one to END, where each may be a wildcard."""
+            if address == _ANY_IPV6 or end in (address, _ANY_IPV6):
+                return True
+            return end.startswith(_IPV4) and (address == _ANY_IPV4 or (end == _ANY_IPV4 and address.startswith(_IPV4)))
 
         def _ask_sock_diag(states: Sequence[int]) -> Iterator[Tuple[int, bytes, bytes, int]]:
             """`(state, local end, remote end, inode)` of all TCP sockets in these states: sock_diag(7).
@@ -1738,9 +1774,9 @@ else:
                                 raise OSError(-code, os.strerror(-code))
                             return
                         row = data[at + 16 : at + size]  # inet_diag_msg
-                        skip = 0 if row[0] == socket.AF_INET else 12
-                        local, remote = row[8 + skip : 12 + skip] + row[4:6], row[24 + skip : 28 + skip] + row[6:8]
-                        yield row[1], local, remote, struct.unpack_from("=I", row, 68)[0]
+                        is_ipv4 = row[0] == socket.AF_INET
+                        local, remote = (_IPV4 + row[i : i + 4] if is_ipv4 else row[i : i + 16] for i in (8, 24))
+                        yield row[1], local + row[4:6], remote + row[6:8], struct.unpack_from("=I", row, 68)[0]
                         at += (size + 3) & ~3
 
         def _read_proc_net(states: Sequence[int]) -> Iterator[Tuple[int, bytes, bytes, int]]:
@@ -1758,7 +1794,9 @@ else:
 
         def _end_of(text: bytes) -> bytes:
             """proc(5) writes an address as 32-bit numbers in the machine's byte order, the port as a number."""
-            return int(text[-13:-5], 16).to_bytes(4, sys.byteorder) + int(text[-4:], 16).to_bytes(2, "big")
+            digits, _, port = text.partition(b":")
+            words = [int(digits[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(digits), 8)]
+            return (_IPV4 if len(words) == 1 else b"") + b"".join(words) + int(port, 16).to_bytes(2, "big")
 
         def who_listens(host: str, port: int, pid: int) -> str:
             """Whether all that listens on the port belongs to PID's process group; NOBODY, too, if PID is dead.
@@ -2089,11 +2127,19 @@ def reexec_argv(*args: str, detach: bool = False) -> List[str]:
     folder, name = os.path.split(_THIS_FILE)
     stem, extension = os.path.splitext(name)
     flags = ["-I", "-S"] + (["-B"] if sys.dont_write_bytecode else [])
-    if extension not in (".py", ".pyc") or stem == "__main__":
+    if extension not in (".py", ".pyc") or not stem.isidentifier() or stem == "__main__" or _is_of_python(stem):
         script = _THIS_FILE if os.path.isfile(_THIS_FILE) else folder  # a zip that is run by its __main__.py
         return [sys.executable, *flags, script, "--reexecuted", *(["--detach"] if detach else []), *args]
     boot = _BOOT % (_BOOT_IMPORT, _BOOT_DETACH if detach else "0")
     return [sys.executable, *flags, "-c", boot, folder, stem, *args]
+
+
+def _is_of_python(name: str) -> bool:
+    """Whether an import of that name gives a module of Python's own in place of this file, copied as types.py."""
+    path = getattr(sys.modules.get(name), "__file__", None)
+    if name not in sys.modules or path == _THIS_FILE:
+        return False
+    return path is None or path.startswith(os.path.dirname(os.__file__) + os.sep)
 
 
 # ==================================================================================================
@@ -2155,8 +2201,10 @@ def ensure_managed_serves_dir() -> str:
         try:
             status = os.lstat(folder)
         except FileNotFoundError:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            _make_private_folders(folder)
             status = os.lstat(folder)
+        if status.st_mode & 0o1000:
+            raise RegistryError("%s is for all users: set QVAC_MANAGED_DIR to a folder of your own." % folder)
         if not _is_directory(status) or not is_ours(status):
             raise RegistryError("%s is %s. Remove it, or set QVAC_MANAGED_DIR to a folder of your own." % (
                 folder, "not a folder" if not _is_directory(status) else "owned by another user"))  # fmt: skip
@@ -2165,6 +2213,17 @@ def ensure_managed_serves_dir() -> str:
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
     return folder
+
+
+def _make_private_folders(path: str) -> None:
+    """makedirs() with mode 0700 whatever the umask, ~/.qvac too: programs that are run lie there."""
+    if not os.path.isdir(os.path.dirname(path)):
+        _make_private_folders(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    os.chmod(path, 0o700)
 
 
 def _is_directory(status: os.stat_result) -> bool:
@@ -2193,6 +2252,8 @@ def _read_registry_file(path: str) -> Optional[Tuple[bytes, os.stat_result]]:
     """Content and status of a file that is regular, ours, no link and not over 64 kB; else None."""
     try:
         fd = os.open(path, os.O_RDONLY | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY)
+    except ValueError:  # a record's path to its config may be none that a system has
+        return None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise _registry_trouble("read", path, error) from None
@@ -2217,6 +2278,7 @@ def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW | CLOEXEC | BINARY, 0o600)
     try:
         try:
+            make_private(fd)  # whatever the umask
             while content:
                 content = content[os.write(fd, content):]  # fmt: skip
         finally:
@@ -2413,6 +2475,7 @@ def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]
         record.fleet_key == key
         and all(0 < pid < 2**31 for pid in (record.serve_pid, record.runner_pid))
         and 0 < record.port < 65536
+        and _fits_into_a_header(record.api_key)
         and _destination(record.base_url) == (record.host.strip("[]").lower(), record.port)
     )
     return record if sane else None
@@ -2531,7 +2594,7 @@ def add_consumer(key: str, consumer_id: Union[str, int]) -> None:
     for attempt in range(5):
         try:
             if attempt:  # a runner that ends, or a provider, has removed the folder just now
-                os.makedirs(folder, mode=0o700, exist_ok=True)
+                _make_private_folders(folder)
             if os.path.lexists(folder) and not _is_own_folder(folder):
                 raise RegistryError("%s is in the way: it is no folder of yours. Remove it." % folder)
             _write_new_file(path, content)
@@ -2550,10 +2613,6 @@ def add_consumer(key: str, consumer_id: Union[str, int]) -> None:
 def remove_consumer(key: str, consumer_id: Union[str, int]) -> None:
     """Remove the marker of a consumer; no error if it is gone. The folder is the runner's to remove."""
     _unlink(os.path.join(consumers_dir(key), str(consumer_id)))
-
-
-def has_consumer(key: str, consumer_id: str) -> bool:
-    return os.path.exists(os.path.join(consumers_dir(key), consumer_id))
 
 
 def live_consumers(key: str) -> List[int]:
@@ -2613,6 +2672,7 @@ class guard:
             raise _registry_trouble("open", path, error) from None
         _guards[get_ident()] = self
         try:
+            make_private(self._fd)
             self._wait_for_lock(path)
         except BaseException:
             self._close()
@@ -2635,7 +2695,8 @@ class guard:
             pass
 
     def __exit__(self, *_: Any) -> None:
-        unlock_file(self._fd)
+        if self._fd >= 0:  # else a signal handler that used the guard, too, has taken it for a leftover
+            unlock_file(self._fd)
         self._close()
 
     def _close(self) -> None:
@@ -2654,7 +2715,9 @@ def _let_go_of_guard() -> None:
 
 RUNNER_MARK = "runner-"  # begins the nonce of a lock that a runner holds
 _guards: Dict[int, guard] = {}  # by thread
-_held_locks: Dict[Tuple[str, int], str] = {}  # (fleet key, thread): the text it has in the lock
+# (fleet key, thread): the text it has in the lock. One table for all copies of this file in the process: to
+# another copy, a lock with this process's identity that it does not know would be a leftover.
+_held_locks: Dict[Tuple[str, int], str] = vars(sys).setdefault("_qvac_managed_held_locks", {})
 
 
 def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
@@ -2905,6 +2968,7 @@ class Health:
 
     def __init__(self, state: str, models: Sequence[Dict[str, str]] = (), detail: str = "") -> None:
         self.state, self.models, self.detail = state, list(models), detail
+        self.address = ""  # where check_serve() has found the serve
 
 
 def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -> Health:
@@ -2954,12 +3018,44 @@ def health_check(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -
 
 def check_serve(record: ServeRecord, timeout: float = HEALTH_TIMEOUT) -> Health:
     """check_health of a record's serve, whose key goes to nobody else: STRANGER if another listens in its place."""
-    listener = who_listens(record.host, record.port, record.serve_pid)
+    listener, address = find_listener(record.host, record.port, record.serve_pid)
     if listener == STRANGER:
         return Health(STRANGER, detail="another program listens on its port")
     if listener == NOBODY:
         return Health(REFUSED, detail="nothing listens on its port")
-    return check_health(record.base_url, record.api_key, timeout)
+    health = check_health(base_url_of(address, record.port), record.api_key, timeout)
+    health.address = address
+    return health
+
+
+def find_listener(host: str, port: int, pid: int) -> Tuple[str, str]:
+    """`(who_listens() there, address)` for the address of HOST at which the serve PID listens.
+
+    A name may have several, as localhost has: the serve listens at one, and at another with the same
+    port anybody may. The address is for all that is sent to the serve.
+    """
+    found = [(who_listens(address, port, pid), address) for address in _addresses_of(host)]
+    for wanted in (OURS, UNKNOWN, STRANGER):
+        for verdict, address in found:
+            if verdict == wanted:
+                return verdict, address
+    return NOBODY, host
+
+
+def _addresses_of(host: str) -> List[str]:
+    """The addresses of a name; what is one, or has none, comes back as it is."""
+    import socket
+
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host.strip("[]"))
+        return [host.strip("[]")]
+    except OSError:
+        pass
+    try:
+        found = socket.getaddrinfo(lookup_name(host), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return [host]
+    return list(dict.fromkeys(str(row[4][0]) for row in found))
 
 
 def is_refused(error: BaseException) -> bool:
@@ -3000,7 +3096,10 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
         return reexec_argv("echo")
     for name, chosen in (("serve_bin_path", serve_bin_path), ("QVAC_BIN", os.environ.get("QVAC_BIN"))):
         if chosen:
-            path = _on_path(chosen) or os.path.abspath(chosen)
+            try:
+                path = _on_path(chosen) or os.path.abspath(chosen)
+            except FileNotFoundError:  # the working folder is gone
+                path = chosen
             if not os.path.isfile(path) or not os.access(path, os.X_OK):
                 problem = "is not an executable file" if os.path.exists(path) else "does not exist"
                 raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
@@ -3066,6 +3165,7 @@ def open_log(key: str) -> int:
         raise _registry_trouble("open", path, error) from None
     status = os.fstat(fd)
     if _is_regular(status) and is_ours(status):
+        make_private(fd)
         return fd
     os.close(fd)
     raise RegistryError("%s is in the way: it is no log file of yours. Remove it." % path)
@@ -3269,7 +3369,8 @@ class _Runner:
                     return self._bring_up()
                 if not ("EADDRINUSE" in error.tail or "address already in use" in error.tail.lower()):
                     raise
-                is_held = self.reservation is not None and who_listens(self.host, self.port, os.getpid()) == NOBODY
+                listener, _ = find_listener(self.host, self.port, os.getpid())
+                is_held = self.reservation is not None and listener == NOBODY
                 if (self.pinned and not is_held) or attempt == PORT_ATTEMPTS - 1:
                     raise PortAllocationFailedError("Port %d was taken by another program." % self.port) from None
                 self.holds_port = self.holds_port and not is_held
@@ -3315,7 +3416,7 @@ class _Runner:
             with open(self.config_path, "rb") as file:
                 self.config = file.read()
         elif not os.path.exists(self.config_path):
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            _make_private_folders(self.folder)
             _write_new_file(self.config_path, self.config, replace=True)
 
     def _key_file(self) -> str:
@@ -3338,7 +3439,7 @@ class _Runner:
         looked, unwatched_since, sizes = began, None, model_files(self.models_folder)
         while True:
             self._fail_if_ended()
-            who = who_listens(self.host, self.port, self.serve.pid)
+            who, _ = find_listener(self.host, self.port, self.serve.pid)
             if who in (OURS, UNKNOWN):
                 return
             if who == STRANGER:
@@ -3359,7 +3460,8 @@ class _Runner:
                 self._stop_serve()
                 raise ServeStartTimeoutError(
                     "qvac serve was not ready on port %d after %g s without progress. Raise serve_start_timeout "
-                    "for a large model.%s" % (self.port, self.start_timeout, _output(tail)))  # fmt: skip
+                    "for a large model.%s" % (self.port, self.start_timeout, _output(tail)),
+                    self.start_timeout)  # fmt: skip
             # Whatever the serve writes into its log ends the wait, but one that fills it must not keep us looking.
             # For one that writes nothing: a fiftieth of the time so far, and what costs 0.6 % of a processor.
             time.sleep(0.002)
@@ -3416,7 +3518,7 @@ class _Runner:
             return other
         if other.is_restarting:
             return other if other.has_identities else None
-        is_there = who_listens(other.host, other.port, other.serve_pid) in (OURS, UNKNOWN)
+        is_there = find_listener(other.host, other.port, other.serve_pid)[0] in (OURS, UNKNOWN)
         return other if is_there and other.names_its_serve else None
 
     @staticmethod
@@ -3583,12 +3685,8 @@ class _Runner:
         self._log("the serve ended (%s)" % ("signal %s" % ended[1] if ended[1] else "exit code %s" % ended[0]))
         # In this order: a provider's client that sees our own pid as the serve's leaves the record alone,
         # and waits as long as we hold the lock.
-        if not try_lock(self.key):
-            raise _Superseded
-        with guard():
-            if self._another_owner() is not None:
-                raise _Superseded
-            self._write_record(os.getpid())
+        self._insist(self._lock_for_restart)
+        self._insist(self._announce_restart)
         finish_group(self.serve)
         self.serve = None
         if time.monotonic() - self.ready_at > STABLE_AFTER:
@@ -3601,10 +3699,35 @@ class _Runner:
             self.crashes += 1
             self.restarts += 1
             try:
-                self._bring_up()
-                return self._publish()
+                self._insist(self._bring_up)
+                return self._insist(self._publish)
             except ServeExitedError as error:
                 crash = error
+
+    def _lock_for_restart(self) -> None:
+        if not try_lock(self.key):
+            raise _Superseded
+
+    def _announce_restart(self) -> None:
+        with guard():
+            if self._another_owner() is not None:
+                raise _Superseded
+            self._write_record(os.getpid())
+
+    def _insist(self, step: Callable[[], None]) -> None:
+        """Do a step of a restart, again and again while the folder cannot be used (full, its guard held) and
+        the serve is wanted."""
+        told = False
+        while True:
+            try:
+                return step()
+            except (OSError, RegistryError) as error:
+                if was_asked_to_stop(self.folder) or not self._is_in_use_or_recent():
+                    raise
+                if not told:
+                    told = True
+                    self._log("will try again: %s" % error)
+                wait_for_event(RUNNER_TICK)
 
     def _pause_before_restart(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -3721,7 +3844,9 @@ def _output(tail: str) -> str:
 def remove_serve_folder(key: str, folder: str) -> None:
     """Remove this key's KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
     parent, name = os.path.split(folder)
-    if parent == managed_serves_dir() and is_serve_folder_name(name) and name.startswith(key + "."):
+    # As bytes: an interpreter in another locale writes the same path with other characters.
+    is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
+    if is_in_registry and is_serve_folder_name(name) and name.startswith(key + "."):
         for inside in _listdir_own(folder):
             if inside.startswith(("qvac.config.json", "serve-api-key", "stop")):
                 _unlink(os.path.join(folder, inside))
@@ -3785,10 +3910,14 @@ class _Target:
     """Where a serve is, what its key is, and which process it is. The key is in no repr."""
 
     __slots__ = ("api_key", "base_url", "fleet_key", "place", "port",
-                 "reused", "runner_pid", "serve_pid", "serve_start")  # fmt: skip
+                 "request_url", "reused", "runner_pid", "serve_pid", "serve_start")  # fmt: skip
 
-    def __init__(self, base_url: str, api_key: str, record: Optional[ServeRecord] = None, reused: bool = False) -> None:
+    def __init__(self, base_url: str, api_key: str, record: Optional[ServeRecord] = None, reused: bool = False,
+                 address: str = "") -> None:  # fmt: skip
         self.base_url, self.api_key, self.reused = base_url, api_key, reused
+        self.request_url = base_url  # base_url, or for a host name its address at which the serve listens
+        if record is not None and address and address != record.host.strip("[]"):
+            self.request_url = base_url_of(address, record.port)
         self.port, self.serve_pid, self.runner_pid, self.fleet_key = 0, 0, 0, ""
         self.serve_start, self.place = "", ""
         if record is not None:
@@ -3872,32 +4001,26 @@ class Qvac:
         body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params, "stream": True}
         ended = False
         with self._open_json("/chat/completions", body, timeout) as response:
-            for line in response:
-                if not line.startswith(b"data:"):
-                    continue
-                data = line[len(b"data:") :].strip()
-                ended = ended or data == b"[DONE]"
-                event = _strict_json(data)
-                if not isinstance(event, dict):
-                    continue
-                if "error" in event:
-                    error = event["error"]
-                    raise ServeHTTPError(200, str(error.get("message") if isinstance(error, dict) else error), line)
-                for choice in event.get("choices", []):
-                    ended = ended or bool(choice.get("finish_reason"))
-                    piece = (choice.get("delta") or {}).get("content")
-                    if piece:
-                        yield piece
+            for line in _lines_of(response):
+                pieces, is_last = _stream_event(line)
+                ended = ended or is_last
+                yield from pieces
         if not ended:  # http.client takes the end of a broken chunked answer for its end
-            raise ConnectionResetError(errno.ECONNRESET, "the serve broke off its answer")
+            raise _broken_off()
 
     def embed(self, texts: Any, model: Optional[str] = None, *, timeout: Optional[float] = None) -> List[List[float]]:
         """One vector for each text; a single string gives a list with one vector."""
         inputs = [texts] if isinstance(texts, str) else list(texts)
         body = {"model": self._model(model), "input": inputs}
-        items = self._json("/embeddings", body, timeout, lambda answer: [
-            (item.get("index", 0), item["embedding"]) for item in answer["data"]])  # fmt: skip
-        return [vector for _, vector in sorted(items, key=lambda item: item[0])]
+
+        def pick(answer: Any) -> List[List[float]]:
+            items = sorted(answer["data"], key=lambda item: item.get("index", 0))
+            if len(items) != len(inputs) or not all(isinstance(item["embedding"], list) for item in items):
+                raise ValueError
+            return [item["embedding"] for item in items]
+
+        vectors: List[List[float]] = self._json("/embeddings", body, timeout, pick)
+        return vectors
 
     def environ(self) -> Dict[str, str]:
         """The variables that lead OpenAI and QVAC tools to this serve, its key among them."""
@@ -3913,25 +4036,70 @@ class Qvac:
         return model or self._default_model or ""
 
     def _open_json(self, path: str, body: Any, timeout: Optional[float]) -> Any:
+        import http.client
         import urllib.error
 
         try:
             return self.open(path, body, timeout)
         except urllib.error.HTTPError as error:
             raise _serve_error(error) from None
+        except http.client.HTTPException as error:
+            raise error if isinstance(error, OSError) else _broken_off() from None
 
     def _json(self, path: str, body: Any, timeout: Optional[float], pick: Callable[[Any], Any]) -> Any:
         """What `pick` takes out of the JSON answer; an answer of another shape is a ServeHTTPError, too."""
+        import http.client
         import json
 
         with self._open_json(path, body, timeout) as response:
-            data = response.read()
+            try:
+                data = response.read(MAX_ANSWER_BYTES)
+            except http.client.HTTPException:
+                raise _broken_off() from None
+            if len(data) < MAX_ANSWER_BYTES and getattr(response, "length", None):  # what is still to come never came
+                raise _broken_off()
         try:
             return pick(json.loads(data))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             data = data[:MAX_FILE_BYTES]
             shown = _shorten(data.decode("utf-8", "replace"), 300)
             raise ServeHTTPError(200, "this is no answer to %s: %s" % (path, shown), data) from None
+
+
+def _broken_off() -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, "the serve broke off its answer")
+
+
+def _lines_of(response: Any) -> Iterator[bytes]:
+    """The lines of an answer as they come; ConnectionResetError where it is broken."""
+    import http.client
+
+    while True:
+        try:
+            line = response.readline(MAX_BODY_BYTES)
+        except (http.client.HTTPException, ValueError):
+            raise _broken_off() from None
+        if not line:
+            return
+        yield line
+
+
+def _stream_event(line: bytes) -> Tuple[List[str], bool]:
+    """The pieces of text in a line of a streamed answer, and whether it tells the end; ServeHTTPError if an error."""
+    data = line[len(b"data:") :].strip()
+    event = _strict_json(data) if line.startswith(b"data:") else None
+    if not isinstance(event, dict):
+        return [], line.startswith(b"data:") and data == b"[DONE]"
+    error = event.get("error")
+    if error:
+        raise ServeHTTPError(200, str(error.get("message") if isinstance(error, dict) else error), line)
+    try:
+        choices = event.get("choices") or []
+        pieces = [(choice.get("delta") or {}).get("content") for choice in choices]
+        return [str(piece) for piece in pieces if piece], any(choice.get("finish_reason") for choice in choices)
+    except (AttributeError, TypeError):
+        shown = _shorten(data.decode("utf-8", "replace"), 300)
+        raise ServeHTTPError(200, "this is no part of an answer: %s" % shown, line) from None
 
 
 def _as_messages(prompt_or_messages: Any) -> List[Any]:
@@ -3956,7 +4124,7 @@ def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, s
     merged = {name.title(): value for name, value in (*headers.items(), *given.items())}
     merged.pop("Authorization", None)
     merged.pop("Host", None)
-    request = urllib.request.Request(_retarget(url, aim.base_url), data, merged, method=method)
+    request = urllib.request.Request(_retarget(url, aim.request_url), data, merged, method=method)
     authorization = "Bearer " + aim.api_key
     if aim.api_key == DEFAULT_API_KEY:  # nobody has named a key; a Request's own may be for another server
         authorization = {name.title(): value for name, value in headers.items()}.get("Authorization", authorization)
@@ -3983,14 +4151,15 @@ class ManagedQvac(Qvac):
     detaches and never stops a serve that others use; so does the end of the process, however it ends.
     """
 
-    __slots__ = ("_failed_at", "_failure", "_recovery_lock", "_resolver")
+    __slots__ = ("_failed_at", "_failure", "_is_recovering", "_recovery_lock", "_resolver")
 
     def __init__(self, resolver: _Resolver, target: _Target, headers: Optional[Mapping[str, str]], opener: Any) -> None:
         super().__init__(target.base_url, target.api_key, headers, opener)
         self._target = target
         self._default_model = resolver.default_alias
         self._resolver = resolver
-        self._recovery_lock = allocate_lock()
+        self._recovery_lock = RLock()  # on_progress or a signal handler may make a request in the middle of it
+        self._is_recovering = False
         self._failure: Optional[Tuple[_Target, BaseException]] = None
         self._failed_at = 0.0
 
@@ -4038,6 +4207,9 @@ class ManagedQvac(Qvac):
                 return self._target
             if self._failure is not None and self._failure[0] is failed and asked_at < self._failed_at:
                 raise self._failure[1]
+            if self._is_recovering:
+                raise original or _refused_error()
+            self._is_recovering = True
             try:
                 self._target = self._resolver.resolve(failed)
             except _Cancelled:
@@ -4046,6 +4218,8 @@ class ManagedQvac(Qvac):
                 self._failure = (failed, error)
                 self._failed_at = time.monotonic()
                 raise
+            finally:
+                self._is_recovering = False
             self._failure = None
             return self._target
 
@@ -4106,6 +4280,7 @@ class _Resolver:
         if not reuse:
             self._make_private()
         self.consumer_id = _new_consumer_id()
+        self.marker = ""  # where it is: the program may change HOME afterwards
         self.cancelled = False
         self._state = RLock()  # a signal handler of the host may close the client in the middle of it
         self._pending: Tuple[Any, float] = (None, 0.0)  # which record has refused connections since when
@@ -4125,22 +4300,33 @@ class _Resolver:
     def forget_parent(self) -> None:
         """In a forked child: the marker is the parent's; a request of the child will write its own."""
         self._state = RLock()
-        self.consumer_id = _new_consumer_id()
+        self.consumer_id, self.marker = _new_consumer_id(), ""
 
     def register_again_if_lost(self) -> None:
         """A provider's runner that ends removes all markers; a forked child has none yet."""
-        if not has_consumer(self.key, self.consumer_id):
+        if not os.path.exists(self.marker):
             with self._state:
                 if not self.cancelled:
-                    add_consumer(self.key, self.consumer_id)
+                    self._write_marker()
+                if self.cancelled:  # by a signal handler in this thread, which the lock does not keep out
+                    self._withdraw_marker()
 
     def _register(self) -> Optional[ServeRecord]:
         """Write the marker, then read the record, as one step: see _Runner._reap for the other side."""
         with guard(), self._state:  # in this order: close() must not wait for the guard
             self._check_cancelled()
-            if not has_consumer(self.key, self.consumer_id):
-                add_consumer(self.key, self.consumer_id)
+            if self.marker != self._marker_path():
+                _unlink(self.marker)
+            if not os.path.exists(self._marker_path()):
+                self._write_marker()
             return read_record(self.key)
+
+    def _marker_path(self) -> str:
+        return os.path.join(consumers_dir(self.key), self.consumer_id)
+
+    def _write_marker(self) -> None:
+        self.marker = self._marker_path()  # noted first: Ctrl-C must not leave one that nobody would remove
+        add_consumer(self.key, self.consumer_id)
 
     def _wish_to_keep(self, record: ServeRecord) -> None:
         """The longest idle timeout wins: the runner sees that its record says more than it wrote.
@@ -4183,7 +4369,7 @@ class _Resolver:
 
     def _withdraw_marker(self) -> None:
         try:
-            remove_consumer(self.key, self.consumer_id)
+            _unlink(self.marker)
             if not os.path.exists(record_path(self.key)) and not os.path.exists(lock_path(self.key)):
                 _rmdir(consumers_dir(self.key))
         except RegistryError:
@@ -4207,7 +4393,10 @@ class _Resolver:
                 return found
             if found == MISS and not self._is_being_started():
                 if waited and file_version(error_path(self.key)) not in (None, errors_before):
-                    raise self._adopted_failure()
+                    failure = self._adopted_failure()
+                    if not isinstance(failure, ServeStartTimeoutError) or failure.seconds >= self.start_timeout:
+                        raise failure
+                    # Its starter had less patience than we have: try_lock() removes the error.
                 if command is None:  # the first miss: what a hit need not do
                     command = find_cli(self.serve_bin_path)
                     sweep_serves(SWEEP_LIMIT)
@@ -4277,7 +4466,7 @@ class _Resolver:
         failed = [model["id"] for model in health.models if model["state"] == "error" and model["id"] in self.aliases]
         if self.require_ready and self.default_alias in failed:
             reason = load_failure_reason(self.key, self.default_alias, record.api_key)
-            if reused and not self._others_use_it():
+            if reused and not self._others_use_it() and not self._has_connections(record):
                 # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
                 stop_serve(self.key)
                 return MISS
@@ -4285,10 +4474,18 @@ class _Resolver:
         for alias in failed:
             _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
         self._wish_to_keep(record)
-        return _Target(record.base_url, record.api_key, record, reused)
+        return _Target(record.base_url, record.api_key, record, reused, health.address)
 
     def _others_use_it(self) -> bool:
         return any(name != self.consumer_id for name in _live_markers(self.key))
+
+    def _has_connections(self, record: ServeRecord) -> bool:
+        """Somebody uses it by its URL; our own health check's connection is closed in a moment."""
+        for _ in range(10):
+            if connections_to(record.host, record.port)[0] == 0:
+                return False
+            time.sleep(0.02)
+        return True
 
     def _lock_is_held_by(self, pid: int) -> bool:
         return (_read_lock(self.key) or "").split()[:1] == [str(pid)] and _judge_lock(self.key) == ALIVE
@@ -4359,7 +4556,7 @@ class _Resolver:
         _clear_before_start(self.key)
         try:
             log_fd = open_log(self.key)
-            os.mkdir(folder, 0o700)
+            _make_private_folders(folder)
             _write_new_file(config_path, json.dumps(config, indent=2).encode())
             _write_new_file(params_path, json.dumps(params).encode())
             argv = reexec_argv("runner", params_path, detach=True)
@@ -4440,7 +4637,7 @@ class _Patience:
             raise ServeStartTimeoutError(
                 "No serve was ready after %g s without progress%s. Raise serve_start_timeout for a large model, "
                 "or see the log: %s" % (self.resolver.start_timeout, ": " + self.trouble if self.trouble else "",
-                                        log_path(self.resolver.key)))  # fmt: skip
+                                        log_path(self.resolver.key)), self.resolver.start_timeout)  # fmt: skip
         if self.resolver.on_progress is not None and now - self.reported >= 0.25:
             self.reported = now
             self.report(None)
@@ -4478,13 +4675,14 @@ _remote_sizes: Dict[str, Optional[int]] = {}
 def _remote_size(url: str) -> Optional[int]:
     """What a web server says of a file's length; asked once."""
     if url not in _remote_sizes and url.startswith(("http://", "https://")):
+        import http.client
         import urllib.request
 
         _remote_sizes[url] = None
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HEALTH_TIMEOUT) as response:
                 _remote_sizes[url] = int(response.headers["Content-Length"])
-        except (OSError, ValueError, TypeError):
+        except (OSError, http.client.HTTPException, ValueError, TypeError):
             pass
     return _remote_sizes.get(url)
 
@@ -4573,7 +4771,7 @@ def _after_fork() -> None:
     _forget_after_fork()
     for client in list(_open_clients.values()):
         client._resolver.forget_parent()
-        client._recovery_lock = allocate_lock()
+        client._recovery_lock, client._is_recovering = RLock(), False
 
 
 def create_qvac(
@@ -4624,7 +4822,7 @@ def create_qvac(
         if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
             raise InvalidManagedModelError("base_url begins with http:// or https://, unlike %r." % (url,))
         key = api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY
-        if not _fits_into_a_header(key):  # http.client would refuse it, and show it
+        if not _fits_into_a_header(key):
             raise InvalidManagedModelError("api_key is a string of characters that a header can carry: no line breaks.")
         return Qvac(url, key, headers, opener)
     if mode != "managed":
@@ -4666,10 +4864,6 @@ def _checked_headers(headers: Any) -> Dict[str, str]:
     return checked
 
 
-def _fits_into_a_header(text: Any) -> bool:
-    return isinstance(text, str) and all((" " <= c <= "\xff" and c != "\x7f") or c == "\t" for c in text)
-
-
 def _check_options(options: Mapping[str, Any]) -> None:
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
@@ -4677,8 +4871,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     port, host = options["serve_port"], options["serve_host"]
     if port is not None and (type(port) is not int or not 0 < port < 65536):
         raise InvalidManagedModelError("serve_port is a port number from 1 to 65535, not %r." % (port,))
-    if not isinstance(host, str) or not host or not all(c.isalnum() or c in ".:-_" for c in host):
-        raise InvalidManagedModelError("serve_host is an address or a host name, not %r." % (host,))
+    if not isinstance(host, str) or not 0 < len(host) < 254 or not all(c.isalnum() or c in ".:-_" for c in host):
+        raise InvalidManagedModelError("serve_host is an address or a host name, not %s." % _shorten(repr(host), 80))
     start, idle = options["serve_start_timeout"], options["serve_idle_timeout"]
     if not is_number(start) or not 0 < start <= 1e7:
         raise InvalidManagedModelError("serve_start_timeout is a number of seconds above 0, not %r." % (start,))
@@ -4704,7 +4898,6 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
     if mode != "managed":
         return create_qvac(mode, **options)
     import asyncio
-    import threading
 
     loop = asyncio.get_running_loop()
     done: asyncio.Future[ManagedQvac] = loop.create_future()
@@ -4726,8 +4919,7 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
         except RuntimeError:  # the loop has been closed meanwhile
             _settle(None, client, None)
 
-    thread = threading.Thread(target=work, name="qvac_managed start", daemon=True)
-    thread.start()
+    thread = _started_thread("qvac_managed start", work)
     try:
         return await done
     except asyncio.CancelledError:
@@ -4745,6 +4937,8 @@ def _settle(
     if done is None or done.done():
         if client is not None:
             client.close()  # cancelled in the moment in which it succeeded
+    elif isinstance(error, StopIteration):  # out of on_progress: a future takes any exception but this one
+        done.set_exception(RuntimeError("on_progress raised StopIteration"))
     elif error is not None:
         done.set_exception(error)
     else:
@@ -4754,8 +4948,6 @@ def _settle(
 def _watch_parent(resolver: _Resolver) -> None:
     """close_on_parent_exit: a thread that ends the process once the parent is gone, for hosts that live
     only for it."""
-    import threading
-
     parent = parent_handle()
 
     def watch() -> None:
@@ -4766,7 +4958,18 @@ def _watch_parent(resolver: _Resolver) -> None:
                 os._exit(0)
             time.sleep(PARENT_TICK)
 
-    threading.Thread(target=watch, name="qvac_managed parent watch", daemon=True).start()
+    _started_thread("qvac_managed parent watch", watch)
+
+
+def _started_thread(name: str, work: Callable[[], None]) -> Any:
+    import threading
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ServeSpawnFailedError("Could not start a thread: %s." % error) from None
+    return thread
 
 
 # -- looking after serves
@@ -5002,7 +5205,7 @@ def _stop_orphan(record: ServeRecord, patience: Optional[float] = None) -> bool:
     """
     if not record.names_its_serve or (patience is not None and check_serve(record, patience).state != HEALTHY):
         return False
-    if who_listens(record.host, record.port, record.serve_pid) == STRANGER:
+    if find_listener(record.host, record.port, record.serve_pid)[0] == STRANGER:
         return False
     start = process_start(record.serve_pid)
     if start is None or (record.serve_start and record.serve_start != start):
@@ -7129,7 +7332,7 @@ def _staging_folder() -> str:
 
     home = qvac_home()
     try:
-        os.makedirs(home, mode=0o700, exist_ok=True)
+        _make_private_folders(home)
         staging = tempfile.mkdtemp(prefix="cli.", dir=home)
         with open(os.path.join(staging, "package.json"), "w") as file:
             file.write('{"private": true}\n')  # else npm looks for a project further up

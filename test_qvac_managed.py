@@ -1906,6 +1906,15 @@ class RecordTest(Unit):
             self.assertEqual([], q.read_all_records())
             self.assertEqual("", q._all_records()[0].api_key)  # the sweep sees it
 
+    def test_a_key_that_no_header_can_carry_is_no_record(self) -> None:
+        for key in ("sk\n", "sk\r\nX: y", "\u2603", "\x00"):
+            self.assertIsNone(self.decode(apiKey=key), key)
+
+    def test_a_config_path_that_no_system_has_is_an_unreadable_config(self) -> None:
+        for path in ("/x\0y", "/x\ud800y", "/" + "x" * 5000):
+            self.write(KEY + ".json", {**self.GOOD, "configPath": path})
+            self.assertEqual([[]], [serve.models for serve in q.list_serves()])
+
     def test_what_is_no_json_is_no_record_and_no_crash(self) -> None:
         good = json.dumps(self.GOOD).encode()
         for size in range(len(good)):
@@ -1970,6 +1979,42 @@ class RegistryFolderTest(Unit):
             os.chmod(self.folder, mode)
             q.add_consumer(KEY, q._new_consumer_id())
             self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
+
+    @unittest.skipUnless(POSIX, "file modes")
+    def test_whatever_the_umask_everybody_of_us_gets_in_and_nobody_else(self) -> None:
+        for number, mask in enumerate((0o777, 0o277, 0o000)):
+            os.environ["HOME"] = home = os.path.join(self.home, "home%d" % number)
+            os.mkdir(home, 0o700)
+            umask = os.umask(mask)
+            try:
+                q.add_consumer(KEY, 1)
+                with q.guard():
+                    pass
+                os.close(q.open_log(KEY))
+            finally:
+                os.umask(umask)
+            modes = {}
+            for root, folders, files in os.walk(home):
+                for name in folders + files:
+                    modes[name] = os.stat(os.path.join(root, name)).st_mode & 0o777
+            self.assertEqual({".qvac": 0o700, "managed-serves": 0o700, KEY + ".consumers": 0o700, "1": 0o600,
+                              KEY + ".log": 0o600, "registry.guard": 0o600}, modes)  # fmt: skip
+
+    @unittest.skipUnless(POSIX, "file modes")
+    def test_a_folder_for_all_users_is_not_taken_from_them(self) -> None:
+        os.environ["QVAC_MANAGED_DIR"] = shared = os.path.join(self.home, "tmp")
+        os.mkdir(shared)
+        os.chmod(shared, 0o1777)
+        with self.assertRaisesRegex(q.RegistryError, "for all users"):
+            q.ensure_managed_serves_dir()
+        self.assertEqual(0o1777, os.stat(shared).st_mode & 0o7777)
+
+    def test_a_guard_within_a_guard_of_the_same_thread_breaks_nothing(self) -> None:
+        """A signal handler that uses the module in the middle of it."""
+        with q.guard(), q.guard():
+            pass
+        with q.guard():
+            pass
 
     def test_a_folder_of_another_user_is_refused(self) -> None:
         if not POSIX or os.geteuid() != 0:
@@ -2104,7 +2149,7 @@ class MarkersTest(Unit):
         mine = "%d.0a1b2c3d" % os.getpid()
         q.add_consumer(KEY, mine)
         q.add_consumer(KEY, mine)  # again is no error
-        self.assertTrue(q.has_consumer(KEY, mine))
+        self.assertIn(mine, os.listdir(q.consumers_dir(KEY)))
         path = os.path.join(self.markers, mine)
         self.assertEqual((0o600, 0o700), (os.stat(path).st_mode & 0o777, os.stat(self.markers).st_mode & 0o777))
         with open(path) as file:
@@ -2868,6 +2913,39 @@ class ClientUnitTest(Unit):
         self.assertEqual([[3.0]], client.embed("a", "m"))
         self.assertEqual(["a"], self.opener.body()["input"])
 
+    def test_an_answer_of_another_shape_is_a_serve_error(self) -> None:
+        for answer in ({"data": [{"embedding": [1.0]}]}, {"data": []}, {"data": [{"embedding": None}] * 2}, {"data": None},
+                       {"data": [{"index": None, "embedding": [1.0]}, {"index": 1, "embedding": [1.0]}]}):  # fmt: skip
+            with self.subTest(answer), self.assertRaises(q.ServeHTTPError):
+                self.client(answer).embed(["a", "b"], "m")
+        for event in ('{"choices": [null]}', '{"choices": ["x"]}', '{"choices": 5}', '{"choices": [{"delta": "x"}]}'):
+            with self.subTest(event), self.assertRaises(q.ServeHTTPError):
+                list(self.client(b"data: %b\n\n" % event.encode()).stream_chat("hi", "m"))
+        whole = b'data: {"choices": null, "error": null}\n\ndata: {"choices": [{"finish_reason": "stop"}]}\n\n'
+        self.assertEqual([], list(self.client(whole).stream_chat("hi", "m")))
+
+    def test_an_answer_that_breaks_off_is_a_lost_connection(self) -> None:
+        import http.client
+        import io
+
+        class Broken(io.BytesIO):
+            def read(self, *_: Any) -> bytes:
+                raise http.client.IncompleteRead(b"{")
+
+            readline = read
+
+        calls = (lambda c: c.chat("hi", "m"), lambda c: c.models(), lambda c: list(c.stream_chat("hi", "m")))
+        for call in calls:
+            client = self.client(http.client.BadStatusLine("what"))
+            with self.assertRaises(ConnectionResetError):
+                call(client)
+            with mock.patch.object(self.opener, "open", lambda *_, **__: Broken()), self.assertRaises(ConnectionResetError):
+                call(client)
+        short = io.BytesIO(b'{"data": []}')
+        short.length = 5  # type: ignore[attr-defined]
+        with mock.patch.object(self.opener, "open", lambda *_, **__: short), self.assertRaises(ConnectionResetError):
+            client.models()
+
     def test_an_error_answer_is_one_exception_with_status_and_message(self) -> None:
         for status, body, message in (
             (404, b'{"error": {"message": "no such model", "code": "x"}}', "no such model"),
@@ -3592,6 +3670,10 @@ class ReexecutionTest(Case):
             archive.writestr("__main__.py", self.as_main())
         self.run_host(path)
 
+    def test_under_names_that_an_import_would_not_find(self) -> None:
+        for name in ("qvac_managed-0.1.0.py", "types.py", "errno.py"):
+            self.run_host(self.put("copy/%s" % name, self.as_main()))
+
     def test_as_a_script_without_an_ending(self) -> None:
         self.run_host(self.put("bin/qvac-models", self.as_main()))
 
@@ -3926,6 +4008,110 @@ class EndedServeCase(Case):
         wait_until(lambda: not q.process_alive(pid), what="the serve's end")
 
 
+class ReentryTest(EndedServeCase):
+    """What a program calls back into a client in the middle of its recovery, or ends it there."""
+
+    def test_a_request_out_of_on_progress_does_not_wait_for_itself(self) -> None:
+        refused: List[BaseException] = []
+
+        def ask(_: q.Progress) -> None:
+            if started:
+                try:
+                    client.models()
+                except OSError as error:
+                    refused.append(error)
+
+        started: List[int] = []
+        client = self.create(serve_bin_path=self.fake(preload_s=0.5), on_progress=ask)
+        started.append(1)
+        self.end_serve(client)
+        self.assertEqual("hi", in_background(client.chat, "hi")())
+        self.assertTrue(refused and all(map(q.is_refused, refused)), refused)
+
+    def test_a_close_out_of_a_signal_handler_leaves_no_marker(self) -> None:
+        """In the moment after the look whether the client is closed: the lock keeps out other threads only."""
+        client, add = self.create(), q.add_consumer
+
+        def interrupted(*args: Any) -> None:
+            client.close()
+            add(*args)
+
+        os.unlink(client._resolver.marker)
+        with mock.patch.object(q, "add_consumer", interrupted):
+            client.models()
+        self.assertEqual([], q.live_consumers(client.fleet_key))
+        self.assert_all_gone()
+
+    def test_a_program_may_change_its_home(self) -> None:
+        client = self.create(serve_idle_timeout=0.5)
+        marker = client._resolver.marker
+        for home in (os.path.join(self.home, "other"), "nowhere", ""):
+            with mock.patch.dict(os.environ, HOME=home):
+                self.assertEqual("hi", client.chat("hi"))
+        self.assertFalse(os.path.exists(os.path.join(self.home, "other")))
+        with mock.patch.dict(os.environ, HOME=os.path.join(self.home, "other")):
+            client.close()
+        self.assertFalse(os.path.exists(marker))
+        self.assert_all_gone()
+
+    def test_two_copies_of_the_file_in_one_process_share_a_start(self) -> None:
+        """Two libraries, each with its own: a lock of one must not look like a leftover to the other."""
+        import importlib.util
+
+        copies = []
+        for name in ("copy_a", "copy_b"):
+            spec = importlib.util.spec_from_file_location(name, MODULE)
+            assert spec is not None and spec.loader is not None
+            copies.append(importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(copies[-1])
+        serve = self.fake(preload_s=0.4)
+        options = {"models": [MODEL], "serve_bin_path": serve, "serve_idle_timeout": 0.5}
+        clients = [in_background(lambda c=c: c.create_qvac("managed", **options)) for c in copies]
+        self.assertEqual(1, len({client().pid for client in clients}))
+        self.assertEqual(1, len(self.fake_events("start")))
+        for client in clients:
+            client().close()
+        self.assert_all_gone()
+
+    def test_a_waiter_with_more_patience_than_the_starter_tries_again(self) -> None:
+        serve = self.fake(preload_s=2.5)
+        options = {"serve_bin_path": serve, "serve_idle_timeout": 0.5}
+        hasty = in_background(lambda: self.create(serve_start_timeout=1.0, **options))
+        wait_until(lambda: self.fake_events("start"))
+        self.assertEqual("hi", self.create(serve_start_timeout=30.0, **options).chat("hi"))
+        with self.assertRaises(q.ServeStartTimeoutError) as caught:
+            hasty()
+        self.assertEqual(1.0, caught.exception.seconds)
+        self.assertEqual(2, len(self.fake_events("start")))
+
+    @unittest.skipUnless(LINUX, "a working folder that is gone")
+    def test_a_working_folder_that_is_gone_is_a_typed_error_for_a_relative_path(self) -> None:
+        gone = os.path.join(self.home, "gone")
+        os.mkdir(gone)
+        code = """
+os.chdir(%r); os.rmdir(%r)
+for path in ("./qvac", "qvac-none", None):
+    try:
+        q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=path)
+    except q.CliNotFoundError as error:
+        print(error.code)
+""" % (gone, gone)
+        with mock.patch.dict(os.environ, PATH=self.home):
+            self.assertEqual(["CLI_NOT_FOUND"] * 3, self.run_python(code).split())
+
+    @unittest.skipUnless(LINUX, "locales by name")
+    def test_a_client_in_another_locale_than_its_runner_leaves_nothing(self) -> None:
+        home = os.path.join(self.home, "jos\u00e9")
+        os.mkdir(home)
+        plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": home}
+        with mock.patch.dict(os.environ, plain):
+            self.assertEqual("x", self.run_python(HOLDER.partition("print")[0] + "print(client.chat('x'))",
+                                                  repr([MODEL]), q.ECHO, "0.3"))  # fmt: skip
+        wait_until(lambda: not self.processes(), what="the end of all")
+        left = os.listdir(os.path.join(home, ".qvac", "managed-serves"))
+        self.assertEqual([], [name for name in left if not name.endswith((".log", ".guard"))])
+
+
 class ThreadsTest(EndedServeCase):
     def test_threads_that_find_the_serve_gone_start_one_between_them(self) -> None:
         client = self.create(serve_bin_path=self.fake(preload_s=0.2))
@@ -3973,7 +4159,7 @@ class CloseRaceTest(EndedServeCase):
         with self.assertRaises(OSError) as caught:
             result()
         self.assertTrue(q.is_refused(caught.exception), caught.exception)
-        self.assertFalse(q.has_consumer(client.fleet_key, client._resolver.consumer_id))
+        self.assertFalse(os.path.exists(client._resolver.marker))
 
     def assert_swept_clean(self) -> None:
         """The record of a killed runner is there until somebody starts a serve, or sweeps; the lock likewise."""
@@ -4010,7 +4196,7 @@ class CloseRaceTest(EndedServeCase):
         with subprocess.Popen(["/bin/sleep", "600"]) as other:
             self.write(client.fleet_key + ".lock", "%d\n" % other.pid)
             result = in_background(client.chat, "hi")
-            wait_until(lambda: q.has_consumer(client.fleet_key, client._resolver.consumer_id))
+            wait_until(lambda: os.path.exists(client._resolver.marker))
             time.sleep(0.1)
             client.close()
             self.assert_refused(result, client)
@@ -4189,6 +4375,26 @@ class AsyncTest(Case):
             return ticks
 
         self.assertGreater(asyncio.run(main()), 25)  # of some 90: a blocked loop would have had two or three
+        self.assert_all_gone()
+
+    def test_whatever_on_progress_raises_ends_the_wait(self) -> None:
+        import asyncio
+
+        async def main() -> None:
+            await asyncio.wait_for(self.start(on_progress=lambda _: next(iter([]))), PATIENCE)
+
+        with self.assertRaisesRegex(RuntimeError, "StopIteration"):
+            asyncio.run(main())
+        self.assert_all_gone()
+
+    def test_without_another_thread_it_is_a_typed_error(self) -> None:
+        import asyncio
+
+        refuse = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+        with refuse, self.assertRaises(q.ServeSpawnFailedError):
+            asyncio.run(self.start())
+        with refuse, self.assertRaises(q.ServeSpawnFailedError):
+            self.create(close_on_parent_exit=True)
         self.assert_all_gone()
 
     def test_async_with_detaches(self) -> None:
@@ -4944,6 +5150,14 @@ class RawUseTest(LifeCase):
         self.assertEqual("at last", self.raw(client, "at last"))
         self.assert_all_gone()
 
+    def test_a_slow_answer_of_a_serve_on_all_addresses_is_not_cut(self) -> None:
+        """The connection has an address; the serve was asked to listen at none."""
+        serve = self.fake(answer_delay_s=self.IDLE + 2)
+        client = self.create(serve_bin_path=serve, serve_idle_timeout=0.3, serve_host="0.0.0.0")
+        client.close()
+        self.assertEqual("at last", self.raw(client, "at last"))
+        self.assert_all_gone()
+
     def test_a_slow_answer_to_a_client_that_has_said_all_is_not_cut(self) -> None:
         """One that has closed its half of the connection: the serve still works for it."""
         import socket
@@ -5011,6 +5225,21 @@ class RestartTest(LifeCase):
         os.kill(client.pid, signal.SIGKILL)
         os.kill(client.runner_pid, signal.SIGCONT)
         self.assert_all_gone()
+
+    def test_a_restart_waits_out_trouble_with_the_folder(self) -> None:
+        """A full disk, say: here a file lies where the serve's folder has to be."""
+        import shutil
+
+        client = self.create()
+        before = (client.port, client.api_key, client.runner_pid)
+        folder = os.path.dirname(self.record(client.fleet_key).config_path)
+        shutil.rmtree(folder)
+        self.write(os.path.basename(folder), "in the way")
+        os.kill(client.pid, signal.SIGKILL)
+        wait_until(lambda: "will try again" in self.log(), what="trouble in the log")
+        os.unlink(folder)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertEqual(before, (client.port, client.api_key, client.runner_pid))
 
     def test_a_config_folder_that_others_delete_is_made_again(self) -> None:
         """A provider's client that finds the record of a dead serve deletes the folder of its config."""
@@ -6128,7 +6357,7 @@ class Listener:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
         self.answer = answer or head % len(MODEL_LIST) + MODEL_LIST
         self.seen: List[bytes] = []
-        self._socket = socket.socket()
+        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((host, port))
         self._socket.listen(16)
@@ -7042,7 +7271,107 @@ class WrongAnswerTest(AnswerCase):
 
 
 @unittest.skipUnless(POSIX, "the fake serve is a script")
+class RemoteSizeTest(unittest.TestCase):
+    def test_a_web_server_that_talks_nonsense_has_told_no_size(self) -> None:
+        with contextlib.closing(Listener(answer=b"SSH-2.0-x\r\n")) as server:
+            for url in ("http://127.0.0.1:%d/m.gguf" % server.port, "http://127.0.0.1:9/a model.gguf",
+                        "http://127.0.0.1:port/m.gguf", "http://[::1/m.gguf"):  # fmt: skip
+                self.assertIsNone(q._remote_size(url), url)
+
+
+class OtherAddressTest(HostileCase):
+    """A program with the same port number at another address is neither the serve nor in its way."""
+
+    def listener(self, host: str, port: int) -> Listener:
+        try:
+            return Listener(host=host, port=port)
+        except OSError as error:
+            self.skipTest("no %s here: %s" % (host, error))
+
+    def test_it_ends_no_serve(self) -> None:
+        for host, other in (("127.0.0.1", "127.0.0.9"), ("localhost", "127.0.0.9"), ("::1", "127.0.0.9"), ("127.0.0.1", "::1")):
+            with self.subTest(host=host, other=other):
+                client = self.create(serve_host=host)
+                stranger = self.listener(other, client.port)
+                self.assertEqual("ready", q.serve_info(client).state)
+                self.assertEqual(client.pid, self.create(serve_host=host).pid)
+                self.assertEqual("hi", client.chat("hi"))
+                self.assertEqual([], stranger.seen)
+                client.close()
+                q.stop_serve(client.fleet_key)
+
+    def test_another_address_of_the_name_gets_no_key(self) -> None:
+        """localhost is two addresses on most machines: the serve listens at one of them."""
+        import socket
+
+        client = self.create(serve_host="localhost")
+        address = q.find_listener("localhost", client.port, client.pid)[1]
+        other = "::1" if address == "127.0.0.1" else "127.0.0.1"
+        stranger = self.listener(other, client.port)
+        lookup = socket.getaddrinfo
+
+        def both(host: Any, *args: Any, **options: Any) -> Any:
+            hosts = [other, address] if host in ("localhost", b"localhost") else [host]
+            return [row for name in hosts for row in lookup(name, *args, **options)]
+
+        with mock.patch.object(socket, "getaddrinfo", both):
+            attached = self.create(serve_host="localhost")
+            self.assertEqual((client.pid, "secret"), (attached.pid, attached.chat("secret")))
+            self.assertEqual("localhost", attached.base_url.split("/")[2].rpartition(":")[0])
+        self.assertEqual([], stranger.seen)
+
+    def test_addresses_in_the_kernels_tables(self) -> None:
+        if not sys.platform.startswith("linux"):
+            self.skipTest("Linux")
+        end = q._end_of
+        self.assertEqual(q._packed_address("127.0.0.1") + b"\x1f\x90", end(b"0100007F:1F90"))
+        self.assertEqual(q._packed_address("::1") + b"\x1f\x90", end(b"00000000000000000000000001000000:1F90"))
+        self.assertEqual(q._packed_address("127.0.0.1"), end(b"0000000000000000FFFF00000100007F:1F90")[:16])
+        for address, local, expected in (
+            ("127.0.0.1", "127.0.0.1", True), ("127.0.0.1", "0.0.0.0", True), ("127.0.0.1", "::", True),
+            ("127.0.0.1", "127.0.0.2", False), ("127.0.0.1", "::1", False), ("::1", "::1", True), ("::1", "::", True),
+            ("::1", "0.0.0.0", False), ("0.0.0.0", "10.0.0.1", True), ("0.0.0.0", "::1", False), ("::", "10.0.0.1", True),
+            ("a.name", "10.0.0.1", True),
+        ):  # fmt: skip
+            reaches = q._reaches(q._packed_address(address), q._packed_address(local))
+            self.assertEqual(expected, reaches, (address, local))
+        for states in ((q._LISTEN,), (q._ESTABLISHED, q._TIME_WAIT)):
+            with self.listening():
+                self.assertEqual(self.rows(q._read_proc_net, states), self.rows(q._ask_sock_diag, states))
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        import socket
+
+        with contextlib.ExitStack() as stack:
+            for family, host in ((socket.AF_INET, "127.0.0.3"), (socket.AF_INET6, "::1")):
+                server = stack.enter_context(socket.socket(family))
+                with contextlib.suppress(OSError):
+                    server.bind((host, 0))
+                    server.listen(1)
+                    stack.enter_context(socket.create_connection(server.getsockname()[:2]))
+                    self.ports = {*getattr(self, "ports", ()), server.getsockname()[1].to_bytes(2, "big")}
+            yield
+
+    def rows(self, read: Any, states: Any) -> List[Any]:
+        try:
+            return sorted(row for row in read(states) if {row[1][16:], row[2][16:]} & self.ports)
+        except OSError as error:
+            self.skipTest("no sock_diag: %s" % error)
+
+
 class FailedModelTest(AnswerCase):
+    def test_a_serve_in_use_by_url_is_not_stopped_for_its_failed_model(self) -> None:
+        import socket
+
+        path = self.special("failed", load_errors={MODEL: "gguf: bad magic"})
+        client = self.create(serve_bin_path=path, require_ready=False)
+        client.close()
+        with socket.create_connection(("127.0.0.1", client.port)):
+            with self.assertRaises(q.ModelLoadFailedError):
+                self.create(serve_bin_path=path)
+            self.assertTrue(q.process_alive(client.pid))
+
     def test_a_default_model_that_failed_to_load_is_an_error_with_the_serves_reason(self) -> None:
         path = self.special("failed", load_errors={MODEL: "gguf: bad magic"})
         with self.assertRaises(q.ModelLoadFailedError) as caught:
