@@ -3285,6 +3285,9 @@ OLD_CLI = (
 )
 
 
+LOGGED_MODELS = " with models "  # in the log's line about a start, before their names
+
+
 class _Superseded(Exception):
     """Another runner serves this key, or another spawner has the lock: give way without a trace."""
 
@@ -3400,7 +3403,7 @@ class _Runner:
         self._keep_config()
         key_argument = ["--api-key", self.api_key] if self.old_cli else ["--api-key-file", self._key_file()]
         argv = serve_argv(self.command, self.config_path, self.host, self.port, key_argument)
-        self._log("starting %s on port %d" % (self.command[-1], self.port))
+        self._log("starting %s on port %d%s%s" % (self.command[-1], self.port, LOGGED_MODELS, self._aliases()))
         self.log_start = os.fstat(self.log_fd).st_size
         try:
             # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in, and a
@@ -3409,6 +3412,12 @@ class _Runner:
         except OSError as error:
             raise ServeSpawnFailedError(
                 "Could not start %s: %s." % (self.command[0], error.strerror or error)) from None  # fmt: skip
+
+    def _aliases(self) -> str:
+        """The names its models answer to, as JSON: for `logs MODEL` when the config is gone."""
+        import json
+
+        return json.dumps(list(_strict_json(self.config)["serve"]["models"]))
 
     def _keep_config(self) -> None:
         """For a restart: a provider that sees a dead serve's record deletes the folder of its config."""
@@ -4818,6 +4827,8 @@ def create_qvac(
     if opener is not None and not callable(getattr(opener, "open", None)):
         raise InvalidManagedModelError("An opener has a method open(), as urllib's have; %r has none." % (opener,))
     if mode == "external":
+        if models is not None or serve_bin_path is not None or serve_port is not None:
+            raise InvalidManagedModelError("models and serve_... go with create_qvac(\"managed\", ...).")
         url = base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL
         if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
             raise InvalidManagedModelError("base_url begins with http:// or https://, unlike %r." % (url,))
@@ -5816,6 +5827,8 @@ _RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look a
 _TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
 _MIN_NODE = 20  # major version that the CLI asks for
 _SHORT_KEY = 8  # hex digits of a fleet key in a narrow table; more where that is ambiguous
+_SILENCE = 30.0  # seconds without a first word after which `chat` says what may be the matter
+_SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is longer than its context (--ctx-size)"
 _LOG_LINES = 100  # shown by `logs` unless told otherwise
 _AGENT_CONFIG = {"ctx_size": 32768, "tools": True}
 _LOW_DISK, _LITTLE_DISK = 2 * 10**9, 12 * 10**9  # bytes: room for a small model; for a middling one
@@ -5848,18 +5861,18 @@ def _usage_error(message: str) -> _CommandError:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command line (default: this process's own) and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    _prepare_streams()
-    previous = _install_stop_handlers()
+    words, previous = list(sys.argv[1:] if argv is None else argv), []  # type: List[str], List[Tuple[int, Any]]
     try:
-        return _run_to_code(words)
+        return _run_to_code(words, previous)
     finally:
         _put_handlers_back(previous)
 
 
-def _run_to_code(words: List[str]) -> int:
-    """The one place where an error becomes a message and an exit code."""
+def _run_to_code(words: List[str], previous: List[Tuple[int, Any]]) -> int:
+    """The one place where an error becomes a message and an exit code. PREVIOUS takes the handlers replaced."""
     try:
+        _prepare_streams()
+        _install_stop_handlers(previous)
         return _dispatch(words)
     except _ReaderGone:
         _discard_stdout()
@@ -5868,6 +5881,8 @@ def _run_to_code(words: List[str]) -> int:
         _complain(f"stopped by {_signal_name(stop.signum)}")
         return EXIT_SIGNAL + stop.signum
     except KeyboardInterrupt:
+        if _is_terminal(sys.stderr):
+            _err("")  # the terminal has echoed ^C
         _complain("interrupted")
         return EXIT_INTERRUPTED
     except _CommandError as error:
@@ -5886,13 +5901,24 @@ def _expected_failure(error: Exception) -> Optional[str]:
     from http.client import HTTPException
 
     if isinstance(error, QvacManagedModeError):
-        return _one_line(str(error))
+        return _in_words_of_the_command_line(_one_line(str(error)))
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason
     if isinstance(error, HTTPException):
         return "the serve broke off its answer (%s); try again" % (error or type(error).__name__)
     return None
+
+
+def _in_words_of_the_command_line(text: str) -> str:
+    """What an error of the API says to do, as it is typed here."""
+    for api, typed in (
+        ("python -m qvac_managed", _program()), ("serve_bin_path", "--bin"), ("serve_port", "--port"),
+        ("serve_host", "--host"), ("serve_start_timeout", "--start-timeout"), ("serve_idle_timeout", "--idle-timeout"),
+        ("give one a custom `name`", "give one an alias, as in ALIAS=NAME"),
+    ):  # fmt: skip
+        text = text.replace(api, typed)
+    return text
 
 
 def _one_line(text: str) -> str:
@@ -5915,7 +5941,7 @@ def _dispatch(words: List[str]) -> int:
         return _complete(words[1:])
     if words[0] not in _COMMANDS:
         kind = "option" if words[0].startswith("-") else "command"
-        raise _usage_error(f"no {kind} {words[0]!r}{_or_did_you_mean(words[0], _COMMANDS)}; --help lists all")
+        raise _usage_error(f"no {kind} {words[0]!r}{_or_did_you_mean(words[0], _COMMANDS)} (--help lists all)")
     args = _parse(words[0], words[1:])
     if args.help:
         _out(_command_help(words[0]))
@@ -5924,10 +5950,19 @@ def _dispatch(words: List[str]) -> int:
     return code
 
 
+# What other tools call it.
+_ELSEWHERE = {
+    "ls": "ps", "list": "ps", "status": "ps", "rm": "stop", "kill": "stop", "down": "stop", "start": "up", "pull": "up",
+    "log": "logs", "exec": "run", "show": "explain", "check": "doctor", "install": "install-cli", "ask": "chat",
+}  # fmt: skip
+
+
 def _or_did_you_mean(word: str, known: Any) -> str:
     import difflib
 
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    close = [name for name in known if word.strip("-") and name.startswith(word)]
+    close = close or [name for name in (_ELSEWHERE.get(word),) if name in known]
+    close = close or difflib.get_close_matches(word, list(known), n=2, cutoff=0.7)
     return "; did you mean {}?".format(" or ".join(close)) if close else ""
 
 
@@ -6012,13 +6047,12 @@ def _columns(stream: Any) -> int:
     return shutil.get_terminal_size().columns if _is_terminal(stream) else 0
 
 
-def _install_stop_handlers() -> List[Tuple[int, Any]]:
+def _install_stop_handlers(previous: List[Tuple[int, Any]]) -> None:
     import signal
 
     def stop(signum: int, _frame: Any) -> None:
         raise _Stopped(signum)
 
-    previous = []
     for signum in stop_signals():
         # One that is ignored stays so: that is how nohup works. Only the main thread may ask for others.
         try:
@@ -6026,7 +6060,6 @@ def _install_stop_handlers() -> List[Tuple[int, Any]]:
                 previous.append((signum, signal.signal(signum, stop)))
         except ValueError:
             break
-    return previous
 
 
 def _put_handlers_back(previous: List[Tuple[int, Any]]) -> None:
@@ -6047,7 +6080,13 @@ def _signal_name(signum: int) -> str:
 
 def _whole_number(flag: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise _usage_error(f"{flag} {text}: give a whole number")
+        raise _usage_error(f"{flag} {text}: give a whole number from 0")
+    return int(text)
+
+
+def _positive_number(flag: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise _usage_error(f"{flag} {text}: give a whole number above 0")
     return int(text)
 
 
@@ -6062,12 +6101,24 @@ def _seconds(flag: str, text: str) -> float:
     unit = units.get(text[-1:])
     number = text if unit is None else text[:-1]
     if not number.isascii() or not number.replace(".", "", 1).isdigit():
-        raise _usage_error(f"{flag} {text}: give seconds, or a time like 90s, 5m, 2h")
+        raise _usage_error(f"{flag} {text}: give seconds, or a time like 90s, 5m, 2h, 1d")
     return float(number) * (unit or 1)
 
 
+def _seconds_above_0(flag: str, text: str) -> float:
+    seconds = _seconds(flag, text)
+    if seconds <= 0:
+        raise _usage_error(f"{flag} {text}: give a time above 0")
+    return seconds
+
+
 def _seconds_or_never(flag: str, text: str) -> Optional[float]:
-    return None if text == "never" else _seconds(flag, text)
+    if text == "never":
+        return None
+    try:
+        return _seconds(flag, text)
+    except _CommandError as error:
+        raise _usage_error(f"{error}, or never") from None
 
 
 def _setting(flag: str, text: str) -> Tuple[str, Any]:
@@ -6118,11 +6169,11 @@ def _one_of(*names: str) -> Callable[[str, str], str]:
     return convert
 
 
-_SHELLS = ("sh", "fish", "powershell", "cmd")
+_SHELLS = ("sh", "bash", "zsh", "fish", "powershell", "cmd")
 
 # name: flags, what its value is called ("" for a switch), converter, default ([]: may be repeated), help
 _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str, str], Any]], Any, str]] = {
-    "ctx_size": ("--ctx-size", "N", _whole_number, None, "context length in tokens"),
+    "ctx_size": ("--ctx-size", "N", _positive_number, None, "context length in tokens"),
     "set": ("--set", "KEY=VALUE", _setting, [], "one config value, JSON or text; may be repeated"),
     "agent": ("--agent", "", None, False, "for coding agents: ctx_size 32768, tools true"),
     "spec": ("--spec", "JSON|FILE", _specs, [], "models as JSON: one spec, or a list of them"),
@@ -6132,12 +6183,12 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str, str], Any]], Any, str]
     "port": ("--port", "N", _port_number, None, "port to listen on (default: any free one)"),
     "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
     "idle_timeout": ("--idle-timeout", "T", _seconds_or_never, DEFAULT_IDLE_TIMEOUT,
-                     "end this long after the last use: 90s, 5m, 2h, never"),
-    "start_timeout": ("--start-timeout", "T", _seconds, DEFAULT_START_TIMEOUT,
-                      "give up a start that stands still this long"),
+                     "90s, 2h or never after the last use (default 5m)"),
+    "start_timeout": ("--start-timeout", "T", _seconds_above_0, DEFAULT_START_TIMEOUT,
+                      "give up a start that stands still (default 3m)"),
     "json": ("--json", "", None, False, "print JSON"),
     "quiet": ("-q --quiet", "", None, False, "no progress and no notes on stderr"),
-    "shell": ("--shell", "NAME", _one_of(*_SHELLS), None, "sh, fish, powershell or cmd"),
+    "shell": ("--shell", "NAME", _one_of(*_SHELLS), None, "sh, bash, zsh, fish, powershell or cmd"),
     "watch": ("-w --watch", "", None, False, "draw it again every 2 seconds, until Ctrl-C"),
     "all": ("--all", "", None, False, "every serve"),
     "lines": ("-n --lines", "N", _whole_number, _LOG_LINES, f"how many lines (default {_LOG_LINES})"),
@@ -6281,7 +6332,8 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
         client: ManagedQvac = create_qvac("managed", on_progress=progress, **options)
     except ServeExitedError as error:
         progress.clear()
-        raise _CommandError(f"{_one_line(str(error))} (all of them: {_program()} logs {_key(args, words)})") from None
+        said = _in_words_of_the_command_line(_one_line(str(error)))
+        raise _CommandError(f"{said} (all of them: {_program()} logs {_key(args, words)})") from None
     finally:
         progress.clear()
         progress.quiet = True  # a later recovery must not draw into an answer, or another program's screen
@@ -6459,7 +6511,18 @@ def _do_up(args: Any) -> int:
     _refuse_private(args)
     with _attach(args, args.words) as client:
         _announce(args, client)
+        _note_longer_life(args, client)
     return EXIT_DONE
+
+
+def _note_longer_life(args: Any, client: ManagedQvac) -> None:
+    record, wish = read_record(client.fleet_key), args.idle_timeout
+    if not any(word.startswith("--idle-timeout") for word in args.typed):
+        return
+    if record is not None and wish is not None and wish * 1000 < record.idle_timeout_ms:
+        is_for_ever = record.idle_timeout_ms >= NEVER_MS
+        kept = "stays until it is stopped" if is_for_ever else f"keeps its {_span(record.idle_timeout_ms / 1000)}"
+        _note(args, f"somebody asked for a longer idle timeout: it {kept}")
 
 
 def _do_env(args: Any) -> int:
@@ -6688,9 +6751,10 @@ def _is_short_for(text: str, key: str) -> bool:
 def _one_key(text: str, aliases: Mapping[str, Sequence[str]]) -> str:
     found = _named_keys(text, aliases)
     if len(found) > 1:
-        raise _CommandError(f"{text} could be any of {', '.join(sorted(found))}; give more of the key")
+        what = "give more of the key" if _is_short_for(text, found[0]) else "give one of these keys"
+        raise _CommandError(f"{text} could be any of {', '.join(sorted(found))}; {what}")
     if not found:
-        known = ", ".join(sorted(aliases)) or "none is running"
+        known = _some(sorted(aliases)) or "none is running"
         raise _CommandError(f"no serve {text!r} (known: {known}); see {_program()} ps", EXIT_NO_SERVE)
     return found[0]
 
@@ -6702,10 +6766,13 @@ def _aliases_by_key(*more: str) -> Dict[str, List[str]]:
     """
     keys = (name.rpartition(".") for name in sorted(_listdir(managed_serves_dir())))
     found = [key for key, dot, ending in keys if dot + ending in (".json", ".lock", *more) and is_valid_fleet_key(key)]
-    return {key: sorted(_record_models(read_record(key)) or _starting_models(key) or {}) for key in found}
+    logged = _logged_models if ".log" in more else lambda _key: []
+    return {key: sorted(_record_models(read_record(key)) or _starting_models(key) or logged(key)) for key in found}
 
 
 def _do_stop(args: Any) -> int:
+    if args.words and args.all:
+        raise _usage_error("stop: name serves, or say --all, not both")
     if not args.words and not args.all:
         raise _usage_error(f"stop: name a serve by key or model, or say --all; see {_program()} ps")
     aliases = _aliases_by_key()
@@ -6747,32 +6814,44 @@ def _stop_targets(
 def _do_logs(args: Any) -> int:
     if not args.words:
         raise _usage_error(f"logs: name a serve by key or model; see {_program()} ps")
-    aliases = _aliases_by_key(".log")
-    key = _one_key(_key_of_past_model(args.words[0], aliases), aliases)
+    key = _key_of_log(args.words[0])
     path = log_path(key)
     if not os.path.exists(path):
         raise _CommandError(f"{key} keeps no log: the JavaScript provider started it")
     log = _LogReader(path)
     log.copy_last_lines(args.lines)
+    if args.follow and not os.path.exists(record_path(key)) and not os.path.exists(lock_path(key)):
+        _note(args, "(this serve has ended; waiting for the next with its key, Ctrl-C ends)")
     while args.follow:
         time.sleep(_FOLLOW_INTERVAL)
         log.copy_growth()
     return EXIT_DONE
 
 
-def _key_of_past_model(word: str, aliases: Mapping[str, Sequence[str]]) -> str:
-    """WORD, or the key that a serve for this model had while it lived: its log outlives it."""
-    if _named_keys(word, aliases):
-        return word
+def _key_of_log(word: str) -> str:
+    """The key of a serve that is there, or of the last one that WORD stands for: its log outlives it."""
+    running = _aliases_by_key()
+    if _named_keys(word, running):
+        return _one_key(word, running)
+    past = _aliases_by_key(".log")
+    by_model = [key for key in past if word in past[key]]
+    if by_model:
+        return max(by_model, key=lambda key: os.stat(log_path(key)).st_mtime)
+    return _one_key(word, past)
+
+
+def _logged_models(key: str) -> List[str]:
+    """The models of the last start in a log."""
     try:
-        config = synthesize_serve_config([_model_spec(word, {})])
-    except (QvacManagedModeError, _CommandError):
-        return word
-    for bin_path in (None, ECHO):
-        key = compute_fleet_key(config, DEFAULT_HOST, serve_bin_path=bin_path)
-        if key in aliases:
-            return key
-    return word
+        fd = open_log(key)
+    except RegistryError:
+        return []
+    try:
+        said = read_log(fd, 0, MAX_LOG_BYTES).rpartition(LOGGED_MODELS.encode())[2]
+    finally:
+        os.close(fd)
+    names = _strict_json(said.partition(b"\n")[0])
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
 class _LogReader:
@@ -6833,6 +6912,9 @@ def _do_models(args: Any) -> int:
     if args.json:
         _print_json(rows)
         return EXIT_DONE
+    endpoints = {row["endpoint"] for row in _model_rows() if row["endpoint"]}
+    if args.endpoint and args.endpoint.lower() not in endpoints:
+        raise _usage_error(f"--endpoint {args.endpoint}: give one of {', '.join(sorted(endpoints))}")
     if not rows:
         close = close_matches(pattern) if pattern else []
         hint = "; did you mean {}?".format(" or ".join(close[:3])) if close else ""
@@ -6902,15 +6984,22 @@ def _do_chat(args: Any) -> int:
 
 def _answer(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> str:
     """Stream one answer to stdout and return it; Ctrl-C ends it early, in a conversation only."""
+    import threading
+
     began, first, pieces = time.monotonic(), None, []
     stream: Any = client.stream_chat(messages)
+    waiting = threading.Timer(_SILENCE, _note, (args, _SILENCE_NOTE))
+    waiting.daemon = True
+    waiting.start()
     try:
         for piece in stream:
+            waiting.cancel()
             first = first or time.monotonic()
             pieces.append(piece)
             if not args.json:
                 _out(_printable(piece), end="")
     finally:
+        waiting.cancel()
         stream.close()
         if pieces and not args.json and not pieces[-1].endswith("\n"):
             _out("")
@@ -6948,7 +7037,13 @@ def _converse(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) ->
         _note(args, "/bye or Ctrl-D ends, /clear forgets what was said, Ctrl-C cuts an answer short")
     system = list(messages)
     while True:
-        line = _read_line()
+        try:
+            line = _read_line()
+        except KeyboardInterrupt:
+            if not _is_terminal(sys.stdin):
+                raise
+            _err("\n(/bye or Ctrl-D ends)")
+            continue
         if line is None or line.strip() == "/bye":
             return EXIT_DONE
         if line.strip() == "/clear":
@@ -6966,8 +7061,8 @@ def _take_turn(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -
     except KeyboardInterrupt:
         _err("(cut short)")
         messages.pop()
-    except ServeHTTPError as error:
-        _complain(str(error))
+    except (ServeHTTPError, OSError) as error:  # the serve may be back for the next one
+        _complain(str(_expected_failure(error)))
         messages.pop()
 
 
@@ -7087,10 +7182,12 @@ def _print_explanation(key: str, config: Any, args: Any, running: Any, is_starti
 
 
 def _cli_text(args: Any) -> str:
+    if _serve_bin_path(args) == ECHO:
+        return "the built-in echo serve"
     try:
         return " ".join(find_cli(_serve_bin_path(args)))
     except QvacManagedModeError as error:
-        return f"none: {error}"
+        return f"none: {_in_words_of_the_command_line(str(error))}"
 
 
 def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
@@ -7120,7 +7217,8 @@ def _do_doctor(args: Any) -> int:
         try:
             found = check(args)
         except QvacManagedModeError as error:
-            found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), "put that right first")]
+            todo = "export HOME=..." if "HOME" in str(error) else "put that right first"
+            found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), todo)]
         for finding in found:
             findings.append(finding)
             if not args.json and not (args.quiet and finding[0] == "ok"):
@@ -7202,7 +7300,13 @@ def _check_cli(_args: Any) -> List[_Finding]:
 def _check_folder(args: Any) -> List[_Finding]:
     folder = managed_serves_dir()
     if not os.path.lexists(folder):
-        return [("ok", "folder", f"{folder}: not there yet", "")]
+        place = os.path.dirname(folder)
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        if os.access(place, os.W_OK | os.X_OK):
+            return [("ok", "folder", f"{folder}: not there yet", "")]
+        todo = "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
+        return [("fail", "folder", f"{folder} cannot be made: {place} is not writable", todo)]
     try:
         names = sorted(os.listdir(folder))
         exposed = [(path, why) for path in [folder] + [os.path.join(folder, name) for name in names]
@@ -7367,7 +7471,8 @@ def _npm_reason(logs: str) -> str:
         with open(os.path.join(logs, name), encoding="utf-8", errors="replace") as file:
             parts = [line.strip().split(" ", 2) for line in file]
         said += [part[2] for part in parts if len(part) == 3 and part[1] == "error"]
-    said = [line for line in said if line.strip() and "complete log" not in line]
+    dull = ("complete log", "code ", "errno ", "A complete")
+    said = [line for line in said if line.strip() and not line.startswith(dull) and "complete log" not in line] or said
     return "; ".join(said[:2]) or "it gave no reason"
 
 
@@ -7557,7 +7662,7 @@ def _choices(name: str, before: str, current: str) -> List[str]:
     if current.startswith("-"):
         return ["--help"] + [_FLAGS[key][0].split()[-1] for key in command.flags]
     if "KEY" in command.words:
-        aliases = _aliases_by_key()
+        aliases = _aliases_by_key(*([".log"] if name == "logs" else []))
         return sorted(aliases) + sorted({alias for names in aliases.values() for alias in names})
     if name == "completion":
         return list(_COMPLETION_SCRIPTS)
@@ -7684,7 +7789,8 @@ _COMMANDS: Dict[str, _Command] = {
     ),
     "completion": _Command(
         _do_completion, "bash|zsh|fish", 1, (),
-        "Print a script that completes commands, models and keys.",
+        "Print a script that completes commands, models and keys.\n"
+        "For the command `qvac-managed`, which it defines if there is none.",
         ('eval "$(PROGRAM completion bash)"', "completion fish | source"),
     ),
 }
@@ -7702,7 +7808,11 @@ def _program() -> str:
         return "qvac-managed"
     python = os.path.basename(sys.executable or "python3").replace(".exe", "")
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return f"{python} -m {spec.name}" if spec else f"{python} {sys.argv[0]}"
+    if spec:
+        return f"{python} -m {spec.name}"
+    import shlex
+
+    return f"{python} {sys.argv[0] if os.name == 'nt' else shlex.quote(sys.argv[0])}"
 
 
 def _overview() -> str:

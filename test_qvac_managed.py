@@ -8278,6 +8278,9 @@ class WrongErrorTest(Case):
         for options in wrong:
             with self.subTest(**options), self.assertRaises(q.InvalidManagedModelError):
                 self.create(**options)
+        for managed in ({"models": [MODEL]}, {"serve_bin_path": q.ECHO}, {"serve_port": 5}):
+            with self.subTest(**managed), self.assertRaisesRegex(q.InvalidManagedModelError, '"managed"'):
+                q.create_qvac(**managed)
         for url in ("localhost:1", "ftp://x", 3):
             with self.subTest(url=url), self.assertRaises(q.InvalidManagedModelError):
                 q.create_qvac(base_url=url)
@@ -8633,6 +8636,9 @@ class BadInputTest(CommandLineCase):
         cases = [
             ("no command", []),
             ("did you mean serve?", ["sreve", MODEL]),
+            ("did you mean ps?", ["ls"]),
+            ("did you mean stop?", ["rm", MODEL]),
+            ("did you mean --idle-timeout?", ["up", MODEL, "--idle", "5"]),
             ("no option '--frobnicate'", ["--frobnicate"]),
             ("no option --idel-timeout; did you mean --idle-timeout", ["up", MODEL, "--idel-timeout", "4"]),
             ("name a model", ["serve"]),
@@ -8646,7 +8652,12 @@ class BadInputTest(CommandLineCase):
             ("--idle-timeout -1", ["up", MODEL, "--idle-timeout", "-1"]),
             ("--idle-timeout nan", ["up", MODEL, "--idle-timeout", "nan"]),
             ("--idle-timeout 5y", ["up", MODEL, "--idle-timeout", "5y"]),
+            ("or never", ["up", MODEL, "--idle-timeout", "5y"]),
             ("--start-timeout never", ["up", MODEL, "--start-timeout", "never"]),
+            ("--start-timeout 0: give a time above 0", ["up", MODEL, "--start-timeout", "0"]),
+            ("--ctx-size 0: give a whole number above 0", ["up", MODEL, "--ctx-size", "0"]),
+            ("not both", ["stop", "--all", MODEL]),
+            ("bci, chat, embedding", ["models", "--endpoint", "foo"]),
             ("--ctx-size big", ["up", MODEL, "--ctx-size", "big"]),
             ("--spec is not JSON", ["up", "--spec", "{"]),
             ("--spec 7: No such file", ["up", "--spec", "7"]),
@@ -8673,6 +8684,19 @@ class BadInputTest(CommandLineCase):
                 self.assert_fails(2, fragment, *args, run=self.run_here)
         self.assert_fails(2, "no command")
         self.assertFalse(os.path.exists(self.registry), "a usage error writes nothing")
+
+    def test_errors_say_what_can_be_typed_here(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            self.assert_fails(1, "choose another --port", "up", "--echo", MODEL, "--port", port)
+        self.assert_fails(1, "--bin is nosuch", "up", "--bin", "nosuch", MODEL)
+        self.assert_fails(1, "as in ALIAS=NAME", "up", "--echo", MODEL, MODEL)
+        copy = os.path.join(self.home, "a folder", "qvac_managed.py")
+        os.mkdir(os.path.dirname(copy))
+        shutil.copy(q.__file__, copy)
+        done = subprocess.run([sys.executable, copy, "up", "zzzz"], env=self.environment(), stderr=subprocess.PIPE, check=False,
+                              universal_newlines=True, cwd=self.home)  # fmt: skip
+        self.assertIn("%s '%s' models" % (os.path.basename(sys.executable), copy), done.stderr)
 
     def test_what_only_looking_at_the_world_shows_exits_1(self):
         cases = [
@@ -8810,6 +8834,9 @@ class UpTest(CommandLineCase):
         wait_for(lambda: self.json_of("ps", "--json")[0]["idle_timeout_s"] == 7200, "idle timeout 2h")
         self.assert_done("up", "--echo", MODEL, "--idle-timeout", "never")
         wait_for(lambda: self.json_of("ps", "--json")[0]["idle_timeout_s"] is None, "idle timeout never")
+        told = self.assert_done("up", "--echo", MODEL, "--idle-timeout", "10s").stderr
+        self.assertIn("longer idle timeout: it stays until it is stopped", told)
+        self.assertNotIn("longer", self.assert_done("up", "--echo", MODEL).stderr)
         self.assert_done("stop", MODEL)
         self.assert_nothing_left()
 
@@ -9185,6 +9212,10 @@ class StopCommandTest(CommandLineCase):
         self.assert_nothing_left()
         self.assertEqual(self.assert_done("stop", "--all").stdout, "")
 
+    def test_a_model_of_two_serves(self):
+        keys = sorted(self.up("--ctx-size", size)["fleet_key"] for size in ("1024", "2048"))
+        self.assert_fails(1, "could be any of %s, %s; give one of these keys" % tuple(keys), "stop", MODEL)
+
     def test_the_others_are_stopped_when_one_is_unknown(self):
         key = self.up()["fleet_key"]
         done = self.run_cli("stop", "nosuch", key)
@@ -9231,6 +9262,21 @@ class LogsTest(CommandLineCase):
         self.assert_done("stop", key)
         for word in (key, key[:8], MODEL):
             self.assert_done("logs", word)
+
+    def test_the_log_of_the_last_serve_for_a_model_however_it_was_configured(self):
+        keys = [self.up("--ctx-size", size)["fleet_key"] for size in ("1024", "2048")]
+        self.assert_done("stop", "--all")
+        with open(self.log_of(keys[0]), "a") as file:
+            file.write("the newer one\n")
+        os.utime(self.log_of(keys[1]), (1e9, 1e9))
+        self.assertIn("the newer one", self.assert_done("logs", MODEL).stdout)
+        self.assertIn(MODEL, self.assert_done("__complete", "logs", "").stdout.split())
+
+    def test_following_a_serve_that_has_ended_says_so(self):
+        key = self.up()["fleet_key"]
+        self.assert_done("stop", key)
+        follower = self.start_cli("logs", "-f", key)
+        self.assertIn("has ended", follower.stderr.readline())
 
     def test_a_failed_start_can_be_looked_up(self):
         broken = self.script("broken-qvac", "#!/bin/sh\necho one; echo two; echo three >&2; exit 4\n")
@@ -9321,6 +9367,32 @@ class ChatTest(CommandLineCase):
         self.assertNotIn("never", done.stdout)
         self.assertIn("first", self.chat(MODEL, input="first\n").stdout)  # ends with its input
 
+    def test_a_turn_that_fails_is_not_the_end_of_a_conversation(self):
+        failures = [q.ServeHTTPError(500, "too long"), ConnectionResetError(104, "the serve broke off its answer")]
+
+        class Client:
+            def stream_chat(self, messages):
+                self.messages = [message["content"] for message in messages]
+                return self.pieces()
+
+            def pieces(self):
+                if failures:
+                    raise failures.pop(0)
+                yield "answer"
+
+        args, client = type("Args", (), {"quiet": True, "json": False, "stats": False})(), Client()
+        streams = {"stdin": io.StringIO("a\nb\nc\n"), "stdout": io.StringIO(), "stderr": io.StringIO()}
+        with unittest.mock.patch.multiple(sys, **streams):
+            self.assertEqual(q._converse(args, client, []), 0)
+        self.assertEqual((client.messages, streams["stdout"].getvalue()), (["c"], "answer\n"))
+        self.assertRegex(streams["stderr"].getvalue(), "too long\n.*broke off")
+
+    def test_a_long_silence_is_explained(self):
+        with unittest.mock.patch.object(q, "_SILENCE", 0.1):
+            done = self.run_here("chat", "--echo", MODEL, "--idle-timeout", "0", "--set", "echo_token_seconds=0.5", "a b c")
+        self.assertIn("--ctx-size", done.stderr)
+        self.assertEqual((done.returncode, done.stdout.strip()), (0, "a b c"))
+
     def test_history_is_sent_along(self):
         seen = []
 
@@ -9343,6 +9415,8 @@ class ChatTest(CommandLineCase):
         terminal.type("good morning\n")
         wait_for(lambda: terminal.text.count(">>> ") == 2 or terminal._read(0.1), "the second prompt")
         self.assertEqual(terminal.text.count("good morning\n"), 2)  # typed, and echoed
+        terminal.type("half a th\x03")
+        terminal.expect("/bye or Ctrl-D ends)")
         terminal.type("\x04")
         self.assertEqual(terminal.wait(), 0)
 
@@ -9432,6 +9506,16 @@ class DoctorTest(CommandLineCase):
         self.assertRegex(done.stdout, r"(?m)^fail  node .*not on PATH\n +-> install Node.js")
         self.assertRegex(done.stdout, r"(?m)^fail  qvac .*\n +-> .*install-cli")
         self.assertEqual(findings["proxy"]["status"], "ok")
+
+    def test_a_folder_that_cannot_be_made(self):
+        nowhere = os.path.join(self.home, "file", "serves")
+        with open(os.path.dirname(nowhere), "w"):
+            os.chmod(os.path.dirname(nowhere), 0o400)
+        done = self.run_cli("doctor", env={"QVAC_MANAGED_DIR": nowhere})
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"(?m)^fail  folder .*cannot be made.*\n +-> export QVAC_MANAGED_DIR=")
+        done = self.run_cli("doctor", env={"HOME": "nowhere", "USERPROFILE": "nowhere", "QVAC_MANAGED_DIR": None})
+        self.assertRegex(done.stdout, r"(?m)^fail  folder .*\n +-> export HOME=")
 
     def test_quiet_tells_only_what_is_not_ok(self):
         done = self.run_cli("doctor", "--quiet", env={"PATH": self.home})
