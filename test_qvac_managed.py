@@ -3671,8 +3671,13 @@ class ReexecutionTest(Case):
         self.run_host(path)
 
     def test_under_names_that_an_import_would_not_find(self) -> None:
-        for name in ("qvac_managed-0.1.0.py", "types.py", "errno.py"):
-            self.run_host(self.put("copy/%s" % name, self.as_main()))
+        """In the other interpreter a folder on the path is all there is: a file named types.py is not found there."""
+        self.put("app/pkg/__init__.py")
+        for name in ("types", "errno"):
+            self.put("app/pkg/%s.py" % name, self.source)
+            program = self.put("app/program_%s.py" % name, "from pkg import %s as q\n%s" % (name, HOST))
+            self.run_host(program)
+        self.run_host(self.put("bin/qvac_managed-0.1.0.py", self.as_main()))
 
     def test_as_a_script_without_an_ending(self) -> None:
         self.run_host(self.put("bin/qvac-models", self.as_main()))
