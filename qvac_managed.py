@@ -30,12 +30,14 @@ KEY.json                            record of a running serve     runner [1]    
 KEY.consumers/PID.RAND              marker of a live consumer     the consumer     it; who finds it dead
 KEY.lock                            spawn lock                    spawner, runner  same; a stealer, a sweep
 KEY.error                           why the last start failed     runner           the next spawner [2]
-KEY.PID.RAND.runner-params.json     hand-off to the runner        spawner          runner, a sweep
-KEY.RAND.d/                         serve's config and key file   spawner, runner  runner, a sweep
-KEY.log                             output of serve and runner    serve, runner    a sweep, when old
+KEY.PID.RAND.runner-params.json     hand-off to the runner        spawner          runner, spawners, a sweep
+KEY.RAND.d/                         serve's config and key file   spawner, runner  runner, spawners, a sweep
+KEY.log                             output of serve and runner    serve, runner    a sweep, when old [3]
+KEY.*.tmp, KEY.*.stale              on its way in, or out         anybody          its maker, a sweep
 registry.guard                      held for short sections       anybody          nobody
-[1] A client that wishes a longer idle timeout writes it into the record; the longest wish wins.
+[1] A client that wants a longer idle timeout writes it into the record; the longest wish wins.
 [2] And who was told of the failure, if nobody else waits to read it; a sweep, when old.
+[3] A private serve's by its runner, unless it failed.
 
 Index: create_qvac create_qvac_async Qvac ManagedQvac ManagedModel Progress ECHO
        list_serves stop_serve sweep_serves serve_info ServeInfo find_cli
@@ -43,10 +45,15 @@ Index: create_qvac create_qvac_async Qvac ManagedQvac ManagedModel Progress ECHO
        catalog_entries_with_unknown_constant, the errors (section 3), main
 
 Sections: 1 header, 2 constants, 3 errors, 4 catalog and model specs, 5 serve config and fleet key,
-6 platform, 7 registry, 8 spawn lock and guard, 9 HTTP, 10 serve process, 11 runner, 12 clients and
+6 platform, 7 registry, 8 guard and spawn lock, 9 HTTP, 10 serve process, 11 runner, 12 clients and
 public verbs, 13 echo serve, 14 command line, 15 model table, 16 main guard. Each uses only what
 stands above it. Section 4 alone looks further, when it is called: into the generated model table,
-and with find_cli into the installed SDK for a constant that the table lacks.
+and with find_cli into the installed SDK for a constant that the table lacks. (The command that
+starts a runner, in section 6, names its entry in section 16, for another process.)
+
+Names outside the index are internal even without an underscore: sections share them. Five are not used
+here (is_process_alive, remove_consumer, health_check, allocate_free_port, find_reusable_serve): they are
+the provider's names for what we do in another way, for whoever compares the two.
 
 Heavy modules (urllib, json, subprocess ...) are imported inside the functions that need them:
 importing this file has to stay cheap, and the runner, which lives long, has to stay small.
@@ -116,8 +123,11 @@ ECHO = "qvac-managed:echo"  # as serve_bin_path: the built-in echo serve (sectio
 
 FLEET_PROTOCOL_VERSION = 2  # the provider's; in every fleet key
 NEVER_MS = 2**53 - 1  # idleTimeoutMs for "until stopped": the largest integer of a JSON double
+CONFIG_NAME, KEY_FILE_NAME, STOP_NAME = "qvac.config.json", "serve-api-key", "stop"  # in KEY.RAND.d
 MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
+MAX_SDK_REGISTRY_BYTES = 64 * 1024 * 1024  # of the SDK's list of models; the real one is 1 MB
+LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
@@ -127,10 +137,12 @@ SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, 
 CLOSING_WAIT = 10.0  # seconds a live serve may refuse connections (its end or restart) before it is a miss
 CLIENT_MARGIN = 10.0  # seconds a client waits for its own runner beyond the start timeout, which that one keeps
 GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so its holder is stopped
+UNWATCHED_START = 30.0  # seconds a first start goes on for nobody: without a marker none can know of it
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
-LOCK_REREAD = 0.25  # seconds after which a provider that stole the same lock has shown itself
+LOCK_REREAD = 0.25  # seconds after which a provider that stole our lock has shown itself; a start looks that often
 HEARTBEAT = 20.0  # seconds between touches of lock and record: other namespaces see only these
 FOREIGN_LOCK_STALE = 3 * HEARTBEAT  # seconds without one after which another namespace's lock is dead
+UNUSABLE_REAP = 180.0  # seconds beyond the idle timeout after which a serve is reaped though its folder is unusable
 FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
 LEFTOVER_STALE = 3600.0  # seconds after which folders, temp files and errors without owner are swept
@@ -151,6 +163,9 @@ PORT_ATTEMPTS = 3  # ports tried when another program takes the chosen one
 # ==================================================================================================
 # 3. Errors
 # ==================================================================================================
+
+
+_OUTPUT_MARK = "--- its output ---\n"  # in messages and in KEY.error, where _error_from_text() looks for it
 
 
 class QvacManagedModeError(Exception):
@@ -258,7 +273,7 @@ class ServeExitedError(QvacManagedModeError):
     def __str__(self) -> str:
         how = "by signal %d" % self.signal if self.signal else "with exit code %s" % self.exit_code
         text = "%s %s." % (self.what or "qvac serve ended before it was ready,", how)
-        return text + ("\n--- its output ---\n" + self.tail if self.tail else " It printed nothing.")
+        return text + ("\n" + _OUTPUT_MARK + self.tail if self.tail else " It printed nothing.")
 
 
 class PortAllocationFailedError(QvacManagedModeError):
@@ -443,7 +458,7 @@ def _in_installed_sdk(constant: str, serve_bin_path: Optional[str]) -> bool:
         for modules in (folder, os.path.join(folder, "node_modules")):
             try:
                 with open(os.path.join(modules, *inside), "rb") as file:
-                    return ('"%s"' % constant).encode() in file.read(16 * MAX_BODY_BYTES).replace(b"'", b'"')
+                    return ('"%s"' % constant).encode() in file.read(MAX_SDK_REGISTRY_BYTES).replace(b"'", b'"')
             except OSError:
                 pass
         folder = os.path.dirname(folder)
@@ -612,6 +627,11 @@ def compute_fleet_key(
     return hashlib.sha256(payload.encode("utf-8")).hexdigest()[:16]
 
 
+def is_private_key(key: str) -> bool:
+    """True for the fleet key of a private serve."""
+    return "-priv-" in key
+
+
 def is_valid_fleet_key(text: str) -> bool:
     """True for `HEX16` and for a private serve's `HEX16-priv-PID-HEX8`: nothing else is a file name here."""
 
@@ -625,9 +645,12 @@ def is_valid_fleet_key(text: str) -> bool:
             and 0 < len(parts[2]) < 20 and all(c in "0123456789" for c in parts[2]))  # fmt: skip
 
 
-def _utf16(text: str) -> bytes:
-    """Sorts as JavaScript does, by UTF-16 code unit: U+1F600 comes before U+FB01 there."""
-    return text.encode("utf-16-be", "surrogatepass")
+def _utf16(text: str) -> List[int]:
+    """Sorts as JavaScript does, by UTF-16 code unit: U+1F600 comes before U+FB01. The codec would be an import."""
+    units = []
+    for code in map(ord, text):
+        units += [code] if code < 0x10000 else [0xD7C0 + (code >> 10), 0xDC00 + (code & 0x3FF)]
+    return units
 
 
 def _js_json(value: Any, sort: bool = False) -> str:
@@ -647,6 +670,8 @@ def _js_json(value: Any, sort: bool = False) -> str:
 def _js_string(text: str) -> str:
     import json
 
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+        return json.dumps(text, ensure_ascii=False)
     # A Python string may hold a surrogate pair as two characters, which in JavaScript is one; what is
     # left alone after pairing is escaped, as JSON.stringify has done since ES2019.
     paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
@@ -726,13 +751,13 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     _BOOT_IMPORT, _BOOT_DETACH = "time", "0"
 
     def detach() -> None:
-        """The flags that it was started with have detached it."""
+        """Nothing to do: the runner was started with flags that detach it."""
 
     _QUERY, _SYNCHRONIZE = 0x1000, 0x100000  # PROCESS_* access rights (winnt.h)
     _STILL_ACTIVE = 259
 
     def _kernel32() -> Any:
-        """A handle is as wide as a pointer: without these, ctypes would cut what it returns to an int."""
+        """kernel32 with its handle-returning functions declared: a handle is a pointer, which ctypes would cut."""
         import ctypes
         from ctypes import wintypes
 
@@ -819,7 +844,7 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def is_ours(status: os.stat_result) -> bool:
         return True  # the profile folder is private to its user by its access list
 
-    def lock_file(fd: int) -> bool:
+    def lock_fd(fd: int) -> bool:
         import msvcrt
 
         try:
@@ -833,7 +858,7 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def make_private(_fd: int) -> None:
         """A profile is private here."""
 
-    def unlock_file(fd: int) -> None:
+    def unlock_fd(fd: int) -> None:
         import msvcrt
 
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
@@ -943,7 +968,7 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         def kill_group(self) -> None:
             _kernel32().TerminateJobObject(self._job, 1)
 
-        def check_guard(self) -> None:
+        def check_watchdog(self) -> None:
             """The job object needs no looking after."""
 
         def reap(self) -> None:
@@ -979,7 +1004,7 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def ask_to_stop(pid: int, folders: Sequence[str]) -> None:
         """Windows has no SIGTERM: a file in the serve's folder asks the runner to stop."""
         for folder in folders:
-            with open(os.path.join(folder, "stop"), "w"):
+            with open(os.path.join(folder, STOP_NAME), "w"):
                 pass
 
     def terminate_process(pid: int) -> None:
@@ -988,7 +1013,7 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     kill_process = terminate_process
 
     def was_asked_to_stop(folder: str) -> bool:
-        return _stop_signals != [] or os.path.exists(os.path.join(folder, "stop"))
+        return _stop_signals != [] or os.path.exists(os.path.join(folder, STOP_NAME))
 
     def group_members(pgid: int) -> List[int]:
         return [pgid] if process_start(pgid) is not None else []
@@ -1050,6 +1075,10 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return [path]
 
     CLI_NAMES = ("qvac.cmd", "qvac.exe")
+
+    def quoted_word(text: str) -> str:
+        """A word as it is typed at a prompt: as it is, for cmd and PowerShell quote differently."""
+        return text
 
     def default_env_shell() -> str:
         """The shell `env` writes for when nobody names one."""
@@ -1126,8 +1155,8 @@ else:
     def is_ours(status: os.stat_result) -> bool:
         return status.st_uid == os.geteuid()
 
-    def lock_file(fd: int) -> bool:
-        """Take the lock if it is free. A file system without flock has no guard: the lock file must do."""
+    def lock_fd(fd: int) -> bool:
+        """Take the lock if it is free. True, too, on a file system without flock: there KEY.lock has to do alone."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -1146,7 +1175,7 @@ else:
         except OSError:
             pass  # another user's, or a file system without modes
 
-    def unlock_file(fd: int) -> None:
+    def unlock_fd(fd: int) -> None:
         try:
             fcntl.flock(fd, fcntl.LOCK_UN)  # not left to close(): a forked child shares the open file
         except OSError:
@@ -1238,7 +1267,7 @@ else:
     # `sh` in a process group of its own, holding the reading end of a pipe whose only writing end is the
     # runner's: when the runner is gone, however it ended, the read ends and the serve's group is killed,
     # the worker included, which a parent-death signal to the serve would not reach.
-    _GUARD_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL -- "-$1" 2>/dev/null'
+    _WATCHDOG_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL -- "-$1" 2>/dev/null'
 
     class ServeProcess:
         """The serve, leader of its own process group, which ends with this runner.
@@ -1268,35 +1297,36 @@ else:
             if failure:
                 os.waitpid(self.pid, 0)
                 raise OSError(int(failure), os.strerror(int(failure)), argv[0])
-            self._guard, self._guard_pipe, self._guard_due = 0, -1, 0.0
-            self.check_guard()
+            self._watchdog, self._watchdog_pipe, self._watchdog_due = 0, -1, 0.0
+            self.check_watchdog()
 
-        def check_guard(self) -> None:
-            """Start the guard, or another if somebody killed it."""
-            if self._guard and os.waitpid(self._guard, os.WNOHANG)[0] == 0:
+        def check_watchdog(self) -> None:
+            """Start the watchdog, or another if somebody killed it."""
+            if self._watchdog and os.waitpid(self._watchdog, os.WNOHANG)[0] == 0:
                 return
-            self._guard = 0
-            if time.monotonic() < self._guard_due:
+            self._watchdog = 0
+            if time.monotonic() < self._watchdog_due:
                 return  # its end wakes us: one that cannot live must not keep us busy
-            self._guard_due = time.monotonic() + RUNNER_TICK / 2
-            if self._guard_pipe >= 0:
-                os.close(self._guard_pipe)
-                self._guard_pipe = -1
+            self._watchdog_due = time.monotonic() + RUNNER_TICK / 2
+            if self._watchdog_pipe >= 0:
+                os.close(self._watchdog_pipe)
+                self._watchdog_pipe = -1
             try:
-                read_end, self._guard_pipe = os.pipe()
+                read_end, self._watchdog_pipe = os.pipe()
             except OSError:
                 return  # no descriptor is free: at the next look
             null = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0)
             try:
-                self._guard = os.posix_spawn(
-                    "/bin/sh", ["sh", "-c", _GUARD_SCRIPT, "qvac-guard", str(self.pid)], os.environ, setpgroup=0,
+                self._watchdog = os.posix_spawn(
+                    "/bin/sh", ["sh", "-c", _WATCHDOG_SCRIPT, "qvac-watchdog", str(self.pid)], os.environ, setpgroup=0,
                     file_actions=[(os.POSIX_SPAWN_DUP2, read_end, 0), null, (os.POSIX_SPAWN_DUP2, 1, 2)])  # fmt: skip
             except OSError:
-                self._guard = 0  # no shell: the parent-death signal has to do
+                self._watchdog = 0  # no shell: the parent-death signal has to do
             os.close(read_end)
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
-            """`(exit code, signal)` once the serve has ended; it stays a zombie, which pins its group's id."""
+            """`(exit code, signal)` once the serve has ended. Where there is waitid() it stays a zombie, which
+            pins its group's id; elsewhere this reaps it."""
             if self._status is None and hasattr(os, "waitid"):
                 info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if info is not None:
@@ -1323,14 +1353,14 @@ else:
             kill_group_of(self.pid)
 
         def reap(self) -> None:
-            """End the guard, which has nothing to kill any more, then let the zombie go."""
-            if self._guard_pipe >= 0:
-                os.close(self._guard_pipe)
-                self._guard_pipe = -1
+            """End the watchdog, which has nothing to kill any more, then let the zombie go."""
+            if self._watchdog_pipe >= 0:
+                os.close(self._watchdog_pipe)
+                self._watchdog_pipe = -1
             try:
-                if self._guard:
-                    kill_process(self._guard)  # it may have been stopped, and would not see the pipe's end
-                    os.waitpid(self._guard, 0)
+                if self._watchdog:
+                    kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
+                    os.waitpid(self._watchdog, 0)
             except (ProcessLookupError, ChildProcessError):
                 pass
             try:
@@ -1412,6 +1442,12 @@ else:
 
     CLI_NAMES = ("qvac",)
 
+    def quoted_word(text: str) -> str:
+        """A word as it is typed at a prompt."""
+        import shlex
+
+        return shlex.quote(text)
+
     def default_env_shell() -> str:
         """The shell `env` writes for when nobody names one."""
         return "sh"
@@ -1430,9 +1466,9 @@ else:
         """Why others can reach into the folder or file PATH, in words; None if they cannot."""
         info = os.lstat(path)
         if info.st_uid != os.geteuid():
-            return f"it belongs to user {info.st_uid}, you are user {os.geteuid()}"
+            return "it belongs to user %d, you are user %d" % (info.st_uid, os.geteuid())
         if info.st_mode & 0o077:
-            return f"its mode is {info.st_mode & 0o7777:04o}: others can reach it"
+            return "its mode is %04o: others can reach it" % (info.st_mode & 0o7777)
         return None
 
     def run_in_foreground(argv: List[str], env: Dict[str, str], started: Callable[[], None]) -> int:
@@ -1948,7 +1984,7 @@ else:
             return -1
 
         def _parent_death_signal() -> Callable[[], None]:
-            return lambda: None  # the guard does it
+            return lambda: None  # the watchdog does it
 
         def _run_tool(*argv: str) -> str:
             import subprocess
@@ -2068,10 +2104,11 @@ def judge_place(where: str) -> str:
 
 
 def judge_process(pid: int, start: str, where: str) -> str:
-    """Whether the process that wrote its identity still lives: ALIVE, DEAD, or FOREIGN (cannot tell).
+    """Whether the process that wrote its identity still lives: ALIVE, DEAD, or FOREIGN.
 
-    Its start time settles it, for pids are used again. One from another machine or pid namespace sharing
-    the folder is FOREIGN: neither to be trusted nor to be cleared away.
+    Its start time settles it, for pids are used again; where that cannot be told, a live pid counts as ALIVE.
+    One from another machine or pid namespace sharing the folder is FOREIGN: neither to be trusted nor to be
+    cleared away.
     """
     if not 0 < pid < 2**31:
         return DEAD  # to the kernel, 0 and the negative ones are groups
@@ -2270,9 +2307,10 @@ def _read_registry_file(path: str) -> Optional[Tuple[bytes, os.stat_result]]:
 
 
 def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
-    """Make a 0600 file whole or not at all: a reader never sees half of it, a full disk leaves none of it.
+    """Make a 0600 file; if that fails (a full disk), nothing of it is left.
 
-    Without `replace` it must not exist yet (FileExistsError).
+    With `replace`, by temp file and rename: a reader sees the old content or all of the new. Without it the
+    file must not exist yet (FileExistsError), and a reader may see it before its content is complete.
     """
     target = "%s.%d.%s.tmp" % (path, os.getpid(), os.urandom(4).hex()) if replace else path
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW | CLOEXEC | BINARY, 0o600)
@@ -2323,7 +2361,7 @@ def _strict_json(data: bytes) -> Any:
         return None
 
 
-# One table for the record: (JSON name, attribute, type). The first ten are the provider's and required.
+# One table for the record: (JSON name, attribute, type). The first ten are the provider's, the rest ours.
 _RECORD_FIELDS = (
     ("fleetKey", "fleet_key", str),
     ("servePid", "serve_pid", int),
@@ -2344,13 +2382,14 @@ _RECORD_FIELDS = (
     ("serveBinPath", "serve_bin_path", str),
     ("pinnedPort", "pinned_port", int),
 )
-_REQUIRED_FIELDS = 9  # `apiKey` apart: a record of an old provider has none
+_REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
 
 
 class ServeRecord:
     """What is known of a running serve: frozen. Fields as in _RECORD_FIELDS; ours are "" or 0 when absent.
 
-    `inode` tells this version of the file from another. The API key is in no repr.
+    `version`, `mtime` and `uid` are the file's: the first tells this version of it from another; all three are
+    None for a record that was not read from a file. The API key is in no repr.
     """
 
     fleet_key: str
@@ -2371,6 +2410,9 @@ class ServeRecord:
     ready_at: float
     serve_bin_path: str
     pinned_port: int
+    version: Any
+    mtime: Optional[float]
+    uid: Optional[int]
 
     __slots__ = (*(field[1] for field in _RECORD_FIELDS), "version", "mtime", "uid")
 
@@ -2379,10 +2421,6 @@ class ServeRecord:
             object.__setattr__(self, attribute, fields.get(attribute, kind()))
         for extra in ("version", "mtime", "uid"):
             object.__setattr__(self, extra, fields.get(extra))
-
-    version: Any
-    mtime: Optional[float]
-    uid: Optional[int]
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("a record is frozen")
@@ -2416,9 +2454,9 @@ class ServeRecord:
 
     @property
     def names_its_serve(self) -> bool:
-        """Whether the serve's pid, if alive, is surely a serve's. A bare pid may be another program's by now,
-        so the command line has to name the port; enough to attach to what listens there, a bare pid is not
-        enough to send a signal, or to give way to."""
+        """Whether the serve's pid, if alive, is a serve's, as far as can be told here. A bare pid may be another
+        program's by now, so the command line has to name the port (true where none can be read). Attaching
+        does not ask for this, as who_listens() does then; sending a signal and giving way to a record do."""
         words = [] if self.has_identities else command_line(self.serve_pid)
         return self.has_identities or words is None or ("--port", str(self.port)) in zip(words, words[1:])
 
@@ -2429,7 +2467,7 @@ class ServeRecord:
 
     @property
     def is_private(self) -> bool:
-        return "-priv-" in self.fleet_key
+        return is_private_key(self.fleet_key)
 
 
 def _heartbeat_age(mtime: Optional[float]) -> float:
@@ -2511,11 +2549,7 @@ def _read_any_record(key: str) -> Optional[ServeRecord]:
 
 def read_all_records() -> List[ServeRecord]:
     """Every usable record, in no order."""
-    return [record for record in _all_records() if record.api_key]
-
-
-def _all_records() -> List[ServeRecord]:
-    return list(_each_record())
+    return [record for record in _each_record() if record.api_key]
 
 
 def _each_record() -> Iterator[ServeRecord]:
@@ -2551,7 +2585,7 @@ def _is_own_folder(path: str) -> bool:
 
 def write_record(record: ServeRecord) -> Any:
     """Publish a record whole, by temp file and rename. Returns its version. Its runner calls this, under the
-    guard; a client only to lengthen the idle timeout (see _Resolver._register)."""
+    guard; a client only to lengthen the idle timeout (see _Resolver._wish_to_keep)."""
     path = record_path(record.fleet_key)
     ensure_managed_serves_dir()
     try:
@@ -2568,8 +2602,7 @@ def remove_record(key: str, preserve_consumers: bool = False) -> None:
     """
     _unlink(record_path(key))
     if not preserve_consumers:
-        live_consumers(key)
-        _rmdir(consumers_dir(key))
+        remove_dead_consumers(key)
 
 
 def _rmdir(path: str) -> bool:
@@ -2593,7 +2626,7 @@ def add_consumer(key: str, consumer_id: Union[str, int]) -> None:
     content = ("%s %s\n" % (process_start(os.getpid()) or "", place())).encode()
     for attempt in range(5):
         try:
-            if attempt:  # a runner that ends, or a provider, has removed the folder just now
+            if attempt:  # the first consumer; or a runner that ends, or a provider, has just removed the folder
                 _make_private_folders(folder)
             if os.path.lexists(folder) and not _is_own_folder(folder):
                 raise RegistryError("%s is in the way: it is no folder of yours. Remove it." % folder)
@@ -2611,8 +2644,14 @@ def add_consumer(key: str, consumer_id: Union[str, int]) -> None:
 
 
 def remove_consumer(key: str, consumer_id: Union[str, int]) -> None:
-    """Remove the marker of a consumer; no error if it is gone. The folder is the runner's to remove."""
+    """Remove the marker of a consumer; no error if it is gone. The folder stays, for whoever finds it empty."""
     _unlink(os.path.join(consumers_dir(key), str(consumer_id)))
+
+
+def remove_dead_consumers(key: str) -> None:
+    """Remove the markers of dead processes, and the folder if nothing is left in it."""
+    live_consumers(key)
+    _rmdir(consumers_dir(key))
 
 
 def live_consumers(key: str) -> List[int]:
@@ -2680,7 +2719,7 @@ class guard:
 
     def _wait_for_lock(self, path: str) -> None:
         deadline, touched, pause = 0.0, None, 0.001  # type: float, Optional[int], float
-        while not lock_file(self._fd):
+        while not lock_fd(self._fd):
             before, touched = touched, os.fstat(self._fd).st_mtime_ns
             if touched != before:
                 deadline = time.monotonic() + self._timeout
@@ -2696,7 +2735,7 @@ class guard:
 
     def __exit__(self, *_: Any) -> None:
         if self._fd >= 0:  # else a signal handler that used the guard, too, has taken it for a leftover
-            unlock_file(self._fd)
+            unlock_fd(self._fd)
         self._close()
 
     def _close(self) -> None:
@@ -2895,71 +2934,77 @@ def _forget_after_fork() -> None:
 
 
 def _openers() -> Any:
-    """urllib's machinery without proxies, redirects and cookies, made once.
-
-    By itself urllib sends loopback requests, key included, to $http_proxy, and follows redirects with
-    the Authorization header to wherever they lead (CPython issue 77842).
-    """
+    """`(for requests, for health checks)`, made once; the latter has a deadline for the whole call, and no https."""
     global _opener_cache
     if _opener_cache is None:
-        import http.client
-        import socket
-        import urllib.request
-
-        class DeadlineSocket(socket.socket):
-            """Receives until a deadline for the whole call; a socket's own timeout is for each packet."""
-
-            deadline = 0.0
-
-            def recv_into(self, *args: Any) -> int:
-                left = self.deadline - time.monotonic()
-                if left <= 0:
-                    raise socket.timeout("timed out")
-                self.settimeout(left)
-                return super().recv_into(*args)
-
-        class Connection(http.client.HTTPConnection):
-            def connect(self) -> None:
-                self.host = lookup_name(self.host)
-                super().connect()
-
-        class DeadlineConnection(Connection):
-            def connect(self) -> None:
-                deadline = time.monotonic() + (self.timeout or HEALTH_TIMEOUT)
-                super().connect()
-                self.sock = DeadlineSocket(fileno=self.sock.detach())
-                self.sock.settimeout(self.timeout)
-                self.sock.deadline = deadline
-
-        class HTTPHandler(urllib.request.HTTPHandler):
-            def __init__(self, connection: Any) -> None:
-                super().__init__()
-                self.connection = connection
-
-            def http_open(self, request: Any) -> Any:
-                return self.do_open(self.connection, request)
-
-        class HTTPSHandler(urllib.request.AbstractHTTPHandler):
-            """urllib's own reads all certificates as it is made: 30 ms, and a lock that a fork may find held."""
-
-            https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(http.client.HTTPSConnection, request)
-
-        def build(*handlers: Any) -> Any:
-            opener = urllib.request.OpenerDirector()
-            for handler in (*handlers, urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
-                opener.add_handler(handler)
-            return opener
-
-        _opener_cache = build(HTTPHandler(Connection), HTTPSHandler()), build(HTTPHandler(DeadlineConnection))
+        _opener_cache = _make_openers()
     return _opener_cache
 
 
 _opener_cache: Any = None
 
-# What a health check found, next to a list of models.
+
+def _make_openers() -> Tuple[Any, Any]:
+    """urllib's machinery without proxies, redirects and cookies.
+
+    By itself urllib sends loopback requests, key included, to $http_proxy, and follows redirects with
+    the Authorization header to wherever they lead (CPython issue 77842).
+    """
+    import http.client
+    import socket
+    import urllib.request
+
+    class DeadlineSocket(socket.socket):
+        """Receives until a deadline for the whole call; a socket's own timeout is for each packet."""
+
+        deadline = 0.0
+
+        def recv_into(self, *args: Any) -> int:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("timed out")
+            self.settimeout(left)
+            return super().recv_into(*args)
+
+    class Connection(http.client.HTTPConnection):
+        def connect(self) -> None:
+            self.host = lookup_name(self.host)
+            super().connect()
+
+    class DeadlineConnection(Connection):
+        def connect(self) -> None:
+            deadline = time.monotonic() + (self.timeout or HEALTH_TIMEOUT)
+            super().connect()
+            self.sock = DeadlineSocket(fileno=self.sock.detach())
+            self.sock.settimeout(self.timeout)
+            self.sock.deadline = deadline
+
+    class HTTPHandler(urllib.request.HTTPHandler):
+        def __init__(self, connection: Any) -> None:
+            super().__init__()
+            self.connection = connection
+
+        def http_open(self, request: Any) -> Any:
+            return self.do_open(self.connection, request)
+
+    class HTTPSHandler(urllib.request.AbstractHTTPHandler):
+        """urllib's own reads all certificates as it is made: 30 ms, and a lock that a fork may find held."""
+
+        https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+        def https_open(self, request: Any) -> Any:
+            return self.do_open(http.client.HTTPSConnection, request)
+
+    def build(*handlers: Any) -> Any:
+        opener = urllib.request.OpenerDirector()
+        for handler in (*handlers, urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
+            opener.add_handler(handler)
+        return opener
+
+    return build(HTTPHandler(Connection), HTTPSHandler()), build(HTTPHandler(DeadlineConnection))
+
+
+# What a health check found; check_serve() may answer STRANGER (section 6) as well.
 REFUSED, BUSY, WRONG, HEALTHY = "refused", "busy", "wrong", "healthy"
 
 
@@ -3171,7 +3216,7 @@ def open_log(key: str) -> int:
     raise RegistryError("%s is in the way: it is no log file of yours. Remove it." % path)
 
 
-def read_log(fd: int, start: int, limit: int = MAX_FILE_BYTES) -> bytes:
+def read_log(fd: int, start: int, limit: int = LOG_READ_BYTES) -> bytes:
     """The last `limit` bytes of a log from offset `start` on (from 0 if it has been cut since)."""
     size = os.fstat(fd).st_size
     start = max(start if start <= size else 0, size - limit)
@@ -3220,7 +3265,8 @@ def serve_argv(command: Sequence[str], config: str, host: str, port: int, key_ar
 
 
 def stop_serve_process(serve: ServeProcess, grace: float = STOP_GRACE) -> None:
-    """The stop ladder. When it returns, nothing of the serve's group is left.
+    """The stop ladder. When it returns, nothing of the serve's group is left, but for a worker that hangs in the
+    kernel; for a serve that hangs there it waits without end.
 
     1. SIGTERM to the serve alone.  2. Wait up to `grace` seconds for its end.  3. SIGKILL to the
     group if it is still there.  4. Then finish_group().
@@ -3266,7 +3312,7 @@ def stop_stray_group(pid: int, is_still_it: Callable[[], bool], grace: float = S
     deadline = time.monotonic() + GROUP_GRACE
     while group_members(pid) and not is_still_it() and time.monotonic() < deadline:
         time.sleep(0.02)
-    for _ in range(50):
+    for _ in range(50):  # a second, with the pauses
         if not group_members(pid):
             return True
         kill_group_of(pid)
@@ -3429,7 +3475,7 @@ class _Runner:
             _write_new_file(self.config_path, self.config, replace=True)
 
     def _key_file(self) -> str:
-        path = os.path.join(self.folder, "serve-api-key")
+        path = os.path.join(self.folder, KEY_FILE_NAME)
         _write_new_file(path, self.api_key.encode(), replace=True)
         return path
 
@@ -3471,8 +3517,8 @@ class _Runner:
                     "qvac serve was not ready on port %d after %g s without progress. Raise serve_start_timeout "
                     "for a large model.%s" % (self.port, self.start_timeout, _output(tail)),
                     self.start_timeout)  # fmt: skip
-            # Whatever the serve writes into its log ends the wait, but one that fills it must not keep us looking.
-            # For one that writes nothing: a fiftieth of the time so far, and what costs 0.6 % of a processor.
+            # A write of the serve into its log ends the wait; the 2 ms are for a serve that fills it. If it writes
+            # nothing we look again after a fiftieth of the time so far, at most 0.05 s: 0.6 % of a processor.
             time.sleep(0.002)
             wait_for_event(min(0.05, (now - began) / 50))
 
@@ -3486,11 +3532,13 @@ class _Runner:
             raise ServeExitedError(ended[0], ended[1], self._tail())
 
     def _fail_if_unwatched(self, since: Optional[float], now: float) -> Optional[float]:
-        """Nobody waits for this serve any more: give up after the idle timeout, and a first start, which
-        nobody can know of without a marker, after half a minute."""
-        since = None if live_consumers(self.key) else since if since is not None else now
-        patience = self._idle_timeout() if self.record is not None else min(self._idle_timeout(), 30.0)
-        if since is not None and now - since >= patience:
+        """Call the start off when nobody has waited for it for the idle timeout (UNWATCHED_START at most, the first
+        time); returns since when nobody does."""
+        if live_consumers(self.key):
+            return None
+        since = now if since is None else since
+        patience = self._idle_timeout() if self.record is not None else min(self._idle_timeout(), UNWATCHED_START)
+        if now - since >= patience:
             raise self._call_off("nobody waits for it any more")
         return since
 
@@ -3606,9 +3654,9 @@ class _Runner:
     def _tick(self) -> bool:
         """One look at everything; True when the serve is to end."""
         assert self.serve is not None
-        self.serve.check_guard()
+        self.serve.check_watchdog()
         cut_log(self.log_fd)
-        release_lock(self.key)  # if the guard was not to be had when it was time
+        release_lock(self.key)  # one that _reap() could not release, because another process held the guard
         users, recently_used = self._look_for_users(len(live_consumers(self.key)))
         if self.superseded:
             return connections_to(self.host, self.port)[0] == 0
@@ -3619,7 +3667,7 @@ class _Runner:
             users or recently_used, self.empty_since or self.used_at, now, self._idle_timeout())  # fmt: skip
         if reap:
             return self._reap()
-        self._keep_record()  # after the reaping, which must not depend on it: a folder may be in its place
+        self._keep_record()  # last: it fails while a folder stands at KEY.json, which must not prevent the reaping
         if was_idle != (self.empty_since is not None):
             with guard(timeout=1.0):
                 self._write_record(self.serve.pid)  # `ps` tells how long it has left
@@ -3631,8 +3679,8 @@ class _Runner:
     def _look_for_users(self, consumers: int) -> Tuple[int, bool]:
         """`(consumers, else open connections; whether there was a request since the last look)`.
 
-        Connections are looked at when the last consumer has gone, when the idle timeout is over, and now and
-        then meanwhile: a request notes its end that much too late, by a fiftieth of the timeout.
+        Connections are looked at as soon as the last consumer has gone, again when the idle timeout is over, and in
+        between each fiftieth of it (CONNECTIONS_TICK at most): so much too late may a request's end be noted.
         """
         now = time.monotonic()
         if consumers:
@@ -3644,7 +3692,7 @@ class _Runner:
         opened, closed = connections_to(self.host, self.port)
         self.open_connections = opened
         news, self.closed_connections = len(closed - self.closed_connections), closed
-        size = os.fstat(self.log_fd).st_size  # in this order: what has left a connection is in the log
+        size = os.fstat(self.log_fd).st_size  # after the connections: the serve has logged what the closed ones asked
         requests, looks = _requests_in(read_log(self.log_fd, self.log_seen) if size != self.log_seen else b"")
         self.log_seen = size
         unexplained = news - looks - self.looks_under_way
@@ -3665,7 +3713,7 @@ class _Runner:
             if not try_lock(self.key, timeout=1.0):
                 return False  # a client is about to look again
         except RegistryError:
-            if time.monotonic() - self.used_at < self._idle_timeout() + FOREIGN_STALE:
+            if time.monotonic() - self.used_at < self._idle_timeout() + UNUSABLE_REAP:
                 raise
             return True  # nobody has been able to come for minutes
         withdrawn = False
@@ -3746,9 +3794,14 @@ class _Runner:
     # -- ending
 
     def _end(self, failure: Optional[BaseException]) -> None:
-        """Withdraw the record, stop the serve, remove what is ours, tell why; in this order.
+        """Take the lock, withdraw the record, stop the serve, free its port and folder, leave KEY.error, release
+        the lock, tell the client.
 
-        Each step may fail (a full disk, a folder that is gone); the later ones are done all the same.
+        In this order. The lock first: nobody is to start a second serve beside one that ends. The record before
+        the serve: nobody is to be handed one that is being stopped. KEY.error late, as a provider's client spins
+        while it sees it beside a held lock; before the release, as clients of ours read it then. The client last:
+        it may start another at once. Each step may fail (a full disk, a folder that is gone); the later ones
+        are done all the same.
         """
         report = {"superseded": True} if failure is None else _error_to_json(failure)
         steps: List[Callable[[], Any]] = [
@@ -3761,7 +3814,7 @@ class _Runner:
             except Exception as error:
                 self._log("while ending: %s: %s" % (type(error).__name__, error))
         self._log("runner ends%s" % (": " + str(failure).split("\n")[0] if failure else ""))
-        if "-priv-" in self.key and failure is None:
+        if is_private_key(self.key) and failure is None:
             _unlink(log_path(self.key))
 
     def _keep_spawners_out(self) -> None:
@@ -3772,8 +3825,7 @@ class _Runner:
     def _withdraw(self) -> None:
         with guard(timeout=2.0):
             if self._remove_own_record():
-                live_consumers(self.key)
-                _rmdir(consumers_dir(self.key))
+                remove_dead_consumers(self.key)
         self.record = None
 
     def _remove_own_record(self) -> bool:
@@ -3847,7 +3899,7 @@ def _requests_in(lines: bytes) -> Tuple[int, int]:
 
 
 def _output(tail: str) -> str:
-    return "\n--- its output ---\n" + tail if tail else ""
+    return "\n" + _OUTPUT_MARK + tail if tail else ""
 
 
 def remove_serve_folder(key: str, folder: str) -> None:
@@ -3857,7 +3909,7 @@ def remove_serve_folder(key: str, folder: str) -> None:
     is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
     if is_in_registry and is_serve_folder_name(name) and name.startswith(key + "."):
         for inside in _listdir_own(folder):
-            if inside.startswith(("qvac.config.json", "serve-api-key", "stop")):
+            if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, STOP_NAME)):
                 _unlink(os.path.join(folder, inside))
         _rmdir(folder)
 
@@ -3891,7 +3943,7 @@ def _error_from_text(data: bytes) -> QvacManagedModeError:
         return ServeSpawnFailedError("qvac serve failed to start: %s" % data.decode("utf-8", "replace").strip())
     error = _error_from_json(report)
     if isinstance(error, ServeExitedError):
-        return ServeExitedError(error.exit_code, error.signal, text.partition("--- its output ---\n")[2], error.what)
+        return ServeExitedError(error.exit_code, error.signal, text.partition(_OUTPUT_MARK)[2], error.what)
     return error
 
 
@@ -3913,6 +3965,9 @@ def _run_runner(params_path: str) -> int:
 # ==================================================================================================
 
 Progress = namedtuple("Progress", ["phase", "elapsed_s", "bytes_done", "bytes_total"])
+Progress.__doc__ = """What on_progress gets. `phase`: starting, downloading, loading or ready. `elapsed_s`: seconds
+since the start (or recovery) was asked for. `bytes_done`: size of the model files that have grown since, None while
+none has. `bytes_total`: what the start has to download, None if unknown."""
 
 
 class _Target:
@@ -4175,7 +4230,7 @@ class ManagedQvac(Qvac):
     port = property(lambda self: self._target.port, doc="The serve's TCP port.")
     pid = property(lambda self: self._target.serve_pid, doc="The serve's process id.")
     runner_pid = property(lambda self: self._target.runner_pid, doc="The process id of the serve's runner.")
-    fleet_key = property(lambda self: self._resolver.key, doc="The key that names the serve (see DESIGN: fleet key).")
+    fleet_key = property(lambda self: self._resolver.key, doc="The key that names the serve: see compute_fleet_key().")
     reused = property(lambda self: self._target.reused, doc="True if the serve was there before this client.")
     closed = property(lambda self: self._resolver.cancelled, doc="True after close().")
 
@@ -4267,7 +4322,7 @@ class _Resolver:
     """Finds or starts the serve for one client, again and again over the client's life.
 
     Its states are on disk, not here: a registered marker, a record that is attached to, a spawn lock
-    that is held. `_state` is held for the moments in which close() must not come between.
+    that is held. `_close_lock` is held for the moments in which close() must not come between.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -4287,34 +4342,34 @@ class _Resolver:
         self.idle_timeout_ms: float = NEVER_MS if idle_timeout is None else idle_timeout * 1000
         self.key = self.shared_key
         if not reuse:
-            self._make_private()
+            self._use_private_key()
         self.consumer_id = _new_consumer_id()
         self.marker = ""  # where it is: the program may change HOME afterwards
         self.cancelled = False
-        self._state = RLock()  # a signal handler of the host may close the client in the middle of it
+        self._close_lock = RLock()  # a signal handler of the host may close the client in the middle of it
         self._pending: Tuple[Any, float] = (None, 0.0)  # which record has refused connections since when
         self._spawned = False  # this resolution has started the serve: if it fails, it is ours to stop
 
-    def _make_private(self) -> None:
+    def _use_private_key(self) -> None:
         self.key = "%s-priv-%d-%s" % (self.shared_key, os.getpid(), os.urandom(4).hex())
         self.idle_timeout_ms = 0
 
     # -- being a consumer
 
     def cancel(self) -> None:
-        with self._state:
+        with self._close_lock:
             self.cancelled = True
             self._withdraw_marker()
 
     def forget_parent(self) -> None:
         """In a forked child: the marker is the parent's; a request of the child will write its own."""
-        self._state = RLock()
+        self._close_lock = RLock()
         self.consumer_id, self.marker = _new_consumer_id(), ""
 
     def register_again_if_lost(self) -> None:
         """A provider's runner that ends removes all markers; a forked child has none yet."""
         if not os.path.exists(self.marker):
-            with self._state:
+            with self._close_lock:
                 if not self.cancelled:
                     self._write_marker()
                 if self.cancelled:  # by a signal handler in this thread, which the lock does not keep out
@@ -4322,7 +4377,7 @@ class _Resolver:
 
     def _register(self) -> Optional[ServeRecord]:
         """Write the marker, then read the record, as one step: see _Runner._reap for the other side."""
-        with guard(), self._state:  # in this order: close() must not wait for the guard
+        with guard(), self._close_lock:  # in this order: close() must not wait for the guard
             self._check_cancelled()
             if self.marker != self._marker_path():
                 _unlink(self.marker)
@@ -4344,7 +4399,7 @@ class _Resolver:
         """
         if record.idle_timeout_ms >= self.idle_timeout_ms or judge_place(record.place) != ALIVE:
             return
-        with guard(), self._state:
+        with guard(), self._close_lock:
             self._check_cancelled()
             current = read_record(self.key)
             if current is not None and current.idle_timeout_ms < self.idle_timeout_ms:
@@ -4367,7 +4422,7 @@ class _Resolver:
                     _warn("The serve %s belongs to another machine or container that shares %s: "
                           "starting a private one.", self.key, managed_serves_dir())  # fmt: skip
                     self._withdraw_marker()
-                    self._make_private()
+                    self._use_private_key()
         except BaseException:
             _let_go_of_guard()
             release_lock(self.key)
@@ -4385,8 +4440,8 @@ class _Resolver:
             pass
 
     def _stop_if_unused(self) -> None:
-        """What this resolution has started is stopped, ready or not, unless others wait for it; so is its error,
-        which has no reader then."""
+        """What this resolution has started is stopped, ready or not, unless others wait for it. Its KEY.error goes
+        too: nobody is left to read it."""
         try:
             if not live_consumers(self.key):
                 stop_serve(self.key)
@@ -4523,17 +4578,9 @@ class _Resolver:
             _openers()  # 30 ms of imports that the health check needs, in the runner's time
             while True:
                 data, ended = channel.read(min(0.25, max(0.0, patience.left())))
-                *lines, heard = (heard + data).split(b"\n")
-                for message in map(_strict_json, lines):
-                    if "error" in message:
-                        raise _error_from_json(message)
-                    elif "superseded" in message:
-                        self._spawned, patience.margin = False, 0.0
-                        return None
-                    elif "ready" in message:
-                        if message["warning"]:
-                            _warn("%s", message["warning"])
-                        return self._attach_to_started(patience, api_key, message["ready"])
+                heard += data
+                if b"\n" in heard:
+                    return self._act_on_report(_strict_json(heard.partition(b"\n")[0]), patience, api_key)
                 if ended:
                     raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), api_key))
                 patience.look()
@@ -4541,6 +4588,17 @@ class _Resolver:
             channel.close()
             if _unlink(params_path):  # no runner has read them, so none will clear up
                 remove_serve_folder(self.key, folder)
+
+    def _act_on_report(self, report: Any, patience: _Patience, api_key: str) -> Optional[_Target]:
+        """What the runner has to say, once: its error, that another serves this key (None), or that it is ready."""
+        if "error" in report:
+            raise _error_from_json(report)
+        if "superseded" in report:
+            self._spawned, patience.margin = False, 0.0
+            return None
+        if report["warning"]:
+            _warn("%s", report["warning"])
+        return self._attach_to_started(patience, api_key, report["ready"])
 
     def _start_runner(self, command: List[str], api_key: str, port: int) -> Tuple[RunnerChannel, str, str]:
         """Write the serve's config and the runner's parameters, start the runner; nothing stays if that fails.
@@ -4550,7 +4608,7 @@ class _Resolver:
         import json
 
         folder = os.path.join(managed_serves_dir(), "%s.%s.d" % (self.key, os.urandom(4).hex()))
-        config_path = os.path.join(folder, "qvac.config.json")
+        config_path = os.path.join(folder, CONFIG_NAME)
         params_path = os.path.join(managed_serves_dir(), "%s.%d.%s.runner-params.json" % (
             self.key, os.getpid(), os.urandom(8).hex()))  # fmt: skip
         params = {
@@ -4569,7 +4627,7 @@ class _Resolver:
             _write_new_file(config_path, json.dumps(config, indent=2).encode())
             _write_new_file(params_path, json.dumps(params).encode())
             argv = reexec_argv("runner", params_path, detach=True)
-            with self._state:
+            with self._close_lock:
                 self._check_cancelled()
                 return _started_runner(argv, log_fd), params_path, folder
         except BaseException as error:
@@ -4607,7 +4665,7 @@ class _Patience:
         self.resolver = resolver
         self.began = self.moved = self.looked = time.monotonic()
         self.reported = 0.0
-        self.margin = 0.0  # once a runner of ours is at it, which is the first to tell that it took too long
+        self.margin = 0.0  # CLIENT_MARGIN while a runner of ours starts: it is to report a timeout before we do
         self.files: List[Any] = []
         self.trouble = ""
         self.sizes: Optional[Dict[str, int]] = None
@@ -4617,7 +4675,7 @@ class _Patience:
         return self.moved + self.resolver.start_timeout + self.margin - time.monotonic()
 
     def wait(self) -> None:
-        """Until a file of the key changes, a tenth of the time waited so far at most: then look at everything.
+        """Until a file of the key changes, or for a tenth of the time waited so far (at most 0.5 s).
 
         A look at the files costs 0.02 ms, one at everything 0.4: two hundred processes may be waiting.
         """
@@ -4734,7 +4792,7 @@ def load_failure_reason(key: str, alias: str, secret: str) -> str:
     try:
         fd = open_log(key)
         try:
-            lines = redact(read_log(fd, 0, 16 * MAX_FILE_BYTES).decode("utf-8", "replace"), secret).splitlines()
+            lines = redact(read_log(fd, 0, 16 * LOG_READ_BYTES).decode("utf-8", "replace"), secret).splitlines()
         finally:
             os.close(fd)
     except (OSError, RegistryError):
@@ -4808,7 +4866,8 @@ def create_qvac(
     $QVAC_BASE_URL or http://127.0.0.1:11434/v1, `api_key` to $QVAC_API_KEY or "qvac".
 
     Managed: attaches to a live serve with the same models and config, host, binary and pinned port,
-    or starts one; returns when it is ready. Times are seconds.
+    or starts one; returns when it is ready. Its address and key are chosen for it: base_url and api_key are
+    ignored. Times are seconds.
       models               names (catalog ids or constants) or specs, see ManagedModel
       serve_host, _port    where it listens; a pinned port makes the serve private unless reuse=True
       serve_bin_path       the `qvac` command; ECHO for the built-in echo serve
@@ -4993,7 +5052,8 @@ class ServeInfo:
     or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not
     answer they are what it was started with, in state "unknown". `connections` are open ones.
     `idle_timeout_s` is None for one that stays until stopped, and for one that is starting.
-    `time_left_s` counts down while nobody uses it.
+    `time_left_s` counts down while nobody uses it. `reused` is False only from serve_info(), for a client
+    that started its serve.
     """
 
     FIELDS = ("fleet_key", "base_url", "host", "port", "pid", "runner_pid", "models", "reused", "private", "state",
@@ -5031,11 +5091,13 @@ class ServeInfo:
 
 
 def list_serves() -> List[ServeInfo]:
-    """Every serve on disk, ours or the provider's, oldest first. Each is asked for its models, at once.
+    """The serves on disk, ours or the provider's, oldest first, those that are still starting last.
 
-    Hung serves cost one health timeout altogether. Asking does not count as use.
+    All are asked for their models at the same time, so hung ones cost one health timeout altogether. Of several
+    serves, one that takes much longer still is left out: absence is no proof. Asking does not count as use.
+    RegistryError if the folder cannot be read.
     """
-    records = sorted(_all_records(), key=lambda record: (record.started_at, record.fleet_key))
+    records = sorted(_each_record(), key=lambda record: (record.started_at, record.fleet_key))
     described = _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0 + 0.05 * len(records))
     return described + _starting_serves({record.fleet_key for record in records})
 
@@ -5050,7 +5112,7 @@ def _starting_serves(known: Set[str]) -> List[ServeInfo]:
             if runner_pid:
                 models = _unknown(_starting_models(key))
                 starting.append(ServeInfo(
-                    fleet_key=key, runner_pid=runner_pid, models=models, reused=True, private="-priv-" in key,
+                    fleet_key=key, runner_pid=runner_pid, models=models, reused=True, private=is_private_key(key),
                     state="starting", consumers=len(live_consumers(key)), connections=0, restarts=0))  # fmt: skip
     return starting
 
@@ -5064,7 +5126,7 @@ def _starting_runner(key: str) -> int:
 
 def _starting_models(key: str) -> Optional[Dict[str, Any]]:
     """The `models` part of the config of a serve that has no record yet; None if it cannot be read."""
-    configs = (_config_models(os.path.join(folder, "qvac.config.json")) for folder in serve_folders(key))
+    configs = (_config_models(os.path.join(folder, CONFIG_NAME)) for folder in serve_folders(key))
     return next((models for models in configs if models is not None), None)
 
 
@@ -5073,7 +5135,7 @@ def _unknown(aliases: Optional[Mapping[str, Any]]) -> List[Dict[str, str]]:
 
 
 def serve_info(client: ManagedQvac) -> ServeInfo:
-    """What list_serves() says of the serve behind a client."""
+    """What list_serves() says of the serve behind a client. ServeSpawnFailedError if it has just ended."""
     record = _read_any_record(client.fleet_key)
     if record is None:
         raise ServeSpawnFailedError("The serve %s has just ended." % client.fleet_key)
@@ -5187,7 +5249,7 @@ def _is_runner_of(record: ServeRecord) -> bool:
 
 
 def _stop_runner(key: str, pid: int, start: str) -> None:
-    """SIGTERM, and after the time its own stop ladder may take, SIGKILL: its guard then kills the serve."""
+    """SIGTERM, and after the time its own stop ladder may take, SIGKILL: its watchdog then kills the serve."""
     start = start or process_start(pid) or ""  # a provider's record does not tell it
     deadline = time.monotonic() + STOP_GRACE + 3 * GROUP_GRACE
     try:
@@ -5241,8 +5303,8 @@ def sweep_serves(limit: float = float("inf")) -> List[str]:
 
     A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it
     answers as ours, else kept for a later sweep. A live serve with a live runner is never touched.
-    Hung ones cost one health timeout altogether, `limit` seconds at most. After as many of reading
-    records the rest of them is left to the next sweep.
+    Records are read for at most `limit` seconds; the rest is left to the next sweep. Hung orphans cost one health
+    timeout altogether, at most `limit` seconds again. RegistryError if the folder cannot be read.
     """
     swept, orphans, deadline = [], [], time.monotonic() + limit
     for record in _each_record():
@@ -5302,8 +5364,8 @@ def leftovers() -> List[str]:
 def _clear_before_start(key: str) -> None:
     """With the spawn lock held: what killed starts of this serve have left, keys among it, however young it is.
 
-    Nobody else can be starting it, a runner that still serves has read its files, and what is written
-    beside a file to replace it is written under the guard.
+    Nobody else can be starting it, and a runner that still serves has read its files. The temp files that live
+    processes make here are made under the guard (record, lock) or under the spawn lock (KEY.error).
     """
     folder = managed_serves_dir()
     with guard():
@@ -6723,10 +6785,10 @@ def _paint_state(serve: ServeInfo, line: str) -> str:
 
 def _short_key(key: str, keys: Sequence[str]) -> str:
     """As little of KEY as `stop` and `logs` can tell from the other KEYS."""
-    if "-priv-" in key:
+    if is_private_key(key):
         return "priv-" + key.rsplit("-", 1)[1]
     for length in range(_SHORT_KEY, len(key)):
-        if sum(other.startswith(key[:length]) and "-priv-" not in other for other in keys) == 1:
+        if sum(other.startswith(key[:length]) and not is_private_key(other) for other in keys) == 1:
             return key[:length]
     return key
 
@@ -6743,7 +6805,7 @@ def _named_keys(text: str, aliases: Mapping[str, Sequence[str]]) -> List[str]:
 
 
 def _is_short_for(text: str, key: str) -> bool:
-    if "-priv-" in key:
+    if is_private_key(key):
         return (key.startswith(text) and "-" in text) or text == "priv-" + key.rsplit("-", 1)[1]
     return text != "" and key.startswith(text)
 
@@ -7316,7 +7378,7 @@ def _check_folder(args: Any) -> List[_Finding]:
     if not exposed:
         return [("ok", "folder", f"{folder}: yours alone", "")]
     if args.fix:
-        return [_make_private(path) for path, _why in exposed]
+        return [_fix_mode(path) for path, _why in exposed]
     todo = f"{_program()} doctor --fix"
     return [("warn", "folder", f"{path}: {why}", todo) for path, why in exposed]
 
@@ -7328,7 +7390,7 @@ def _exposure(path: str) -> Optional[str]:
         return None  # a serve ended just now
 
 
-def _make_private(path: str) -> _Finding:
+def _fix_mode(path: str) -> _Finding:
     try:
         os.chmod(path, 0o700 if os.path.isdir(path) else 0o600)
     except OSError as error:
@@ -7810,9 +7872,7 @@ def _program() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec:
         return f"{python} -m {spec.name}"
-    import shlex
-
-    return f"{python} {sys.argv[0] if os.name == 'nt' else shlex.quote(sys.argv[0])}"
+    return f"{python} {quoted_word(sys.argv[0])}"
 
 
 def _overview() -> str:

@@ -1904,7 +1904,7 @@ class RecordTest(Unit):
             self.write(KEY + ".json", data)
             self.assertIsNone(q.read_record(KEY))
             self.assertEqual([], q.read_all_records())
-            self.assertEqual("", q._all_records()[0].api_key)  # the sweep sees it
+            self.assertEqual("", next(q._each_record()).api_key)  # the sweep sees it
 
     def test_a_key_that_no_header_can_carry_is_no_record(self) -> None:
         for key in ("sk\n", "sk\r\nX: y", "\u2603", "\x00"):
@@ -3365,16 +3365,16 @@ class WindowsFunctionsTest(Unit):
 
         msvcrt = types.SimpleNamespace(LK_NBLCK=2, LK_UNLCK=0, locking=mock.Mock())
         with mock.patch.dict(sys.modules, {"msvcrt": msvcrt}):
-            self.assertTrue(self.bank.lock_file(9))
+            self.assertTrue(self.bank.lock_fd(9))
             msvcrt.locking.assert_called_with(9, 2, 1)
-            self.bank.unlock_file(9)
+            self.bank.unlock_fd(9)
             msvcrt.locking.assert_called_with(9, 0, 1)
             for held in (errno.EACCES, errno.EDEADLK):
                 msvcrt.locking.side_effect = OSError(held, "held")
-                self.assertFalse(self.bank.lock_file(9))
+                self.assertFalse(self.bank.lock_fd(9))
             msvcrt.locking.side_effect = OSError(errno.EBADF, "bad")
             with self.assertRaises(OSError):
-                self.bank.lock_file(9)
+                self.bank.lock_fd(9)
 
     def test_the_serve_lives_in_a_job_that_ends_with_the_runner(self) -> None:
         flags: List[int] = []
@@ -3395,7 +3395,7 @@ class WindowsFunctionsTest(Unit):
             child.send_signal.side_effect = OSError
             serve.terminate()
             self.assertEqual(1, child.terminate.call_count)
-            serve.check_guard()
+            serve.check_watchdog()
             serve.kill_group()
             self.assertEqual(1, self.kernel.TerminateJobObject.call_count)
             child.poll.return_value = 3
@@ -3955,7 +3955,7 @@ os.waitpid(child, 0)
                     client.chat("x")
 
         threads = [in_background(busy) for _ in range(3)]
-        with client._recovery_lock, client._resolver._state:  # as while a thread recovers
+        with client._recovery_lock, client._resolver._close_lock:  # as while a thread recovers
             pid = os.fork()
             if pid == 0:
                 code = 1
@@ -5345,12 +5345,12 @@ class RunnerDeathTest(LifeCase):
         os.kill(client.runner_pid, signal.SIGKILL)
         wait_until(lambda: not self.processes(), 6)
 
-    def test_a_guard_that_is_killed_is_replaced(self) -> None:
+    def test_a_watchdog_that_is_killed_is_replaced(self) -> None:
         client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term"]))
         for _ in range(2):
             time.sleep(0.3)
-            [killed] = self.signal_all(signal.SIGKILL, "qvac-guard")
-            wait_until(lambda: [pid for pid, line in self.processes().items() if "qvac-guard" in line and pid != killed])
+            [killed] = self.signal_all(signal.SIGKILL, "qvac-watchdog")
+            wait_until(lambda: [pid for pid, line in self.processes().items() if "qvac-watchdog" in line and pid != killed])
         os.kill(client.runner_pid, signal.SIGKILL)
         wait_until(lambda: not self.processes(), 6)
 
@@ -5659,7 +5659,7 @@ class DamageTest(LifeCase):
         with mock.patch.object(q, "guard", side_effect=q.RegistryError("held")):
             runner.used_at = time.monotonic() - 60
             self.assertRaises(q.RegistryError, runner._reap)
-            runner.used_at = time.monotonic() - q.FOREIGN_STALE - 2
+            runner.used_at = time.monotonic() - q.UNUSABLE_REAP - 2
             self.assertTrue(runner._reap())
 
 
@@ -8215,13 +8215,13 @@ q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, _on_resol
         self.assertEqual([], self.files())
 
     def test_an_interrupt_while_the_guard_is_taken_frees_it(self) -> None:
-        lock = q.lock_file
+        lock = q.lock_fd
 
         def interrupted(fd: int) -> None:
             lock(fd)
             raise KeyboardInterrupt
 
-        with mock.patch.object(q, "lock_file", interrupted), self.assertRaises(KeyboardInterrupt):
+        with mock.patch.object(q, "lock_fd", interrupted), self.assertRaises(KeyboardInterrupt):
             q.guard().__enter__()
         with q.guard(timeout=0.1):
             pass
@@ -8477,9 +8477,9 @@ class LateComerTest(Case):
 
 
 class StrangeStateTest(Case):
-    def test_a_stopped_guard_does_not_keep_the_runner(self) -> None:
+    def test_a_stopped_watchdog_does_not_keep_the_runner(self) -> None:
         client = self.create()
-        guards = [pid for pid, line in self.processes().items() if "qvac-guard" in line]
+        guards = [pid for pid, line in self.processes().items() if "qvac-watchdog" in line]
         self.assertEqual(1, len(guards))
         os.kill(guards[0], signal.SIGSTOP)
         client.close()
@@ -9422,6 +9422,7 @@ class ChatTest(CommandLineCase):
         self.assertEqual(terminal.text.count("good morning\n"), 2)  # typed, and echoed
         terminal.type("half a th\x03")
         terminal.expect("/bye or Ctrl-D ends)")
+        wait_for(lambda: terminal.text.count(">>> ") == 3 or terminal._read(0.1), "the third prompt")
         terminal.type("\x04")
         self.assertEqual(terminal.wait(), 0)
 
