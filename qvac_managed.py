@@ -128,6 +128,7 @@ MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
 MAX_SDK_REGISTRY_BYTES = 64 * 1024 * 1024  # of the SDK's list of models; the real one is 1 MB
 LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
+READ_BYTES = 64 * 1024  # of an answer at once
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
@@ -136,6 +137,7 @@ HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means bu
 SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, and again for orphans to answer
 CLOSING_WAIT = 10.0  # seconds a live serve may refuse connections (its end or restart) before it is a miss
 CLIENT_MARGIN = 10.0  # seconds a client waits for its own runner beyond the start timeout, which that one keeps
+WAITER_MARGIN = 2.0  # seconds beyond it for the runner of another client to say why it failed
 GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so its holder is stopped
 UNWATCHED_START = 30.0  # seconds a first start goes on for nobody: without a marker none can know of it
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
@@ -255,7 +257,7 @@ class ServeStartTimeoutError(QvacManagedModeError):
 
     def __init__(self, message: str, seconds: float = 0.0) -> None:
         super().__init__(message, seconds)
-        self.seconds = seconds
+        self.seconds = float(seconds)
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -342,7 +344,7 @@ def _error_from_json(data: Mapping[str, Any]) -> QvacManagedModeError:
     try:
         if isinstance(found, type) and issubclass(found, QvacManagedModeError):
             return found(*data["args"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         pass
     return ServeSpawnFailedError("The runner failed: %s" % (data,))
 
@@ -2173,6 +2175,10 @@ def reexec_argv(*args: str, detach: bool = False) -> List[str]:
 
 def _is_of_python(name: str) -> bool:
     """Whether an import of that name gives a module of Python's own in place of this file, copied as types.py."""
+    import _imp
+
+    if name in sys.builtin_module_names or _imp.is_frozen(name):
+        return True
     path = getattr(sys.modules.get(name), "__file__", None)
     if name not in sys.modules or path == _THIS_FILE:
         return False
@@ -2254,13 +2260,17 @@ def ensure_managed_serves_dir() -> str:
 
 def _make_private_folders(path: str) -> None:
     """makedirs() with mode 0700 whatever the umask, ~/.qvac too: programs that are run lie there."""
-    if not os.path.isdir(os.path.dirname(path)):
-        _make_private_folders(os.path.dirname(path))
+    parent = os.path.dirname(path)
+    if parent != path and not os.path.isdir(parent):
+        _make_private_folders(parent)
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
         return
-    os.chmod(path, 0o700)
+    try:
+        os.chmod(path, 0o700)
+    except OSError:
+        pass  # a file system without modes
 
 
 def _is_directory(status: os.stat_result) -> bool:
@@ -2700,7 +2710,7 @@ class guard:
     """
 
     def __init__(self, timeout: float = GUARD_TIMEOUT) -> None:
-        self._timeout, self._fd = timeout, -1
+        self._timeout, self._fd, self._is_held = timeout, -1, False
 
     def __enter__(self) -> None:
         _let_go_of_guard()
@@ -2713,6 +2723,8 @@ class guard:
         try:
             make_private(self._fd)
             self._wait_for_lock(path)
+            self._is_held = True
+            _guards[get_ident()] = self  # again: a signal handler may have used a guard while we waited
         except BaseException:
             self._close()
             raise
@@ -2748,7 +2760,7 @@ class guard:
 def _let_go_of_guard() -> None:
     """Ctrl-C right before or after the block of a `with guard()` leaves it locked: free what this thread still has."""
     leftover = _guards.get(get_ident())
-    if leftover is not None:
+    if leftover is not None and leftover._is_held:
         leftover._close()
 
 
@@ -3411,8 +3423,7 @@ class _Runner:
                 self._start_serve()
                 return self._wait_until_it_listens()
             except ServeExitedError as error:
-                said = error.tail.lower()
-                if "--api-key-file" in said and ("unknown" in said or "unrecogni" in said) and not self.old_cli:
+                if _refuses_key_file(error.tail) and not self.old_cli:
                     self.old_cli = True
                     self._log(OLD_CLI)
                     return self._bring_up()
@@ -3637,7 +3648,7 @@ class _Runner:
         while not was_asked_to_stop(self.folder):
             assert self.serve is not None
             if self.serve.ended() is not None:
-                if not self._is_in_use_or_recent():
+                if not self._is_wanted_since(self.used_at):
                     return
                 self._restart()
             try:
@@ -3699,9 +3710,6 @@ class _Runner:
         self.looks_under_way = max(0, looks - news)
         return opened, requests > 0 or unexplained > 0
 
-    def _is_in_use_or_recent(self) -> bool:
-        return bool(live_consumers(self.key)) or time.monotonic() - self.used_at < self._idle_timeout()
-
     def _reap(self) -> bool:
         """Withdraw the record unless somebody has come; True if it is withdrawn and stays so.
 
@@ -3756,10 +3764,18 @@ class _Runner:
             self.crashes += 1
             self.restarts += 1
             try:
-                self._insist(self._bring_up)
+                self._insist(self._bring_up_whole)
                 return self._insist(self._publish)
             except ServeExitedError as error:
                 crash = error
+
+    def _bring_up_whole(self) -> None:
+        """_bring_up() that can be tried again: trouble with a file in the middle of it leaves no serve that loads."""
+        try:
+            self._bring_up()
+        except (OSError, RegistryError):
+            self._stop_serve()
+            raise
 
     def _lock_for_restart(self) -> None:
         if not try_lock(self.key):
@@ -3774,17 +3790,23 @@ class _Runner:
     def _insist(self, step: Callable[[], None]) -> None:
         """Do a step of a restart, again and again while the folder cannot be used (full, its guard held) and
         the serve is wanted."""
-        told = False
+        told, used_at = False, self.used_at
         while True:
             try:
                 return step()
             except (OSError, RegistryError) as error:
-                if was_asked_to_stop(self.folder) or not self._is_in_use_or_recent():
+                if was_asked_to_stop(self.folder) or not self._is_wanted_since(used_at):
                     raise
                 if not told:
                     told = True
                     self._log("will try again: %s" % error)
                 wait_for_event(RUNNER_TICK)
+
+    def _is_wanted_since(self, used_at: float) -> bool:
+        try:
+            return bool(live_consumers(self.key)) or time.monotonic() - used_at < self._idle_timeout()
+        except (OSError, RegistryError):
+            return True  # nobody can tell now
 
     def _pause_before_restart(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -3906,7 +3928,10 @@ def remove_serve_folder(key: str, folder: str) -> None:
     """Remove this key's KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
     parent, name = os.path.split(folder)
     # As bytes: an interpreter in another locale writes the same path with other characters.
-    is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
+    try:
+        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
+    except ValueError:  # a record may name what no system has
+        return
     if is_in_registry and is_serve_folder_name(name) and name.startswith(key + "."):
         for inside in _listdir_own(folder):
             if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, STOP_NAME)):
@@ -3924,6 +3949,14 @@ def serve_folders(key: str) -> List[str]:
 def is_serve_folder_name(name: str) -> bool:
     parts = name.split(".")
     return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
+
+
+def _refuses_key_file(output: str) -> bool:
+    """Whether an old CLI says that it does not know the option; not one that names it and fails for another reason:
+    the key would go on the command line, where every user can read it."""
+    return any("--api-key-file" in line and any("%s %s" % words in line for words in (
+        ("unknown", "option"), ("unknown", "argument"), ("unrecognized", "option"), ("unrecognized", "argument")))
+        for line in output.lower().splitlines())  # fmt: skip
 
 
 def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:
@@ -3974,14 +4007,10 @@ class _Target:
     """Where a serve is, what its key is, and which process it is. The key is in no repr."""
 
     __slots__ = ("api_key", "base_url", "fleet_key", "place", "port",
-                 "request_url", "reused", "runner_pid", "serve_pid", "serve_start")  # fmt: skip
+                 "reused", "runner_pid", "serve_pid", "serve_start")  # fmt: skip
 
-    def __init__(self, base_url: str, api_key: str, record: Optional[ServeRecord] = None, reused: bool = False,
-                 address: str = "") -> None:  # fmt: skip
+    def __init__(self, base_url: str, api_key: str, record: Optional[ServeRecord] = None, reused: bool = False) -> None:
         self.base_url, self.api_key, self.reused = base_url, api_key, reused
-        self.request_url = base_url  # base_url, or for a host name its address at which the serve listens
-        if record is not None and address and address != record.host.strip("[]"):
-            self.request_url = base_url_of(address, record.port)
         self.port, self.serve_pid, self.runner_pid, self.fleet_key = 0, 0, 0, ""
         self.serve_start, self.place = "", ""
         if record is not None:
@@ -3997,8 +4026,8 @@ class _Target:
 class Qvac:
     """A client of one OpenAI-compatible serve. Made by create_qvac().
 
-    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: a key that
-    was given replaces it. Threads may share a client. It cannot be pickled: it holds a key.
+    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: any key but
+    the default one replaces it. Threads may share a client. It cannot be pickled: it holds a key.
     """
 
     # What it holds is in slots, so that vars() shows no key; `__dict__` is for what others hang onto it.
@@ -4113,11 +4142,14 @@ class Qvac:
     def _json(self, path: str, body: Any, timeout: Optional[float], pick: Callable[[Any], Any]) -> Any:
         """What `pick` takes out of the JSON answer; an answer of another shape is a ServeHTTPError, too."""
         import http.client
+        import itertools
         import json
 
         with self._open_json(path, body, timeout) as response:
             try:
-                data = response.read(MAX_ANSWER_BYTES)
+                # In pieces: Python 3.8 makes room first for as much as it is told to read.
+                pieces = iter(lambda: response.read(READ_BYTES), b"")
+                data = b"".join(itertools.islice(pieces, MAX_ANSWER_BYTES // READ_BYTES))
             except http.client.HTTPException:
                 raise _broken_off() from None
             if len(data) < MAX_ANSWER_BYTES and getattr(response, "length", None):  # what is still to come never came
@@ -4140,7 +4172,7 @@ def _lines_of(response: Any) -> Iterator[bytes]:
 
     while True:
         try:
-            line = response.readline(MAX_BODY_BYTES)
+            line = response.readline(MAX_ANSWER_BYTES)
         except (http.client.HTTPException, ValueError):
             raise _broken_off() from None
         if not line:
@@ -4188,7 +4220,7 @@ def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, s
     merged = {name.title(): value for name, value in (*headers.items(), *given.items())}
     merged.pop("Authorization", None)
     merged.pop("Host", None)
-    request = urllib.request.Request(_retarget(url, aim.request_url), data, merged, method=method)
+    request = urllib.request.Request(_retarget(url, aim.base_url), data, merged, method=method)
     authorization = "Bearer " + aim.api_key
     if aim.api_key == DEFAULT_API_KEY:  # nobody has named a key; a Request's own may be for another server
         authorization = {name.title(): value for name, value in headers.items()}.get("Authorization", authorization)
@@ -4455,7 +4487,9 @@ class _Resolver:
             found = self._attach(self._register(), patience, reused=True)
             if isinstance(found, _Target):
                 return found
-            if found == MISS and not self._is_being_started():
+            being_started = found == MISS and self._is_being_started()
+            patience.margin = WAITER_MARGIN if being_started else 0.0
+            if found == MISS and not being_started:
                 if waited and file_version(error_path(self.key)) not in (None, errors_before):
                     failure = self._adopted_failure()
                     if not isinstance(failure, ServeStartTimeoutError) or failure.seconds >= self.start_timeout:
@@ -4538,7 +4572,10 @@ class _Resolver:
         for alias in failed:
             _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
         self._wish_to_keep(record)
-        return _Target(record.base_url, record.api_key, record, reused, health.address)
+        # Of a host name the address at which the serve listens: at another, a stranger may.
+        is_name = health.address not in ("", record.host.strip("[]"))
+        base_url = base_url_of(health.address, record.port) if is_name else record.base_url
+        return _Target(base_url, record.api_key, record, reused)
 
     def _others_use_it(self) -> bool:
         return any(name != self.consumer_id for name in _live_markers(self.key))
@@ -4596,7 +4633,7 @@ class _Resolver:
         if "superseded" in report:
             self._spawned, patience.margin = False, 0.0
             return None
-        if report["warning"]:
+        if report.get("warning"):
             _warn("%s", report["warning"])
         return self._attach_to_started(patience, api_key, report["ready"])
 
@@ -4929,7 +4966,7 @@ def _checked_headers(headers: Any) -> Dict[str, str]:
         raise refusal from None
     if not all(_fits_into_a_header(text) for pair in checked.items() for text in pair):
         raise refusal
-    if not all(name and name == name.strip() and ":" not in name for name in checked):
+    if not all(name and name.isascii() and name == name.strip() and ":" not in name for name in checked):
         raise refusal
     return checked
 
@@ -5385,7 +5422,7 @@ def _stale_after(name: str, rest: str, is_locked: bool, has_record: bool) -> Opt
     if is_locked:
         return None
     if rest == "lock":
-        return -1.0  # its owner is proved dead, so its age does not matter
+        return LEFTOVER_STALE  # whoever wants the serve steals it at once
     if has_record:
         return None
     if rest == "log":
@@ -5974,12 +6011,14 @@ def _expected_failure(error: Exception) -> Optional[str]:
 
 def _in_words_of_the_command_line(text: str) -> str:
     """What an error of the API says to do, as it is typed here."""
+    import re
+
     for api, typed in (
         ("python -m qvac_managed", _program()), ("serve_bin_path", "--bin"), ("serve_port", "--port"),
         ("serve_host", "--host"), ("serve_start_timeout", "--start-timeout"), ("serve_idle_timeout", "--idle-timeout"),
         ("give one a custom `name`", "give one an alias, as in ALIAS=NAME"),
     ):  # fmt: skip
-        text = text.replace(api, typed)
+        text = re.sub(r"(?<![\w/.-])%s(?![\w/-])" % re.escape(api), typed.replace("\\", r"\\"), text)
     return text
 
 
@@ -6903,17 +6942,17 @@ def _key_of_log(word: str) -> str:
 
 
 def _logged_models(key: str) -> List[str]:
-    """The models of the last start in a log."""
+    """The models of the last start in a log, as its runner has noted them."""
     try:
-        fd = open_log(key)
-    except RegistryError:
+        with open(log_path(key), "rb") as file:
+            lines = [line for line in file.read(MAX_LOG_BYTES).split(b"\n") if line.startswith(b"[qvac_managed ")]
+    except OSError:
         return []
-    try:
-        said = read_log(fd, 0, MAX_LOG_BYTES).rpartition(LOGGED_MODELS.encode())[2]
-    finally:
-        os.close(fd)
-    names = _strict_json(said.partition(b"\n")[0])
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+    for line in reversed(lines):
+        names = _strict_json(line.partition(LOGGED_MODELS.encode())[2])
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
+    return []
 
 
 class _LogReader:
@@ -7052,7 +7091,10 @@ def _answer(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> s
     stream: Any = client.stream_chat(messages)
     waiting = threading.Timer(_SILENCE, _note, (args, _SILENCE_NOTE))
     waiting.daemon = True
-    waiting.start()
+    try:
+        waiting.start()
+    except RuntimeError:
+        pass  # no more threads here: then nothing is said
     try:
         for piece in stream:
             waiting.cancel()
@@ -7363,7 +7405,7 @@ def _check_folder(args: Any) -> List[_Finding]:
     folder = managed_serves_dir()
     if not os.path.lexists(folder):
         place = os.path.dirname(folder)
-        while not os.path.exists(place):
+        while not os.path.exists(place) and os.path.dirname(place) != place:
             place = os.path.dirname(place)
         if os.access(place, os.W_OK | os.X_OK):
             return [("ok", "folder", f"{folder}: not there yet", "")]

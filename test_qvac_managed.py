@@ -1911,9 +1911,10 @@ class RecordTest(Unit):
             self.assertIsNone(self.decode(apiKey=key), key)
 
     def test_a_config_path_that_no_system_has_is_an_unreadable_config(self) -> None:
-        for path in ("/x\0y", "/x\ud800y", "/" + "x" * 5000):
+        for path in ("/x\0y", "/x\ud800y", "/\ud800/qvac.config.json", "/" + "x" * 5000):
             self.write(KEY + ".json", {**self.GOOD, "configPath": path})
             self.assertEqual([[]], [serve.models for serve in q.list_serves()])
+            q.remove_serve_folder(KEY, os.path.dirname(path))
 
     def test_what_is_no_json_is_no_record_and_no_crash(self) -> None:
         good = json.dumps(self.GOOD).encode()
@@ -2015,6 +2016,20 @@ class RegistryFolderTest(Unit):
             pass
         with q.guard():
             pass
+        lock, interrupted = q.lock_fd, []
+
+        def first_interrupted(fd: int) -> bool:
+            if not interrupted:
+                interrupted.append(fd)
+                with q.guard():
+                    pass
+            return lock(fd)
+
+        with mock.patch.object(q, "lock_fd", first_interrupted), q.guard():
+            self.assertTrue(interrupted)
+
+    def test_a_folder_on_a_drive_that_is_not_there_is_an_error(self) -> None:
+        self.assertRaises(OSError, q._make_private_folders, "")
 
     def test_a_folder_of_another_user_is_refused(self) -> None:
         if not POSIX or os.geteuid() != 0:
@@ -2921,6 +2936,11 @@ class ClientUnitTest(Unit):
         for event in ('{"choices": [null]}', '{"choices": ["x"]}', '{"choices": 5}', '{"choices": [{"delta": "x"}]}'):
             with self.subTest(event), self.assertRaises(q.ServeHTTPError):
                 list(self.client(b"data: %b\n\n" % event.encode()).stream_chat("hi", "m"))
+        text = "x" * (2 * q.MAX_BODY_BYTES)
+        event = json.dumps({"choices": [{"delta": {"content": text}}]}).encode()
+        client = self.client(b"data: %b\n\ndata: [DONE]\n\n" % event, {"choices": [{"message": {"content": text}}]})
+        self.assertEqual(text, "".join(client.stream_chat("hi", "m")))
+        self.assertEqual(text, client.chat("hi", "m"))
         whole = b'data: {"choices": null, "error": null}\n\ndata: {"choices": [{"finish_reason": "stop"}]}\n\n'
         self.assertEqual([], list(self.client(whole).stream_chat("hi", "m")))
 
@@ -4078,6 +4098,17 @@ class ReentryTest(EndedServeCase):
             client().close()
         self.assert_all_gone()
 
+    def test_a_waiter_with_the_starters_patience_is_told_the_reason(self) -> None:
+        """Its time is up a moment before the runner's, which knows what the serve has said."""
+        options = {"serve_bin_path": self.fake(never_bind=True, stderr="thinking hard"), "serve_start_timeout": 1.0}
+        starter = in_background(lambda: self.create(**options))
+        wait_until(lambda: os.path.exists(q.log_path(q.compute_fleet_key(
+            q.synthesize_serve_config([MODEL]), "127.0.0.1", options["serve_bin_path"]))))  # fmt: skip
+        for start in (lambda: self.create(**options), starter):
+            with self.assertRaisesRegex(q.ServeStartTimeoutError, "thinking hard"):
+                start()
+        self.assertEqual(1, len(self.fake_events("start")))
+
     def test_a_waiter_with_more_patience_than_the_starter_tries_again(self) -> None:
         serve = self.fake(preload_s=2.5)
         options = {"serve_bin_path": serve, "serve_idle_timeout": 0.5}
@@ -4913,6 +4944,15 @@ class FailingStartTest(LifeCase):
         self.assertEqual("again", client.chat("again"))
         self.assertEqual(3, len(self.fake_events("start")), "the restart knows what the CLI can do")
 
+    def test_a_cli_that_fails_for_another_reason_gets_no_key_on_its_command_line(self) -> None:
+        """Though it prints its arguments, and calls something unknown."""
+        for said, expected in (
+            ("error: unknown option '--api-key-file'", True), ("Unknown argument: --api-key-file", True),
+            ("unrecognized arguments: --api-key-file /x", True), ("error: unknown option '--port'\n", False),
+            ("qvac serve --api-key-file /x\nerror: unknown architecture", False), ("unknown option\n--api-key-file", False),
+        ):  # fmt: skip
+            self.assertEqual(expected, q._refuses_key_file(said), said)
+
     def test_a_growing_model_file_extends_the_start(self) -> None:
         path = os.path.join(self.home, ".qvac", "models", "some", "model.gguf")
         os.makedirs(os.path.dirname(path))
@@ -5246,6 +5286,32 @@ class RestartTest(LifeCase):
         os.unlink(folder)
         self.assertEqual("hi", client.chat("hi"))
         self.assertEqual(before, (client.port, client.api_key, client.runner_pid))
+
+    def test_a_step_of_a_restart_is_tried_again_as_long_as_the_serve_is_wanted(self) -> None:
+        runner, steps = q._Runner.__new__(q._Runner), [OSError(28, "full"), q.RegistryError("held"), None]
+        runner.key, runner.folder, runner.log_fd, runner.api_key, runner.idle_timeout_ms = "0" * 16, self.home, -1, "key", 1e3
+
+        def step() -> None:
+            problem = steps.pop(0)
+            if problem is not None:
+                raise problem
+
+        with mock.patch.object(q, "RUNNER_TICK", 0.01), mock.patch.object(q._Runner, "_log"):
+            runner.used_at = time.monotonic()
+            runner._insist(step)
+            steps[:] = [OSError(28, "full"), None]
+            runner.used_at = time.monotonic() - 2
+            with mock.patch.object(q, "live_consumers", side_effect=q.RegistryError("too many open files")):
+                runner._insist(step)
+            steps[:] = [OSError(28, "full")]
+            self.assertRaises(OSError, runner._insist, step)
+
+    def test_a_start_that_trouble_interrupts_leaves_no_serve(self) -> None:
+        runner, done = q._Runner.__new__(q._Runner), []
+        stop = mock.patch.object(q._Runner, "_stop_serve", lambda _: done.append("stopped"))
+        with stop, mock.patch.object(q._Runner, "_bring_up", side_effect=OSError(28, "full")):
+            self.assertRaises(OSError, runner._bring_up_whole)
+        self.assertEqual(["stopped"], done)
 
     def test_a_config_folder_that_others_delete_is_made_again(self) -> None:
         """A provider's client that finds the record of a dead serve deletes the folder of its config."""
@@ -6104,6 +6170,9 @@ class LeftoverTest(OrphanCase):
         self.write(held + ".lock", text % (self.canary.pid, q.process_start(self.canary.pid), q.place()))
         for name in self.leave(key) + self.leave(held):
             os.utime(os.path.join(self.folder, name), (time.time() - 2 * q.LEFTOVER_STALE,) * 2)
+        q.sweep_serves()
+        self.assertIn(key + ".lock", self.files(), "it may be young: whoever wants the serve steals it at once")
+        os.utime(os.path.join(self.folder, key + ".lock"), (time.time() - 2 * q.LEFTOVER_STALE,) * 2)
         q.sweep_serves()
         self.assertEqual([held + ".abcd.d", held + ".consumers", held + ".error", held + ".lock"], self.files())
 
@@ -7323,7 +7392,8 @@ class OtherAddressTest(HostileCase):
         with mock.patch.object(socket, "getaddrinfo", both):
             attached = self.create(serve_host="localhost")
             self.assertEqual((client.pid, "secret"), (attached.pid, attached.chat("secret")))
-            self.assertEqual("localhost", attached.base_url.split("/")[2].rpartition(":")[0])
+            self.assertEqual(q.base_url_of(address, client.port), attached.environ()["OPENAI_BASE_URL"])
+            self.assertEqual("again", LifeCase.raw(attached, "again"))
         self.assertEqual([], stranger.seen)
 
     def test_addresses_in_the_kernels_tables(self) -> None:
@@ -8294,7 +8364,7 @@ class WrongErrorTest(Case):
             with self.subTest(key=key), self.assertRaises(q.InvalidManagedModelError) as caught:
                 q.create_qvac(api_key=key)
             self.assertNotIn("sk-", str(caught.exception))
-        for headers in ({"x\n": "1"}, {"x": "a\r\nb: c"}, {"x": "\u2603"}, {"": "1"}, {"x:": "1"}, {" x": "1"}, ["x"], 5):
+        for headers in ({"x\n": "1"}, {"x": "a\r\nb: c"}, {"x": "\u2603"}, {"": "1"}, {"x:": "1"}, {"X-\u00e9": "1"}, {" x": "1"}, ["x"], 5):
             with self.subTest(headers=headers), self.assertRaises(q.InvalidManagedModelError):
                 q.create_qvac(headers=headers)
         self.assertFalse(os.path.exists(self.folder))
@@ -8696,6 +8766,7 @@ class BadInputTest(CommandLineCase):
             port = str(taken.getsockname()[1])
             self.assert_fails(1, "choose another --port", "up", "--echo", MODEL, "--port", port)
         self.assert_fails(1, "--bin is nosuch", "up", "--bin", "nosuch", MODEL)
+        self.assert_fails(1, "/serve_host/qvac, which does not exist", "up", "--bin", "/serve_host/qvac", MODEL)
         self.assert_fails(1, "as in ALIAS=NAME", "up", "--echo", MODEL, MODEL)
         copy = os.path.join(self.home, "a folder", "qvac_managed.py")
         os.mkdir(os.path.dirname(copy))
@@ -9277,6 +9348,18 @@ class LogsTest(CommandLineCase):
         os.utime(self.log_of(keys[1]), (1e9, 1e9))
         self.assertIn("the newer one", self.assert_done("logs", MODEL).stdout)
         self.assertIn(MODEL, self.assert_done("__complete", "logs", "").stdout.split())
+
+    def test_the_words_of_a_serve_are_not_taken_for_its_runners(self):
+        key = self.up()["fleet_key"]
+        self.assert_done("stop", key)
+        with open(self.log_of(key), "a") as file:
+            file.write('Starting with models ["other"]\n[qvac_managed now] starting x with models other\n')
+        self.assertIn("other", self.assert_done("logs", MODEL).stdout)
+        with open(os.path.join(self.registry, "0" * 16 + ".lock"), "w") as file:
+            file.write("1")
+        self.assert_fails(3, "no serve", "logs", "other")
+        self.assertFalse(os.path.exists(self.log_of("0" * 16)), "a look makes no log")
+        os.unlink(file.name)
 
     def test_following_a_serve_that_has_ended_says_so(self):
         key = self.up()["fleet_key"]
