@@ -4122,19 +4122,22 @@ class ReentryTest(EndedServeCase):
 
     @unittest.skipUnless(LINUX, "a working folder that is gone")
     def test_a_working_folder_that_is_gone_is_a_typed_error_for_a_relative_path(self) -> None:
-        gone = os.path.join(self.home, "gone")
+        gone, program = os.path.join(self.home, "gone"), os.path.join(self.home, "program.py")
         os.mkdir(gone)
-        code = """
-sys.path.remove("")  # with it, Python 3.13.0 cannot import a codec in such a folder
+        with open(program, "w") as file:  # no -c: with that, Python 3.13.0 fails at any import in such a folder
+            file.write("""
+import os, sys
+sys.path.insert(0, %r)
+import qvac_managed as q
 os.chdir(%r); os.rmdir(%r)
 for path in ("./qvac", "qvac-none", None):
     try:
         q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=path)
     except q.CliNotFoundError as error:
         print(error.code)
-""" % (gone, gone)
-        with mock.patch.dict(os.environ, PATH=self.home):
-            self.assertEqual(["CLI_NOT_FOUND"] * 3, self.run_python(code).split())
+""" % (HERE, gone, gone))
+        done = subprocess.run([sys.executable, program], env={**os.environ, "PATH": self.home}, capture_output=True, check=False)
+        self.assertEqual((["CLI_NOT_FOUND"] * 3, ""), (done.stdout.decode().split(), done.stderr.decode()))
 
     @unittest.skipUnless(LINUX, "locales by name")
     def test_a_client_in_another_locale_than_its_runner_leaves_nothing(self) -> None:
