@@ -3618,9 +3618,10 @@ class _Runner:
         """Publish the record again if others removed it; give way to another live owner's."""
         assert self.record is not None
         path = record_path(self.key)
-        if file_version(path) == self.record_version:
+        found = file_version(path)
+        if found is not None and found == self.record_version:
             if self._heartbeat(path):
-                self.record_version = file_version(path)
+                self.record_version = file_version(path)  # None if others remove it in this moment
             return
         with guard(timeout=1.0):
             if self._another_owner() is not None:

@@ -5657,6 +5657,19 @@ class DamageTest(LifeCase):
         self.assertEqual(client.pid, self.record(client.fleet_key).serve_pid)
         self.assertEqual(client.pid, self.create().pid)
 
+    def test_a_record_that_others_delete_in_the_moment_of_its_heartbeat_is_published_again(self) -> None:
+        runner, written = q._Runner.__new__(q._Runner), []
+        runner.key = "0" * 16
+        runner.record = mock.Mock(serve_pid=1)
+        path = self.write(runner.key + ".json", "{}")
+        runner.record_version = q.file_version(path)
+        with mock.patch.object(q._Runner, "_heartbeat", lambda _, path: not os.unlink(path)):
+            runner._keep_record()
+        write = mock.patch.object(q._Runner, "_write_record", lambda _, pid: written.append(pid))
+        with write, mock.patch.object(q._Runner, "_another_owner", lambda _: None):
+            runner._keep_record()
+        self.assertEqual([1], written)
+
     def test_the_whole_folder_may_go(self) -> None:
         import shutil
 
