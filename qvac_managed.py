@@ -63,11 +63,11 @@ importing this file has to stay cheap, and the runner, which lives long, has to 
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import sys
 import time
-from _thread import RLock, get_ident
 from collections import namedtuple
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
@@ -804,6 +804,10 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def process_uid(pid: int) -> Optional[int]:
         return None
 
+    def shares_network(_pid: int) -> bool:
+        """There are no network namespaces."""
+        return True
+
     def parent_of(pid: int) -> Optional[int]:
         return _parents().get(pid)
 
@@ -1078,6 +1082,10 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
     CLI_NAMES = ("qvac.cmd", "qvac.exe")
 
+    def start_without_signals(start: Callable[[], None]) -> None:
+        """Start a thread; signals are for the main thread in any case here."""
+        start()
+
     def quoted_word(text: str) -> str:
         """A word as it is typed at a prompt: as it is, for cmd and PowerShell quote differently."""
         return text
@@ -1194,6 +1202,7 @@ else:
         def __init__(self, argv: Sequence[str], log_fd: int) -> None:
             import select
 
+            self._poll = select.poll() if hasattr(select, "poll") else None  # eventlet takes it away
             self._fd, write_end = os.pipe()
             ends = [write_end]
             try:
@@ -1209,12 +1218,15 @@ else:
                 for fd in ends:
                     os.close(fd)
             self._code: Optional[int] = None
-            self._poll = select.poll()
-            self._poll.register(self._fd, select.POLLIN | select.POLLHUP)
+            if self._poll is not None:
+                self._poll.register(self._fd, select.POLLIN | select.POLLHUP)
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
             """`(bytes, ended)`; no bytes and not ended when nothing came within `timeout` seconds."""
-            if not self._poll.poll(timeout * 1000):
+            import select
+
+            is_ready = self._poll.poll(timeout * 1000) if self._poll else select.select([self._fd], [], [], timeout)[0]
+            if not is_ready:
                 return b"", False
             data = os.read(self._fd, 65536)
             return data, not data
@@ -1443,6 +1455,17 @@ else:
         return [path]
 
     CLI_NAMES = ("qvac",)
+
+    def start_without_signals(start: Callable[[], None]) -> None:
+        """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
+        closes, the kernel would give it the second, and the main thread would wait on without having seen it."""
+        import signal
+
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def quoted_word(text: str) -> str:
         """A word as it is typed at a prompt."""
@@ -1699,6 +1722,13 @@ else:
             except (OSError, ValueError, IndexError):
                 return None
 
+        def shares_network(pid: int) -> bool:
+            """Whether its loopback is ours; True where that cannot be told."""
+            try:
+                return os.stat("/proc/%d/ns/net" % pid).st_ino == os.stat("/proc/self/ns/net").st_ino
+            except OSError:
+                return True
+
         def parent_of(pid: int) -> Optional[int]:
             try:
                 return int(_stat_fields(pid)[1])
@@ -1951,6 +1981,10 @@ else:
             info = _bsdinfo(pid)
             return info[3] / 1e6 if info else None
 
+        def shares_network(_pid: int) -> bool:
+            """There are no network namespaces."""
+            return True
+
         def parent_of(pid: int) -> Optional[int]:
             import ctypes
             import struct
@@ -2199,6 +2233,14 @@ def qvac_home() -> str:
     if not os.path.isabs(home):
         raise RegistryError("No home folder (%r is none): set HOME or QVAC_MANAGED_DIR to an absolute path." % home)
     return os.path.join(home, ".qvac")
+
+
+def models_folder() -> str:
+    """Where the CLI puts the models that it downloads; "" for a user without a home, who has a QVAC_MANAGED_DIR."""
+    try:
+        return os.path.join(qvac_home(), "models")
+    except RegistryError:
+        return ""
 
 
 def managed_serves_dir() -> str:
@@ -2719,12 +2761,12 @@ class guard:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW | CLOEXEC | NONBLOCK, 0o600)
         except OSError as error:
             raise _registry_trouble("open", path, error) from None
-        _guards[get_ident()] = self
+        _guards[_thread.get_ident()] = self
         try:
             make_private(self._fd)
             self._wait_for_lock(path)
             self._is_held = True
-            _guards[get_ident()] = self  # again: a signal handler may have used a guard while we waited
+            _guards[_thread.get_ident()] = self  # again: a signal handler may have used a guard while we waited
         except BaseException:
             self._close()
             raise
@@ -2754,12 +2796,12 @@ class guard:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-        _guards.pop(get_ident(), None)
+        _guards.pop(_thread.get_ident(), None)
 
 
 def _let_go_of_guard() -> None:
     """Ctrl-C right before or after the block of a `with guard()` leaves it locked: free what this thread still has."""
-    leftover = _guards.get(get_ident())
+    leftover = _guards.get(_thread.get_ident())
     if leftover is not None and leftover._is_held:
         leftover._close()
 
@@ -2784,7 +2826,7 @@ def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
         if held_lock(key) and _read_lock(key) == held_lock(key):
             return False
         # Noted first: Ctrl-C between two steps must not leave a lock that nobody would release.
-        _held_locks[key, get_ident()] = text
+        _held_locks[key, _thread.get_ident()] = text
         written = "%s.%d.%s.tmp" % (lock_path(key), os.getpid(), os.urandom(4).hex())
         try:
             taken = _make_lock(key, text, written)
@@ -2839,12 +2881,12 @@ def _release_lock(key: str) -> None:
     """As release_lock, for a holder of the guard."""
     if held_lock(key) and _read_lock(key) == held_lock(key):
         _unlink(lock_path(key))
-    _held_locks.pop((key, get_ident()), None)
+    _held_locks.pop((key, _thread.get_ident()), None)
 
 
 def held_lock(key: str) -> str:
     """The text that this thread has in the spawn lock; "" if it does not hold it."""
-    return _held_locks.get((key, get_ident()), "")
+    return _held_locks.get((key, _thread.get_ident()), "")
 
 
 def _lock_text(nonce: str) -> str:
@@ -2924,7 +2966,7 @@ def take_over_lock(key: str, expected: str) -> Optional[str]:
         if _read_lock(key) != expected:
             return None
         _write_new_file(lock_path(key), text.encode(), replace=True)
-    _held_locks[key, get_ident()] = text
+    _held_locks[key, _thread.get_ident()] = text
     return text
 
 
@@ -3677,6 +3719,8 @@ class _Runner:
             self.used_at = now
         self.empty_since, reap = decide_reap(
             users or recently_used, self.empty_since or self.used_at, now, self._idle_timeout())  # fmt: skip
+        if self._home_is_gone():
+            return reap
         if reap:
             return self._reap()
         self._keep_record()  # last: it fails while a folder stands at KEY.json, which must not prevent the reaping
@@ -3684,6 +3728,11 @@ class _Runner:
             with guard(timeout=1.0):
                 self._write_record(self.serve.pid)  # `ps` tells how long it has left
         return False
+
+    @staticmethod
+    def _home_is_gone() -> bool:
+        """The folder that the registry lay in has been removed, with a temporary home: not ours to bring back."""
+        return not os.path.isdir(os.path.dirname(managed_serves_dir()))
 
     def _idle_timeout(self) -> float:
         return float("inf") if self.idle_timeout_ms >= NEVER_MS else self.idle_timeout_ms / 1000
@@ -3831,6 +3880,8 @@ class _Runner:
             self._keep_spawners_out, self._withdraw, self._stop_serve, self._free_port, self._remove_folder,
             lambda: self._leave_error(failure, report) if failure is not None and not self.called_off else None,
             lambda: release_lock(self.key), lambda: self._tell(report)]  # fmt: skip
+        if self._home_is_gone():
+            steps = [self._stop_serve, self._free_port, lambda: self._tell(report)]
         for step in steps:
             try:
                 step()
@@ -4255,7 +4306,7 @@ class ManagedQvac(Qvac):
         self._target = target
         self._default_model = resolver.default_alias
         self._resolver = resolver
-        self._recovery_lock = RLock()  # on_progress or a signal handler may make a request in the middle of it
+        self._recovery_lock = _thread.RLock()  # on_progress or a signal handler may make a request in the middle of it
         self._is_recovering = False
         self._failure: Optional[Tuple[_Target, BaseException]] = None
         self._failed_at = 0.0
@@ -4345,7 +4396,7 @@ def _refused_error() -> OSError:
 
 
 class _Foreign(Exception):
-    """The key's record or lock is of another machine or pid namespace that shares the folder."""
+    """The key's record or lock is of another machine, pid or network namespace that shares the folder."""
 
 
 MISS, PENDING = "miss", "pending"
@@ -4379,7 +4430,7 @@ class _Resolver:
         self.consumer_id = _new_consumer_id()
         self.marker = ""  # where it is: the program may change HOME afterwards
         self.cancelled = False
-        self._close_lock = RLock()  # a signal handler of the host may close the client in the middle of it
+        self._close_lock = _thread.RLock()  # a signal handler of the host may close the client in the middle of it
         self._pending: Tuple[Any, float] = (None, 0.0)  # which record has refused connections since when
         self._spawned = False  # this resolution has started the serve: if it fails, it is ours to stop
 
@@ -4391,12 +4442,13 @@ class _Resolver:
 
     def cancel(self) -> None:
         with self._close_lock:
-            self.cancelled = True
-            self._withdraw_marker()
+            if not self.cancelled or os.path.exists(self.marker):  # not again out of a __del__ in a dying interpreter
+                self.cancelled = True
+                self._withdraw_marker()
 
     def forget_parent(self) -> None:
         """In a forked child: the marker is the parent's; a request of the child will write its own."""
-        self._close_lock = RLock()
+        self._close_lock = _thread.RLock()
         self.consumer_id, self.marker = _new_consumer_id(), ""
 
     def register_again_if_lost(self) -> None:
@@ -4533,7 +4585,7 @@ class _Resolver:
         if record is None:
             return MISS
         serve, runner = record.judge_serve(), record.judge_runner()
-        if FOREIGN in (serve, runner):
+        if FOREIGN in (serve, runner) or not shares_network(record.runner_pid):
             raise _Foreign
         if runner == DEAD:
             return MISS
@@ -4654,7 +4706,7 @@ class _Resolver:
             "pinned": self.pinned_port is not None, "host": self.host, "configPath": config_path, "command": command,
             "serveBinPath": self.serve_bin_path, "startTimeoutMs": self.start_timeout * 1000,
             "idleTimeoutMs": self.idle_timeout_ms, "lock": held_lock(self.key),
-            "modelsFolder": os.path.join(qvac_home(), "models"),
+            "modelsFolder": models_folder(),
         }  # fmt: skip
         config = {"serve": {**self.config["serve"], "load": {"cancelOnDisconnect": False}}}
         log_fd = -1
@@ -4733,7 +4785,7 @@ class _Patience:
         now = time.monotonic()
         if self.sizes is None or now - self.looked >= 0.5:
             before, self.looked = self.sizes, now
-            self.sizes = model_files(os.path.join(qvac_home(), "models"))
+            self.sizes = model_files(models_folder())
             if before is None:
                 self.first_sizes = self.sizes
             elif before != self.sizes:
@@ -4876,7 +4928,7 @@ def _after_fork() -> None:
     _forget_after_fork()
     for client in list(_open_clients.values()):
         client._resolver.forget_parent()
-        client._recovery_lock, client._is_recovering = RLock(), False
+        client._recovery_lock, client._is_recovering = _thread.RLock(), False
 
 
 def create_qvac(
@@ -5074,7 +5126,7 @@ def _started_thread(name: str, work: Callable[[], None]) -> Any:
 
     thread = threading.Thread(target=work, name=name, daemon=True)
     try:
-        thread.start()
+        start_without_signals(thread.start)
     except RuntimeError as error:
         raise ServeSpawnFailedError("Could not start a thread: %s." % error) from None
     return thread
@@ -5245,7 +5297,7 @@ def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: 
     for index in range(len(items)):
         thread = threading.Thread(target=work, args=(index,), daemon=True)
         try:
-            thread.start()
+            start_without_signals(thread.start)
         except RuntimeError:
             break  # this process may have no more threads
         threads.append(thread)
@@ -6720,7 +6772,7 @@ class _Keeper:
     def start(self) -> None:
         # The command has the terminal from here on: what this module logs must not be drawn into it.
         self.unsilence = _silence_logging()
-        self.thread.start()
+        start_without_signals(self.thread.start)
 
     def stop(self) -> None:
         self.ended.set()
@@ -7093,7 +7145,7 @@ def _answer(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> s
     waiting = threading.Timer(_SILENCE, _note, (args, _SILENCE_NOTE))
     waiting.daemon = True
     try:
-        waiting.start()
+        start_without_signals(waiting.start)
     except RuntimeError:
         pass  # no more threads here: then nothing is said
     try:

@@ -4152,6 +4152,84 @@ for path in ("./qvac", "qvac-none", None):
         self.assertEqual([], [name for name in left if not name.endswith((".log", ".guard"))])
 
 
+class HostProgramTest(Case):
+    """What programs do that embed the file, and the places they run in."""
+
+    def test_a_home_that_is_removed_stays_removed(self) -> None:
+        """A temporary one: what ends afterwards must not bring it back."""
+        import shutil
+
+        home = os.path.join(self.home, "temporary")
+        os.mkdir(home)
+        with mock.patch.dict(os.environ, HOME=home):
+            client = self.create(serve_idle_timeout=0.5)
+            shutil.rmtree(home)
+            client.close()
+            wait_until(lambda: not self.processes(), what="the end of all")
+        self.assertFalse(os.path.exists(home))
+
+    def test_without_a_home_but_with_a_folder_for_its_files_it_works(self) -> None:
+        with mock.patch.dict(os.environ, HOME="nowhere", QVAC_MANAGED_DIR=self.folder):
+            with self.create(on_progress=lambda _: None) as client:
+                self.assertEqual("hi", client.chat("hi"))
+        self.assert_all_gone()
+
+    @unittest.skipUnless(POSIX, "select.poll")
+    def test_where_eventlet_has_taken_poll_away(self) -> None:
+        import select
+
+        with mock.patch.dict(vars(select)):
+            del select.poll
+            self.assertEqual("hi", self.create().chat("hi"))
+
+    def test_a_close_in_a_dying_interpreter_is_silent(self) -> None:
+        child = self.python("""
+class Bot:
+    def __init__(self):
+        self.client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=0.3)
+    def __del__(self):
+        self.client.close()
+bot = Bot()
+sys.modules["keeps it"] = bot
+""")
+        self.assertEqual(("", ""), child.communicate(timeout=60))
+        self.assert_all_gone()
+
+    @unittest.skipUnless(POSIX, "signal masks")
+    def test_our_threads_take_no_signals(self) -> None:
+        masks: List[Any] = []
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        q._started_thread("test", lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))).join()
+        self.assertEqual(before, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        self.assertLessEqual({signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT}, masks[0])
+
+    @unittest.skipUnless(LINUX, "network namespaces")
+    def test_a_client_in_another_network_gets_a_serve_of_its_own(self) -> None:
+        import shutil
+
+        unshare = shutil.which("unshare")
+        if not unshare or subprocess.run([unshare, "-n", "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+            self.skipTest("no network namespaces here")
+        client = self.create()
+        code = """
+import fcntl, socket, struct
+with socket.socket() as sock:  # lo is down in a new one: SIOCSIFFLAGS, IFF_UP | IFF_RUNNING
+    fcntl.ioctl(sock, 0x8914, struct.pack("16sh14x", b"lo", 0x41))
+import logging
+logging.disable()
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=1, serve_start_timeout=8)
+print(client.chat("hi"), client.pid, client.fleet_key)
+"""
+        text = "import sys, os, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n%s" % (HERE, code)
+        done = subprocess.run([unshare, "-n", sys.executable, "-c", text], capture_output=True, timeout=60, check=False)
+        answer, pid, key = done.stdout.decode().split() or self.fail(done.stderr.decode())
+        self.assertEqual("hi", answer)
+        self.assertNotEqual(client.pid, int(pid))
+        self.assertIn("-priv-", key)
+        self.assertTrue(os.path.exists(q.read_record(client.fleet_key).config_path))  # type: ignore[union-attr]
+        self.assertEqual("hi", client.chat("hi"))
+
+
 class ThreadsTest(EndedServeCase):
     def test_threads_that_find_the_serve_gone_start_one_between_them(self) -> None:
         client = self.create(serve_bin_path=self.fake(preload_s=0.2))
