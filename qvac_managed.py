@@ -3691,7 +3691,7 @@ class _Runner:
         while not was_asked_to_stop(self.folder):
             assert self.serve is not None
             if self.serve.ended() is not None:
-                if not self._is_wanted_since(self.used_at):
+                if not self._is_wanted_since(self.used_at) or self._home_is_gone():
                     return
                 self._restart()
             try:
@@ -3732,7 +3732,10 @@ class _Runner:
     @staticmethod
     def _home_is_gone() -> bool:
         """The folder that the registry lay in has been removed, with a temporary home: not ours to bring back."""
-        return not os.path.isdir(os.path.dirname(managed_serves_dir()))
+        try:
+            return not os.path.isdir(os.path.dirname(managed_serves_dir()))
+        except RegistryError:
+            return False
 
     def _idle_timeout(self) -> float:
         return float("inf") if self.idle_timeout_ms >= NEVER_MS else self.idle_timeout_ms / 1000

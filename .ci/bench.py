@@ -656,7 +656,7 @@ class Bench:
                 found[side.name].append([resident, proportional, proportional + sum(memory(c)[1] for c in children)])
                 client.end()
                 home.stop(client.facts["url"])
-        labels = ("runner, resident", "runner, proportional share", "... with its guard process")
+        labels = ("runner, resident", "runner, proportional share", "... with its watchdog")
         for index, label in enumerate(labels):
             columns = {name: [sizes[index] for sizes in samples] for name, samples in found.items()}
             yield Row(label, "MB", columns["ours"], columns["theirs"], 0.30, True)
