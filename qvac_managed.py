@@ -2288,7 +2288,7 @@ def ensure_managed_serves_dir() -> str:
         except FileNotFoundError:
             _make_private_folders(folder)
             status = os.lstat(folder)
-        if status.st_mode & 0o1000:
+        if status.st_mode & 0o1000 and status.st_mode & 0o022:  # sticky and writable for others, as /tmp is
             raise RegistryError("%s is for all users: set QVAC_MANAGED_DIR to a folder of your own." % folder)
         if not _is_directory(status) or not is_ours(status):
             raise RegistryError("%s is %s. Remove it, or set QVAC_MANAGED_DIR to a folder of your own." % (
@@ -3731,9 +3731,10 @@ class _Runner:
 
     @staticmethod
     def _home_is_gone() -> bool:
-        """The folder that the registry lay in has been removed, with a temporary home: not ours to bring back."""
+        """The user's home, or the folder above QVAC_MANAGED_DIR, has been removed: not ours to bring back."""
         try:
-            return not os.path.isdir(os.path.dirname(managed_serves_dir()))
+            place = managed_serves_dir() if os.environ.get("QVAC_MANAGED_DIR") else qvac_home()
+            return not os.path.isdir(os.path.dirname(place))
         except RegistryError:
             return False
 
