@@ -4436,6 +4436,7 @@ class _Resolver:
         self.cancelled = False
         self._close_lock = _thread.RLock()  # a signal handler of the host may close the client in the middle of it
         self._pending: Tuple[Any, float] = (None, 0.0)  # which record has refused connections since when
+        self._saw_a_kill = False  # another's start failed because its serve was killed
         self._spawned = False  # this resolution has started the serve: if it fails, it is ours to stop
 
     def _use_private_key(self) -> None:
@@ -4502,7 +4503,7 @@ class _Resolver:
 
     def resolve(self, previous: Optional[_Target] = None) -> _Target:
         """A live serve to talk to: attached, or started. On any failure nothing of ours is left behind."""
-        self._spawned = False
+        self._spawned = self._saw_a_kill = False
         try:
             while True:
                 try:
@@ -4547,11 +4548,12 @@ class _Resolver:
             being_started = found == MISS and self._is_being_started()
             patience.margin = WAITER_MARGIN if being_started else 0.0
             if found == MISS and not being_started:
-                if waited and file_version(error_path(self.key)) not in (None, errors_before):
+                error = file_version(error_path(self.key))
+                if waited and error not in (None, errors_before):
                     failure = self._adopted_failure()
-                    if not isinstance(failure, ServeStartTimeoutError) or failure.seconds >= self.start_timeout:
+                    if not self._may_do_better(failure):
                         raise failure
-                    # Its starter had less patience than we have: try_lock() removes the error.
+                    errors_before = error  # which try_lock() removes
                 if command is None:  # the first miss: what a hit need not do
                     command = find_cli(self.serve_bin_path)
                     sweep_serves(SWEEP_LIMIT)
@@ -4565,6 +4567,15 @@ class _Resolver:
             waited = True
             _openers()  # 30 ms of imports that the health check needs, while there is nothing else to do
             patience.wait()
+
+    def _may_do_better(self, failure: QvacManagedModeError) -> bool:
+        """Whether the failure of another's start says nothing of ours: its starter had less patience, or somebody
+        killed its serve (once: a system that is out of memory does it again)."""
+        if isinstance(failure, ServeStartTimeoutError):
+            return failure.seconds < self.start_timeout
+        was_killed = isinstance(failure, ServeExitedError) and failure.signal == 9
+        is_first, self._saw_a_kill = was_killed and not self._saw_a_kill, was_killed
+        return is_first
 
     def _is_being_started(self) -> bool:
         """Whether somebody alive holds the spawn lock."""

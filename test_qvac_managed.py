@@ -4116,6 +4116,24 @@ class ReentryTest(EndedServeCase):
                 start()
         self.assertEqual(1, len(self.fake_events("start")))
 
+    def test_a_waiter_for_a_serve_that_somebody_kills_tries_once_more(self) -> None:
+        for fails, words in ((1, "hi"), (5, "signal 9")):
+            with self.subTest(fails=fails):
+                before = len(self.fake_events("start"))
+                options = {"serve_bin_path": self.fake(exit=-9, exit_after_s=0.5, fail_starts=before + fails)}
+                starter = in_background(lambda: self.create(**options))
+                wait_until(lambda: len(self.fake_events("start")) > before)
+                try:
+                    answer = self.create(**options).chat("hi")
+                except q.ServeExitedError as error:
+                    answer = str(error)
+                self.assertIn(words, answer)
+                with self.assertRaisesRegex(q.ServeExitedError, "signal 9"):
+                    starter()
+                self.assertEqual(2, len(self.fake_events("start")) - before)
+                for record in q.read_all_records():
+                    q.stop_serve(record.fleet_key)
+
     def test_a_waiter_with_more_patience_than_the_starter_tries_again(self) -> None:
         serve = self.fake(preload_s=2.5)
         options = {"serve_bin_path": serve, "serve_idle_timeout": 0.5}
