@@ -72,23 +72,35 @@ from collections import namedtuple
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
-    import asyncio
-    import socket
-    from typing import (
-        Any,
-        BinaryIO,
-        Callable,
-        Dict,
-        Iterator,
-        List,
-        Mapping,
-        NoReturn,
-        Optional,
-        Sequence,
-        Set,
-        Tuple,
-        Union,
-    )
+    import asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
+    import pwd, queue, re, select, shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, threading  # noqa: E401
+    import types, urllib.error, urllib.parse, urllib.request  # noqa: E401
+    from ctypes import wintypes
+    from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple,
+                        Union)  # fmt: skip
+
+if not TYPE_CHECKING:
+
+    class _Lazy:
+        """A module, imported when it is first used. It then takes the place of this name, but for a package."""
+
+        def __init__(self, name: str) -> None:
+            self.__name__ = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            if self.__name__ in ("http", "urllib"):
+                found = self.__dict__[attribute] = __import__("%s.%s" % (self.__name__, attribute), fromlist=["*"])
+                return found
+            module = __import__(self.__name__, fromlist=["*"])
+            globals()[self.__name__.rpartition(".")[2]] = module
+            return getattr(module, attribute)
+
+    for _name in (
+        "asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
+        "pwd queue re select shlex shutil signal socket struct subprocess tempfile termios "
+        "threading types urllib ctypes.wintypes"
+    ).split():
+        globals()[_name.rpartition(".")[2]] = _Lazy(_name)
 
 __version__ = "0.1.0"
 
@@ -354,7 +366,7 @@ def _error_from_json(data: Mapping[str, Any]) -> QvacManagedModeError:
 # ==================================================================================================
 
 CatalogEntry = namedtuple("CatalogEntry", ["id", "constant", "name"])
-ModelInfo = namedtuple("ModelInfo", ["name", "endpoint", "size", "params", "quantization"])
+ModelInfo = namedtuple("ModelInfo", ["name", "endpoint", "size"])
 
 # Friendly ids, the provider's. The drift test holds them against the model table.
 QVAC_CATALOG = (
@@ -410,15 +422,17 @@ def resolve_model_constant(id_or_constant: str) -> str:
 
 
 def all_models() -> List[ModelInfo]:
-    """Every model a serve can load by name: `(name, endpoint, size, params, quantization)`.
+    """Every model a serve can load by name: `(name, endpoint, size)`, from the CLI release in MODEL_TABLE_SOURCE.
 
-    `endpoint` is `chat`, `embedding`, `transcription` ...; `size` is in bytes; what the CLI does not
-    say is None. Taken from the CLI release in MODEL_TABLE_SOURCE; a newer one may know more.
+    `endpoint` is `chat`, `embedding`, `transcription` ...; `size` is in bytes. A newer CLI may know more.
     """
-    models = []
-    for line in _MODEL_TABLE.splitlines():
-        name, endpoint, size, params, quantization = (None if field == "-" else field for field in line.split(" "))
-        models.append(ModelInfo(name, endpoint, int(size) if size else None, params, quantization))
+    models, size = [], 0
+    for line in _MODEL_TABLE.splitlines():  # ENDPOINT PREFIX SIZE:REST REST ...: a name is PREFIX + REST
+        endpoint, prefix, *items = line.split(" ")
+        for item in items:
+            given, colon, rest = item.rpartition(":")
+            size = int(given) if colon else size
+            models.append(ModelInfo(prefix.strip("-") + rest, endpoint, size))
     return models
 
 
@@ -429,10 +443,8 @@ def catalog_entries_with_unknown_constant() -> List[CatalogEntry]:
 
 def close_matches(name: str) -> List[str]:
     """Up to three known names that resemble this one, best first."""
-    import difflib
-
     known = {entry.id.lower(): entry.id for entry in QVAC_CATALOG}
-    known.update((line.split(" ", 1)[0].lower(), line.split(" ", 1)[0]) for line in _MODEL_TABLE.splitlines())
+    known.update((info.name.lower(), info.name) for info in all_models())
     wanted = _shorten(name, 80).lower()
     near = difflib.get_close_matches(wanted, list(known), n=3, cutoff=0.6)
     near += [low for low in known if len(wanted) >= 4 and wanted.replace("-", "_") in low and low not in near]
@@ -440,7 +452,7 @@ def close_matches(name: str) -> List[str]:
 
 
 def _in_model_table(constant: str) -> bool:
-    return bool(constant) and " " not in constant and ("\n" + _MODEL_TABLE).find("\n" + constant + " ") >= 0
+    return any(info.name == constant for info in all_models())
 
 
 def _in_installed_sdk(constant: str, serve_bin_path: Optional[str]) -> bool:
@@ -613,8 +625,6 @@ def compute_fleet_key(
     It hashes exactly what the serve was asked to be: the models and their config, the host, and, if
     given, the binary and the pinned port.
     """
-    import hashlib
-
     models = config["serve"]["models"]
     canonical = [[alias, _js_json(models[alias], sort=True)] for alias in sorted(models, key=_utf16)]
     payload = _js_json(
@@ -670,8 +680,6 @@ def _js_json(value: Any, sort: bool = False) -> str:
 
 
 def _js_string(text: str) -> str:
-    import json
-
     if not any("\ud800" <= c <= "\udfff" for c in text):
         return json.dumps(text, ensure_ascii=False)
     # A Python string may hold a surrogate pair as two characters, which in JavaScript is one; what is
@@ -722,8 +730,6 @@ _BOOT = (
 
 def _machine_id() -> str:
     """Tells machines apart that share a home: host name and machine id, as a short hash."""
-    import binascii
-
     return "%08x" % binascii.crc32((host_name() + _read_text("/etc/machine-id")).encode("utf-8", "replace"))
 
 
@@ -749,6 +755,17 @@ def _netstat_rows(text: str, port: int) -> List[Tuple[str, str, str]]:
     return rows
 
 
+def is_thread_id(_pid: int) -> bool:
+    """Only Linux answers for the id of a thread as for a process's."""
+    return False
+
+
+Process = namedtuple("Process", ["start", "started_at", "uid", "parent"])
+Process.__doc__ = """What the system says of a live process. `start`: a token that tells it from a later one with its pid, "" where it
+cannot be had. `started_at`: of the wall clock. The others are None where they cannot be had."""
+_UNREADABLE = Process("", None, None, None)
+
+
 if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests with injected calls
     _BOOT_IMPORT, _BOOT_DETACH = "time", "0"
 
@@ -760,9 +777,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
     def _kernel32() -> Any:
         """kernel32 with its handle-returning functions declared: a handle is a pointer, which ctypes would cut."""
-        import ctypes
-        from ctypes import wintypes
-
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
         for function in (kernel32.OpenProcess, kernel32.CreateJobObjectW, kernel32.CreateToolhelp32Snapshot):
             function.restype = wintypes.HANDLE
@@ -771,29 +785,22 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def this_place() -> str:
         return "%s::0" % _machine_id()  # no id of the boot: start times are of the wall clock, so none is needed
 
-    def process_start(pid: int) -> Optional[str]:
-        """A token that tells this process from a later one with its pid; None: dead; "": cannot tell."""
-        import ctypes
-        from ctypes import wintypes
-
-        kernel32 = _kernel32()
-        handle = kernel32.OpenProcess(_QUERY, False, pid)
+    def look_at(pid: int) -> Optional[Process]:
+        """The process with this pid; None if there is none."""
+        kernel32, code, times = _kernel32(), wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
+        handle = wintypes.HANDLE(kernel32.OpenProcess(_QUERY, False, pid))
         if not handle:
-            return "" if ctypes.get_last_error() == 5 else None  # ERROR_ACCESS_DENIED: it exists
+            return _UNREADABLE if ctypes.get_last_error() == 5 else None  # ERROR_ACCESS_DENIED: it exists
         try:
-            code = wintypes.DWORD()
-            if kernel32.GetExitCodeProcess(wintypes.HANDLE(handle), ctypes.byref(code)) and code.value != _STILL_ACTIVE:
+            if kernel32.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value != _STILL_ACTIVE:
                 return None
-            times = [wintypes.FILETIME() for _ in range(4)]
-            if not kernel32.GetProcessTimes(wintypes.HANDLE(handle), *[ctypes.byref(t) for t in times]):
-                return ""
-            return "%d" % ((times[0].dwHighDateTime << 32) + times[0].dwLowDateTime)
+            if not kernel32.GetProcessTimes(handle, *[ctypes.byref(t) for t in times]):
+                return _UNREADABLE
+            start, facts = (times[0].dwHighDateTime << 32) + times[0].dwLowDateTime, (ctypes.c_void_p * 6)()
+            ctypes.WinDLL("ntdll").NtQueryInformationProcess(handle, 0, facts, ctypes.sizeof(facts), None)
+            return Process(str(start), start / 1e7 - 11644473600.0, None, facts[5])  # FILETIME counts 100 ns from 1601
         finally:
-            kernel32.CloseHandle(wintypes.HANDLE(handle))
-
-    def process_started_at(pid: int) -> Optional[float]:
-        start = process_start(pid)
-        return int(start) / 1e7 - 11644473600.0 if start else None  # FILETIME counts 100 ns from 1601
+            kernel32.CloseHandle(handle)
 
     def host_name() -> str:
         return os.environ.get("COMPUTERNAME", "")
@@ -801,21 +808,12 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def home_folder() -> str:
         return os.path.expanduser("~")
 
-    def process_uid(pid: int) -> Optional[int]:
-        return None
-
     def shares_network(_pid: int) -> bool:
         """There are no network namespaces."""
         return True
 
-    def parent_of(pid: int) -> Optional[int]:
-        return _parents().get(pid)
-
     def _parents() -> Dict[int, int]:
         """Each process's parent, as it was when the process was made (tlhelp32.h)."""
-        import ctypes
-        from ctypes import wintypes
-
         class Entry(ctypes.Structure):  # PROCESSENTRY32W
             _fields_ = [
                 ("dwSize", wintypes.DWORD), ("cntUsage", wintypes.DWORD), ("th32ProcessID", wintypes.DWORD),
@@ -844,15 +842,10 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def command_line(pid: int) -> Optional[List[str]]:
         return None
 
-    def is_thread_id(pid: int) -> bool:
-        return False
-
     def is_ours(status: os.stat_result) -> bool:
         return True  # the profile folder is private to its user by its access list
 
     def lock_fd(fd: int) -> bool:
-        import msvcrt
-
         try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
             return True
@@ -865,8 +858,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         """A profile is private here."""
 
     def unlock_fd(fd: int) -> None:
-        import msvcrt
-
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
 
     def call_after_fork(function: Callable[[], None]) -> None:
@@ -880,23 +871,20 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
     def _while_in_use(action: Callable[[], None]) -> None:
         """A file that somebody is just reading can be neither replaced nor removed here: try again for a moment."""
-        deadline = time.monotonic() + 0.5
-        while True:
+        def works() -> bool:
             try:
-                return action()
+                action()
             except PermissionError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.005)
+                return False
+            return True
+
+        if not wait_until(works, 0.5, 0.005):
+            action()
 
     class RunnerChannel:
         """The client's end of a starting runner: what it reports, line by line, and whether it lives."""
 
         def __init__(self, argv: Sequence[str], log_fd: int) -> None:
-            import queue
-            import subprocess
-            import threading
-
             flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
             self._child = subprocess.Popen(
                 list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_fd, creationflags=flags,
@@ -912,8 +900,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
             self._lines.put(b"")
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
-            import queue
-
             try:
                 line = self._lines.get(timeout=timeout)
             except queue.Empty:
@@ -940,9 +926,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         """The serve and, through a job object that ends with this runner, all that it starts."""
 
         def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
-            import subprocess
-            from ctypes import wintypes
-
             # Ctrl-Break reaches only who shares the sender's console: the runner's, which has no window. A runner
             # under pythonw has no console to share, and its serve would open one with a window.
             flags = subprocess.CREATE_NEW_PROCESS_GROUP
@@ -960,8 +943,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
             return None if code is None else (code, None)
 
         def terminate(self) -> None:
-            import signal
-
             # A process group of its own ignores Ctrl-C, but not Ctrl-Break.
             try:
                 self._child.send_signal(signal.CTRL_BREAK_EVENT)
@@ -982,9 +963,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
             _kernel32().CloseHandle(self._job)
 
     def _kill_on_close_job() -> Any:
-        import ctypes
-        from ctypes import wintypes
-
         kernel32 = _kernel32()
         job = wintypes.HANDLE(kernel32.CreateJobObjectW(None, None))
         # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, class 9; LimitFlags is its third field (offset 16), and
@@ -996,8 +974,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return job
 
     def watch_signals() -> None:
-        import signal
-
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
             signal.signal(number, _note_stop)
 
@@ -1024,9 +1000,10 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def group_members(pgid: int) -> List[int]:
         return [pgid] if process_start(pgid) is not None else []
 
-    def kill_group_of(pgid: int) -> None:
-        import subprocess
+    def group_of(pid: int) -> int:
+        return pid
 
+    def kill_group_of(pgid: int) -> None:
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(pgid)], stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False)  # fmt: skip
 
@@ -1034,8 +1011,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return None
 
     def _netstat() -> str:
-        import subprocess
-
         flags = subprocess.CREATE_NO_WINDOW
         done = subprocess.run(["netstat", "-ano"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
                               creationflags=flags, timeout=10, check=False)  # fmt: skip
@@ -1057,8 +1032,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return sum(row[2] != "0" for row in rows), {row[1] for row in rows if row[2] == "0"}
 
     def reserve_port(host: str, port: int) -> Tuple[Any, int]:
-        import socket
-
         with _bound_socket(socket.socket, host, port) as sock:
             return None, int(sock.getsockname()[1])
 
@@ -1067,8 +1040,6 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return _kernel32().OpenProcess(_SYNCHRONIZE, False, os.getppid())
 
     def parent_has_gone(handle: Any) -> bool:
-        from ctypes import wintypes
-
         return bool(_kernel32().WaitForSingleObject(wintypes.HANDLE(handle), 0) == 0)  # WAIT_OBJECT_0
 
     def command_for(path: str) -> List[str]:
@@ -1096,17 +1067,12 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
 
     def stop_signals() -> List[int]:
         """The signals that ask a command to end, besides Ctrl-C."""
-        import signal
-
         return [signal.SIGTERM, signal.SIGBREAK]
 
     def enable_ansi(stream: Any) -> bool:
         """Whether escape sequences reach a person through STREAM; switches the console to them."""
         if not stream.isatty():
             return False
-        import ctypes
-        import msvcrt
-
         kernel = ctypes.WinDLL("kernel32", use_last_error=True)
         handle, mode = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno())), ctypes.c_uint32()
         if not kernel.GetConsoleMode(handle, ctypes.byref(mode)):
@@ -1118,22 +1084,11 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         """Why others can reach into PATH; always None: a profile is private here."""
         return None
 
-    def run_in_foreground(argv: List[str], env: Dict[str, str], started: Callable[[], None]) -> int:
-        """Run ARGV with our console; return its exit code. Raise OSError if it cannot be started.
-
-        The console gives Ctrl-C to every process attached to it, so there is nothing to pass on.
-        """
-        import signal
-        import subprocess
-
-        previous = [(n, signal.signal(n, lambda *_: None)) for n in (signal.SIGINT, signal.SIGBREAK)]
-        try:
-            child = subprocess.Popen(argv, env=env)
-            started()
-            return child.wait()
-        finally:
-            for signum, handler in previous:
-                signal.signal(signum, handler)
+    def run_instead(argv: List[str], env: Dict[str, str]) -> int:
+        """Run ARGV as a child; return its exit code. The console gives Ctrl-C to it as well. Raises OSError."""
+        for number in (signal.SIGINT, signal.SIGBREAK):
+            signal.signal(number, lambda *_: None)
+        return subprocess.Popen(argv, env=env).wait()
 
 else:
     import fcntl
@@ -1152,15 +1107,17 @@ else:
 
     def home_folder() -> str:
         """$HOME, as Node.js sees it too; without it, what the user database says."""
-        import pwd
-
         return os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
 
-    def process_uid(pid: int) -> Optional[int]:
+    def _answers_signals(pid: int) -> Optional[Process]:
+        """For a process of which nothing else can be had here."""
         try:
-            return os.stat("/proc/%d" % pid).st_uid
-        except OSError:
+            os.kill(pid, 0)
+        except PermissionError:
+            return _UNREADABLE
+        except (OSError, OverflowError):
             return None
+        return _UNREADABLE
 
     def is_ours(status: os.stat_result) -> bool:
         return status.st_uid == os.geteuid()
@@ -1200,8 +1157,6 @@ else:
         """
 
         def __init__(self, argv: Sequence[str], log_fd: int) -> None:
-            import select
-
             self._poll = select.poll() if hasattr(select, "poll") else None  # eventlet takes it away
             self._fd, write_end = os.pipe()
             ends = [write_end]
@@ -1223,8 +1178,6 @@ else:
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
             """`(bytes, ended)`; no bytes and not ended when nothing came within `timeout` seconds."""
-            import select
-
             is_ready = self._poll.poll(timeout * 1000) if self._poll else select.select([self._fd], [], [], timeout)[0]
             if not is_ready:
                 return b"", False
@@ -1278,75 +1231,48 @@ else:
             except OSError:
                 pass  # the one that listed the folder
 
-    # `sh` in a process group of its own, holding the reading end of a pipe whose only writing end is the
-    # runner's: when the runner is gone, however it ended, the read ends and the serve's group is killed,
-    # the worker included, which a parent-death signal to the serve would not reach.
-    _WATCHDOG_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL -- "-$1" 2>/dev/null'
+    # `sh`, leader of the group in which the serve is started, holding the reading end of a pipe whose only writing end is
+    # the runner's: when the runner is gone, however it ended, the read ends and the whole group is killed, the worker
+    # included. It stands before the serve does, and as long as it is not reaped the group's id is nobody else's.
+    _WATCHDOG_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL 0'
 
     class ServeProcess:
-        """The serve, leader of its own process group, which ends with this runner.
+        """The serve, in a process group that a watchdog leads, and that ends with this runner."""
 
-        Made by fork and exec in a single-threaded process, from its main thread: a parent-death signal
-        is bound to the thread that forked.
-        """
-
-        def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
-            die_with_parent = _parent_death_signal()
-            runner, (error_pipe, write_end) = os.getpid(), os.pipe()
-            self.pid = os.fork()
-            if self.pid == 0:
-                try:
-                    os.setsid()
-                    die_with_parent()
-                    if os.getppid() == runner:
-                        _exec_serve(argv, environ, log_fd, folder)
-                except OSError as error:
-                    os.write(write_end, b"%d" % (error.errno or 0))
-                finally:
-                    os._exit(127)
-            os.close(write_end)
-            failure = os.read(error_pipe, 16)
-            os.close(error_pipe)
+        def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, _folder: str) -> None:
+            self.pid, self._group, self._watchdog, self._pipe = 0, 0, 0, -1
             self._status: Optional[Tuple[Optional[int], Optional[int]]] = None
-            if failure:
-                os.waitpid(self.pid, 0)
-                raise OSError(int(failure), os.strerror(int(failure)), argv[0])
-            self._watchdog, self._watchdog_pipe, self._watchdog_due = 0, -1, 0.0
-            self.check_watchdog()
-
-        def check_watchdog(self) -> None:
-            """Start the watchdog, or another if somebody killed it."""
-            if self._watchdog and os.waitpid(self._watchdog, os.WNOHANG)[0] == 0:
-                return
-            self._watchdog = 0
-            if time.monotonic() < self._watchdog_due:
-                return  # its end wakes us: one that cannot live must not keep us busy
-            self._watchdog_due = time.monotonic() + RUNNER_TICK / 2
-            if self._watchdog_pipe >= 0:
-                os.close(self._watchdog_pipe)
-                self._watchdog_pipe = -1
+            self._start_watchdog()
+            self._group = self._watchdog
+            actions = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, log_fd, 1),
+                       (os.POSIX_SPAWN_DUP2, log_fd, 2)]  # fmt: skip
+            ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python; what is ignored stays so through exec
             try:
-                read_end, self._watchdog_pipe = os.pipe()
-            except OSError:
-                return  # no descriptor is free: at the next look
+                self.pid = os.posix_spawnp(argv[0], list(argv), dict(environ), setpgroup=self._group,
+                                           setsigdef=ignored, file_actions=actions)  # fmt: skip
+            except BaseException:
+                self.reap()
+                raise
+
+        def _start_watchdog(self) -> None:
+            read_end, self._pipe = os.pipe()
             null = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0)
             try:
                 self._watchdog = os.posix_spawn(
-                    "/bin/sh", ["sh", "-c", _WATCHDOG_SCRIPT, "qvac-watchdog", str(self.pid)], os.environ, setpgroup=0,
+                    "/bin/sh", ["sh", "-c", _WATCHDOG_SCRIPT, "qvac-watchdog"], os.environ, setpgroup=self._group,
                     file_actions=[(os.POSIX_SPAWN_DUP2, read_end, 0), null, (os.POSIX_SPAWN_DUP2, 1, 2)])  # fmt: skip
-            except OSError:
-                self._watchdog = 0  # no shell: the parent-death signal has to do
-            os.close(read_end)
+            finally:
+                os.close(read_end)
+
+        def check_watchdog(self) -> None:
+            """Start another if somebody killed it: it joins the group of the serve, which is still there."""
+            if os.waitpid(self._watchdog, os.WNOHANG)[0]:
+                os.close(self._pipe)
+                self._start_watchdog()
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
-            """`(exit code, signal)` once the serve has ended. Where there is waitid() it stays a zombie, which
-            pins its group's id; elsewhere this reaps it."""
-            if self._status is None and hasattr(os, "waitid"):
-                info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if info is not None:
-                    exited = info.si_code == os.CLD_EXITED
-                    self._status = (info.si_status, None) if exited else (None, info.si_status)
-            elif self._status is None:
+            """`(exit code, signal)` once the serve has ended."""
+            if self._status is None:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 if pid:
                     exited = os.WIFEXITED(status)
@@ -1355,50 +1281,30 @@ else:
 
         def terminate(self) -> None:
             """SIGTERM to the serve alone: it has to release its own worker and the worker's lock."""
-            try:
+            if self._status is None:
                 os.kill(self.pid, _SIGTERM)
-            except ProcessLookupError:
-                pass
 
         def group_is_empty(self) -> bool:
-            return not group_members(self.pid)
+            return not set(group_members(self._group)) - {self._watchdog}
 
         def kill_group(self) -> None:
-            kill_group_of(self.pid)
+            kill_group_of(self._group)
 
         def reap(self) -> None:
-            """End the watchdog, which has nothing to kill any more, then let the zombie go."""
-            if self._watchdog_pipe >= 0:
-                os.close(self._watchdog_pipe)
-                self._watchdog_pipe = -1
-            try:
-                if self._watchdog:
-                    kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
-                    os.waitpid(self._watchdog, 0)
-            except (ProcessLookupError, ChildProcessError):
-                pass
-            try:
-                os.waitpid(self.pid, 0)
-            except ChildProcessError:
-                pass  # `ended` has reaped it where there is no waitid
+            """End the watchdog, and with it the group's id."""
+            os.close(self._pipe)
+            kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
+            os.waitpid(self._watchdog, 0)
 
-    def _exec_serve(argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
-        import signal
-
-        # Python ignores these; what is ignored stays so through exec.
-        for name in ("SIGPIPE", "SIGXFSZ"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_DFL)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd, target in ((null, 0), (log_fd, 1), (log_fd, 2)):
-            os.dup2(fd, target)
-        os.chdir(folder)
-        os.execvpe(argv[0], list(argv), dict(environ))
+    def group_of(pid: int) -> int:
+        """The process group of a serve, ours (its watchdog's) or the provider's (its own)."""
+        try:
+            return os.getpgid(pid)
+        except OSError:
+            return pid
 
     def watch_signals() -> None:
         """From a clean slate (a blocked or ignored signal is inherited), note what asks the runner to stop."""
-        import signal
-
         read_end, write_end = os.pipe()
         for fd in (read_end, write_end):
             os.set_blocking(fd, False)
@@ -1419,8 +1325,6 @@ else:
 
     def wait_for_event(timeout: float) -> None:
         """Wait for a signal (a child's end, a request to stop, a watched folder), `timeout` seconds at most."""
-        import select
-
         if select.select(_wakeup, [], [], max(0.0, timeout))[0]:
             try:
                 os.read(_wakeup[0], 4096)
@@ -1459,8 +1363,6 @@ else:
     def start_without_signals(start: Callable[[], None]) -> None:
         """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
         closes, the kernel would give it the second, and the main thread would wait on without having seen it."""
-        import signal
-
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             start()
@@ -1469,8 +1371,6 @@ else:
 
     def quoted_word(text: str) -> str:
         """A word as it is typed at a prompt."""
-        import shlex
-
         return shlex.quote(text)
 
     def default_env_shell() -> str:
@@ -1479,8 +1379,6 @@ else:
 
     def stop_signals() -> List[int]:
         """The signals that ask a command to end, besides Ctrl-C."""
-        import signal
-
         return [signal.SIGTERM, signal.SIGHUP]
 
     def enable_ansi(stream: Any) -> bool:
@@ -1496,183 +1394,12 @@ else:
             return "its mode is %04o: others can reach it" % (info.st_mode & 0o7777)
         return None
 
-    def run_in_foreground(argv: List[str], env: Dict[str, str], started: Callable[[], None]) -> int:
-        """Run ARGV with our terminal; return its exit code, or 128+n if signal n ended it.
-
-        STARTED is called once it runs: threads are for then, as the child runs Python code before its exec.
-
-        Signals sent to us are passed on. At a shell with job control the command is a job of its own in the
-        foreground, so what is typed (Ctrl-C, Ctrl-Z) and a change of window size reach it alone, and the
-        terminal is ours again afterwards. Raise OSError if it cannot be started. Hole: a command that ignores
-        a signal keeps us, and the serve, as long as it runs.
-        """
-        tty = _controlling_terminal()
-        try:
-            job = _ForegroundJob(argv, env, tty)
-            started()
-            return job.wait()
-        finally:
-            if tty is not None:
-                os.close(tty)
-
-    def _controlling_terminal() -> Optional[int]:
-        try:
-            return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        except OSError:
-            return None
-
-    def _leads_foreground_job(tty: Optional[int]) -> bool:
-        # Only a leader with both ends on the terminal may give it away: in a script or in `... | less` the
-        # other members of our group would lose it, and be stopped at their next read.
-        if tty is None or not (os.isatty(0) and os.isatty(1)) or os.getpgrp() != os.getpid():
-            return False
-        return _is_foreground(tty)
-
-    def _is_foreground(tty: int) -> bool:
-        try:
-            return os.tcgetpgrp(tty) == os.getpgrp()
-        except OSError:
-            return False
-
-    def _set_foreground(tty: int, group: int) -> None:
-        import signal
-
-        # Whoever calls tcsetpgrp from the background is stopped by SIGTTOU, unless it blocks it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
-        try:
-            os.tcsetpgrp(tty, group)
-        except OSError:
-            pass  # the terminal was hung up, or the group is gone
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    class _ForegroundJob:
-        """One child of `run_in_foreground`: signals in, exit code out."""
-
-        def __init__(self, argv: List[str], env: Dict[str, str], tty: Optional[int]) -> None:
-            import signal
-
-            self.tty = tty
-            self.controls = _leads_foreground_job(tty)  # job control is ours to exercise
-            self.lent = self.controls  # the child's group has the terminal, not the shell's or ours
-            self.modes = self._read_modes()
-            self.pid = 0  # 0 until the child runs
-            self.early: List[int] = []  # signals from before that
-            names = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-            self.passed = [getattr(signal, name) for name in names]
-            self.previous: Dict[int, Any] = {}
-            try:
-                self._install_handlers()
-                self.pid = self._spawn(argv, env)
-                for signum in self.early:
-                    self._send(signum)
-            except BaseException:
-                self._restore()
-                raise
-
-        def _read_modes(self) -> Any:
-            import termios
-
-            return termios.tcgetattr(self.tty) if self.controls and self.tty is not None else None
-
-        def _install_handlers(self) -> None:
-            import signal
-
-            for signum in self.passed:
-                if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup: the child ignores it like we do
-                    self.previous[signum] = signal.signal(signum, self._pass_on)
-            if self.controls:
-                self.previous[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: self._resume())
-
-        def _spawn(self, argv: List[str], env: Dict[str, str]) -> int:
-            import subprocess
-
-            def prepare() -> None:
-                # In the child, before the exec: a program that reads the terminal first thing must find
-                # itself in the foreground, or SIGTTIN stops it.
-                if self.controls or self.tty is None:
-                    os.setpgid(0, 0)
-                if self.controls and self.tty is not None:
-                    _set_foreground(self.tty, os.getpgrp())
-
-            child = subprocess.Popen(argv, env=env, preexec_fn=prepare)  # noqa: PLW1509  no thread yet
-            child.returncode = 0  # it is waited for below, not by subprocess
-            return child.pid
-
-        def _pass_on(self, signum: int, _frame: Any) -> None:
-            if self.pid:
-                self._send(signum)
-            else:
-                self.early.append(signum)
-
-        def _send(self, signum: int) -> None:
-            import signal
-
-            typed = signum in (signal.SIGINT, signal.SIGQUIT)
-            if typed and not self.controls and self.tty is not None and _is_foreground(self.tty):
-                return  # typed at the terminal: the kernel gave it to the child as well
-            try:
-                os.kill(self.pid, signum)
-            except ProcessLookupError:
-                pass
-
-        def wait(self) -> int:
-            """Return the child's code the moment it ends; a stop (Ctrl-Z) stops us too."""
-            try:
-                while True:
-                    _pid, status = os.waitpid(self.pid, os.WUNTRACED)
-                    if not os.WIFSTOPPED(status):
-                        break
-                    if self.controls:
-                        self._suspend()
-                if os.WIFSIGNALED(status):
-                    return 128 + os.WTERMSIG(status)
-                self.modes = None  # it ended by itself: what it made of the terminal is what it wanted
-                return os.WEXITSTATUS(status)
-            finally:
-                self.pid = 0
-                self._restore()
-
-        def _suspend(self) -> None:
-            import signal
-
-            self._take_back()
-            os.kill(os.getpid(), signal.SIGTSTP)  # here we stop, until `fg` or `bg`
-            self._resume()  # needed where no shell stops us: in an orphaned group the kernel drops the signal
-
-        def _resume(self) -> None:
-            import signal
-
-            if self.tty is None or not self.pid:
-                return
-            if _is_foreground(self.tty):
-                _set_foreground(self.tty, self.pid)
-                self.lent = True
-            try:
-                os.killpg(self.pid, signal.SIGCONT)
-            except OSError:
-                pass
-
-        def _take_back(self) -> None:
-            # After `bg` the shell has the terminal: then it is not ours to take.
-            if self.lent and self.tty is not None:
-                _set_foreground(self.tty, os.getpgrp())
-            self.lent = False
-
-        def _restore(self) -> None:
-            import signal
-            import termios
-
-            if self.lent and self.tty is not None:
-                self._take_back()
-                if self.modes is not None:
-                    try:
-                        termios.tcsetattr(self.tty, termios.TCSADRAIN, self.modes)
-                    except termios.error:
-                        pass
-            for signum, handler in self.previous.items():
-                signal.signal(signum, handler)
-            self.previous = {}
+    def run_instead(argv: List[str], env: Dict[str, str]) -> int:
+        """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
+        for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these; what is ignored stays so through exec
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+        os.execvpe(argv[0], argv, env)
 
     if sys.platform == "linux":
 
@@ -1692,8 +1419,8 @@ else:
             with open("/proc/%s/stat" % pid, "rb") as file:
                 return file.read().rpartition(b")")[2].split()
 
-        def process_start(pid: int) -> Optional[str]:
-            """A token that tells this process from a later one with its pid; None: dead; "": cannot tell.
+        def look_at(pid: int) -> Optional[Process]:
+            """The process with this pid; None if there is none.
 
             A zombie is dead, and so is a process on its way out: its port may take connections for as long
             as the kernel needs to free its memory, and resets them then. The token is the start in clock
@@ -1703,24 +1430,13 @@ else:
                 fields = _stat_fields(pid)
                 if place().rpartition(":")[2].startswith("-"):
                     raise ValueError("/proc is another namespace's")
-                is_ending = int(fields[6]) & 0x4 or int(fields[28]) & 1 << 8  # PF_EXITING; SIGKILL is pending
-                return None if is_ending or fields[0] in (b"Z", b"X", b"x") else fields[19].decode()
+                if int(fields[6]) & 0x4 or int(fields[28]) & 1 << 8 or fields[0] in (b"Z", b"X", b"x"):
+                    return None  # PF_EXITING; SIGKILL is pending
+                ago = float(_read_text("/proc/uptime").split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+                return Process(
+                    fields[19].decode(), time.time() - ago, os.stat("/proc/%d" % pid).st_uid, int(fields[1]))  # fmt: skip
             except (OSError, ValueError, IndexError):
-                try:
-                    os.kill(pid, 0)
-                except PermissionError:
-                    return ""
-                except (OSError, OverflowError):
-                    return None
-                return ""
-
-        def process_started_at(pid: int) -> Optional[float]:
-            try:
-                ticks = int(_stat_fields(pid)[19])
-                uptime = float(_read_text("/proc/uptime").split()[0])
-                return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-            except (OSError, ValueError, IndexError):
-                return None
+                return _answers_signals(pid)
 
         def shares_network(pid: int) -> bool:
             """Whether its loopback is ours; True where that cannot be told."""
@@ -1728,12 +1444,6 @@ else:
                 return os.stat("/proc/%d/ns/net" % pid).st_ino == os.stat("/proc/self/ns/net").st_ino
             except OSError:
                 return True
-
-        def parent_of(pid: int) -> Optional[int]:
-            try:
-                return int(_stat_fields(pid)[1])
-            except (OSError, ValueError, IndexError):
-                return None
 
         def command_line(pid: int) -> Optional[List[str]]:
             """A process's arguments; None where they cannot be had."""
@@ -1743,7 +1453,7 @@ else:
             except OSError:
                 return None
 
-        def is_thread_id(pid: int) -> bool:
+        def is_thread_id(pid: int) -> bool:  # noqa: F811
             """Linux answers for a thread's id as for a process's, so a recycled pid may be a thread."""
             for line in _read_text("/proc/%d/status" % pid).splitlines():
                 if line.startswith("Tgid:"):
@@ -1773,16 +1483,6 @@ else:
                     pass
             return pages * os.sysconf("SC_PAGE_SIZE") if pages else None
 
-        def _parent_death_signal() -> Callable[[], None]:
-            import ctypes
-
-            prctl = ctypes.CDLL(None).prctl
-
-            def arm() -> None:
-                prctl(1, _SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
-
-            return arm
-
         _LISTEN, _ESTABLISHED, _CLOSE_WAIT, _TIME_WAIT = 10, 1, 8, 6  # net/tcp_states.h
 
         def _tcp_rows(host: str, port: int, *states: int) -> Iterator[Tuple[int, bool, bytes, int]]:
@@ -1803,8 +1503,6 @@ else:
 
         def _packed_address(host: str) -> bytes:
             """Of a name, or what else is no address, the wildcard: then the port alone has to do."""
-            import socket
-
             try:
                 if ":" in host:
                     return socket.inet_pton(socket.AF_INET6, host.strip("[]"))
@@ -1824,9 +1522,6 @@ else:
             Listeners take 0.05 ms, connections 0.4 ms, and the files in /proc/net 7 ms each: they walk a
             hash table that has room for a hundred thousand connections, with a lock for each place in it.
             """
-            import socket
-            import struct
-
             # A nlmsghdr (TCPDIAG_GETSOCK: both tables; NLM_F_REQUEST | NLM_F_DUMP) and an inet_diag_req.
             mask = sum(1 << state for state in states)
             request = struct.pack("=IHHII52xII", 76, 18, 0x301, 0, 0, mask, 0)
@@ -1878,7 +1573,7 @@ else:
                 return NOBODY
             wanted -= _open_sockets(pid)
             if wanted:  # a wrapper script's child may be the one that listens
-                for member in group_members(pid):
+                for member in group_members(group_of(pid)):
                     wanted -= _open_sockets(member)
             if not wanted:
                 return OURS
@@ -1899,8 +1594,6 @@ else:
 
         def watch_folder(folder: str) -> int:
             """A write to a file in the folder ends wait_for_event(), until the descriptor is closed (-1: never)."""
-            import signal
-
             try:
                 fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | CLOEXEC)
             except OSError:
@@ -1929,102 +1622,59 @@ else:
             connection is refused, and the serve, which sets SO_REUSEADDR as servers do, can still
             listen. Another program that sets it too can as well: who_listens() is the proof.
             """
-            import socket
-
             sock = _bound_socket(socket.socket, host, port, reuse=True)
             return sock, int(sock.getsockname()[1])
 
     else:  # pragma: no cover - macOS and other POSIX: checked by mypy and by tests with injected calls
 
         def _libproc() -> Any:
-            import ctypes
-
             return ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
 
-        def _bsdinfo(pid: int) -> Optional[Tuple[int, int, int, int]]:
-            """`(status, uid, group, start in microseconds)` from proc_pidinfo(PROC_PIDTBSDINFO), sys/proc_info.h."""
-            import ctypes
-            import struct
-
-            buffer = ctypes.create_string_buffer(136)
-            if _libproc().proc_pidinfo(pid, 3, ctypes.c_uint64(0), buffer, 136) != 136:
-                return None
-            status, uid = struct.unpack_from("=I", buffer, 4)[0], struct.unpack_from("=I", buffer, 20)[0]
-            seconds, micros = struct.unpack_from("=QQ", buffer, 120)
-            return status, uid, struct.unpack_from("=I", buffer, 100)[0], seconds * 1000000 + micros
+        def _info(kind: int, pid: int, size: int) -> bytes:
+            """proc_pidinfo() of libproc, sys/proc_info.h; empty if there is no such process."""
+            buffer = ctypes.create_string_buffer(size)
+            libproc = ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
+            return buffer.raw if libproc.proc_pidinfo(pid, kind, ctypes.c_uint64(0), buffer, size) == size else b""
 
         def this_place() -> str:
             boot = _run_tool("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid").strip()[:8]
             return "%s:%s:0" % (_machine_id(), boot)
 
-        def process_start(pid: int) -> Optional[str]:
-            """A token that tells this process from a later one with its pid; None: dead; "": cannot tell."""
+        def look_at(pid: int) -> Optional[Process]:
+            """The process with this pid; None if there is none, or a zombie."""
             try:
-                info = _bsdinfo(pid)
+                info = _info(3, pid, 136)  # PROC_PIDTBSDINFO
             except (OSError, AttributeError):
-                info = None
-            if info is not None:
-                return None if info[0] == 5 else str(info[3])  # SZOMB
-            try:
-                os.kill(pid, 0)
-            except PermissionError:
-                return ""
-            except (OSError, OverflowError):
-                return None
-            return "" if not _is_zombie_child(pid) else None
-
-        def _is_zombie_child(pid: int) -> bool:
-            """libproc knows no zombies; `ps` does."""
-            return _run_tool("/bin/ps", "-o", "state=", "-p", str(pid)).strip().startswith("Z")
-
-        def process_started_at(pid: int) -> Optional[float]:
-            info = _bsdinfo(pid)
-            return info[3] / 1e6 if info else None
+                info = b""
+            if info:
+                status, parent, uid = (struct.unpack_from("=I", info, at)[0] for at in (4, 16, 20))
+                seconds, micros = struct.unpack_from("=QQ", info, 120)
+                start = seconds * 1000000 + micros
+                return None if status == 5 else Process(str(start), start / 1e6, uid, parent)  # SZOMB
+            # libproc knows no zombies; `ps` does.
+            found = _answers_signals(pid)
+            return None if found and _run_tool("/bin/ps", "-o", "state=", "-p", str(pid)).strip().startswith("Z") else found
 
         def shares_network(_pid: int) -> bool:
             """There are no network namespaces."""
             return True
 
-        def parent_of(pid: int) -> Optional[int]:
-            import ctypes
-            import struct
-
-            buffer = ctypes.create_string_buffer(136)
-            found = _libproc().proc_pidinfo(pid, 3, ctypes.c_uint64(0), buffer, 136) == 136
-            return int(struct.unpack_from("=I", buffer, 16)[0]) if found else None
-
         def command_line(pid: int) -> Optional[List[str]]:
             return _run_tool("/bin/ps", "-ww", "-o", "command=", "-p", str(pid)).split() or None
 
-        def is_thread_id(pid: int) -> bool:
-            return False
-
         def group_members(pgid: int) -> List[int]:
-            import ctypes
-
             pids = (ctypes.c_int32 * 4096)()
             size = _libproc().proc_listpids(2, pgid, pids, ctypes.sizeof(pids))  # PROC_PGRP_ONLY
             return [pid for pid in pids[: max(0, size) // 4] if pid and process_start(pid) is not None]
 
         def rss_bytes(pids: Sequence[int]) -> Optional[int]:
-            import ctypes
-            import struct
-
-            total, buffer = 0, ctypes.create_string_buffer(96)
-            for pid in pids:
-                if _libproc().proc_pidinfo(pid, 4, ctypes.c_uint64(0), buffer, 96) == 96:  # PROC_PIDTASKINFO
-                    total += struct.unpack_from("=Q", buffer, 8)[0]
-            return total or None
+            infos = filter(None, (_info(4, pid, 96) for pid in pids))  # PROC_PIDTASKINFO
+            return sum(struct.unpack_from("=Q", info, 8)[0] for info in infos) or None
 
         def watch_folder(folder: str) -> int:
             return -1
 
-        def _parent_death_signal() -> Callable[[], None]:
-            return lambda: None  # the watchdog does it
-
         def _run_tool(*argv: str) -> str:
-            import subprocess
-
             null = subprocess.DEVNULL
             try:
                 done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=null, stderr=null, timeout=10, check=False)
@@ -2039,7 +1689,7 @@ else:
             listeners = _run_tool("lsof", "-nP", "-t", "-iTCP:%d" % port, "-sTCP:LISTEN").split()
             if not listeners:
                 return UNKNOWN  # perhaps another user's process, which lsof does not show
-            members = {str(member) for member in [pid, *group_members(pid)]}
+            members = {str(member) for member in [pid, *group_members(group_of(pid))]}
             return OURS if set(listeners) <= members else STRANGER
 
         def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
@@ -2047,8 +1697,6 @@ else:
             return (sum(row[0] == "ESTABLISHED" for row in rows), {row[1] for row in rows if row[0] == "TIME_WAIT"})
 
         def reserve_port(host: str, port: int) -> Tuple[Any, int]:
-            import socket
-
             with _bound_socket(socket.socket, host, port) as sock:
                 return None, int(sock.getsockname()[1])
 
@@ -2056,9 +1704,17 @@ else:
 _stop_signals: List[int] = []
 
 
-def _accepts_connections(host: str, port: int) -> bool:
-    import socket
+def wait_until(condition: Callable[[], Any], seconds: float = float("inf"), pause: float = 0.02, wait: Any = None) -> Any:
+    """The condition's first true value, or its last false one once so many seconds are over."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value, left = condition(), deadline - time.monotonic()
+        if value or left <= 0:
+            return value
+        (wait or time.sleep)(min(pause, left))
 
+
+def _accepts_connections(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), timeout=HEALTH_TIMEOUT).close()
     except OSError:
@@ -2078,8 +1734,6 @@ def lookup_name(host: str) -> Any:
 
 def _bound_socket(make_socket: Any, host: str, port: int, reuse: bool = False) -> Any:
     """A socket bound to host and port; PortAllocationFailedError with what to do if that cannot be."""
-    import socket
-
     try:
         family, kind, proto, _, address = socket.getaddrinfo(lookup_name(host), port, type=socket.SOCK_STREAM)[0]
         sock = make_socket(family, kind, proto)
@@ -2111,11 +1765,15 @@ def place() -> str:
     return found
 
 
+def process_start(pid: int) -> Optional[str]:
+    """The token of the process with this pid; None: dead; "": cannot tell."""
+    found = look_at(pid)
+    return found.start if found else None
+
+
 def process_alive(pid: int) -> bool:
     """True if a process, not a zombie, has this pid now; False for what cannot be a pid."""
-    if type(pid) is not int or not 0 < pid < 2**31:
-        return False
-    return process_start(pid) is not None and not is_thread_id(pid)
+    return type(pid) is int and 0 < pid < 2**31 and look_at(pid) is not None and not is_thread_id(pid)
 
 
 is_process_alive = process_alive  # the provider's name for it
@@ -2165,10 +1823,9 @@ def judge_bare_pid(pid: int, since: float, uid: Optional[int]) -> str:
     """
     if not process_alive(pid):
         return DEAD
-    owner, started = process_uid(pid), process_started_at(pid)
-    if uid is not None and owner is not None and owner != uid:
-        return DEAD
-    return DEAD if started is not None and started > since + CLOCK_SLACK else ALIVE
+    found = look_at(pid) or _UNREADABLE
+    is_anothers = uid is not None and found.uid not in (None, uid)
+    return DEAD if is_anothers or (found.started_at or 0.0) > since + CLOCK_SLACK else ALIVE
 
 
 def parent_is_gone(original: int, current: int) -> bool:
@@ -2402,8 +2059,6 @@ def _unlink(path: str) -> bool:
 
 def _strict_json(data: bytes) -> Any:
     """The JSON value, or None: also for NaN, for nesting that overflows the stack, for digits without end."""
-    import json
-
     def refuse(_: str) -> None:
         raise ValueError("no JSON")
 
@@ -2528,8 +2183,6 @@ def _heartbeat_age(mtime: Optional[float]) -> float:
 
 
 def _encode_record(record: ServeRecord) -> bytes:
-    import json
-
     data = {}
     for name, attribute, kind in _RECORD_FIELDS:
         value = getattr(record, attribute)
@@ -3004,10 +2657,6 @@ def _make_openers() -> Tuple[Any, Any]:
     By itself urllib sends loopback requests, key included, to $http_proxy, and follows redirects with
     the Authorization header to wherever they lead (CPython issue 77842).
     """
-    import http.client
-    import socket
-    import urllib.request
-
     class DeadlineSocket(socket.socket):
         """Receives until a deadline for the whole call; a socket's own timeout is for each packet."""
 
@@ -3076,10 +2725,6 @@ def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -
     REFUSED: nothing listens. BUSY: no answer in time, or one that another try may better (5xx, a
     connection that broke). WRONG: an answer that no serve with this key gives. HEALTHY: a model list.
     """
-    import http.client
-    import urllib.error
-    import urllib.request
-
     request = urllib.request.Request(base_url + "/models")
     if api_key:
         request.add_unredirected_header("Authorization", "Bearer " + api_key)
@@ -3143,8 +2788,6 @@ def find_listener(host: str, port: int, pid: int) -> Tuple[str, str]:
 
 def _addresses_of(host: str) -> List[str]:
     """The addresses of a name; what is one, or has none, comes back as it is."""
-    import socket
-
     try:
         socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host.strip("[]"))
         return [host.strip("[]")]
@@ -3165,8 +2808,6 @@ def is_refused(error: BaseException) -> bool:
 
 def _serve_error(error: Any) -> ServeHTTPError:
     """An HTTP error answer (urllib.error.HTTPError) as ServeHTTPError, with the serve's own message."""
-    import http.client
-
     with error:
         try:
             body = error.read(MAX_FILE_BYTES)
@@ -3219,8 +2860,6 @@ def _on_path(name: str) -> Optional[str]:
     """Where on PATH a bare name is that is no file in the working folder: a shell and Node.js look there, too."""
     if os.path.dirname(name) or os.path.exists(name):
         return None
-    import shutil
-
     return shutil.which(name, path=os.pathsep.join(_path_folders()))
 
 
@@ -3327,13 +2966,9 @@ def stop_serve_process(serve: ServeProcess, grace: float = STOP_GRACE) -> None:
     """
     if serve.ended() is None:
         serve.terminate()
-        deadline = time.monotonic() + grace
-        while serve.ended() is None and time.monotonic() < deadline:
-            wait_for_event(min(0.1, max(0.0, deadline - time.monotonic())))
-        if serve.ended() is None:
+        if not wait_until(serve.ended, grace, 0.1, wait_for_event):
             serve.kill_group()
-    while serve.ended() is None:
-        wait_for_event(0.05)
+    wait_until(serve.ended, pause=0.05, wait=wait_for_event)
     finish_group(serve)
 
 
@@ -3342,36 +2977,23 @@ def finish_group(serve: ServeProcess) -> None:
 
     In this order: until it is reaped the zombie keeps the group's id from being used again.
     """
-    deadline, pause = time.monotonic() + GROUP_GRACE, 0.005
-    while not serve.group_is_empty():
-        if time.monotonic() > deadline:
-            serve.kill_group()
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
-        if time.monotonic() > deadline + GROUP_GRACE:
-            break  # not even SIGKILL ends a process that hangs in the kernel
+    if not wait_until(serve.group_is_empty, GROUP_GRACE, 0.01):
+        # Not even SIGKILL ends a process that hangs in the kernel: not for ever.
+        wait_until(lambda: serve.kill_group() or serve.group_is_empty(), GROUP_GRACE, 0.05)
     serve.kill_group()
     serve.reap()
 
 
 def stop_stray_group(pid: int, is_still_it: Callable[[], bool], grace: float = STOP_GRACE) -> bool:
     """The stop ladder for a serve that is not our child (an orphan's); True when its group is gone."""
+    group = group_of(pid)
     try:
         terminate_process(pid)
     except OSError:
         pass
-    deadline = time.monotonic() + grace
-    while is_still_it() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    deadline = time.monotonic() + GROUP_GRACE
-    while group_members(pid) and not is_still_it() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for _ in range(50):  # a second, with the pauses
-        if not group_members(pid):
-            return True
-        kill_group_of(pid)
-        time.sleep(0.02)
-    return False
+    wait_until(lambda: not is_still_it(), grace)
+    wait_until(lambda: is_still_it() or not group_members(group), GROUP_GRACE)
+    return bool(wait_until(lambda: not group_members(group) or kill_group_of(group), 1.0))
 
 
 # ==================================================================================================
@@ -3514,8 +3136,6 @@ class _Runner:
 
     def _aliases(self) -> str:
         """The names its models answer to, as JSON: for `logs MODEL` when the config is gone."""
-        import json
-
         return json.dumps(list(_strict_json(self.config)["serve"]["models"]))
 
     def _keep_config(self) -> None:
@@ -3863,9 +3483,7 @@ class _Runner:
             return True  # nobody can tell now
 
     def _pause_before_restart(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not was_asked_to_stop(self.folder):
-            wait_for_event(deadline - time.monotonic())
+        wait_until(lambda: was_asked_to_stop(self.folder), seconds, seconds, wait_for_event)
 
     # -- ending
 
@@ -3939,8 +3557,6 @@ class _Runner:
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         """One JSON line to the client that waits for us, which may be gone."""
-        import json
-
         if self.report_fd >= 0:
             text = redact(json.dumps(message), self.api_key)
             try:
@@ -4017,8 +3633,6 @@ def _refuses_key_file(output: str) -> bool:
 
 def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:
     """KEY.error: a text (a provider's client shows it as it is), and a last line for clients of ours."""
-    import json
-
     brief = {**report, "args": [_shorten(arg, 300) if isinstance(arg, str) else arg for arg in report["args"]]}
     text = "%s\n%s\n" % (redact(str(failure), api_key), redact(json.dumps(brief), api_key))
     return text.encode("utf-8", "replace")
@@ -4185,9 +3799,6 @@ class Qvac:
         return model or self._default_model or ""
 
     def _open_json(self, path: str, body: Any, timeout: Optional[float]) -> Any:
-        import http.client
-        import urllib.error
-
         try:
             return self.open(path, body, timeout)
         except urllib.error.HTTPError as error:
@@ -4197,10 +3808,6 @@ class Qvac:
 
     def _json(self, path: str, body: Any, timeout: Optional[float], pick: Callable[[Any], Any]) -> Any:
         """What `pick` takes out of the JSON answer; an answer of another shape is a ServeHTTPError, too."""
-        import http.client
-        import itertools
-        import json
-
         with self._open_json(path, body, timeout) as response:
             try:
                 # In pieces: Python 3.8 makes room first for as much as it is told to read.
@@ -4224,8 +3831,6 @@ def _broken_off() -> ConnectionResetError:
 
 def _lines_of(response: Any) -> Iterator[bytes]:
     """The lines of an answer as they come; ConnectionResetError where it is broken."""
-    import http.client
-
     while True:
         try:
             line = response.readline(MAX_ANSWER_BYTES)
@@ -4262,11 +3867,7 @@ def _as_messages(prompt_or_messages: Any) -> List[Any]:
 
 def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, str]) -> Any:
     """A new urllib Request for the serve; the caller's own object is left as it is."""
-    import urllib.request
-
     if isinstance(data, (dict, list)):
-        import json
-
         data = json.dumps(data).encode()
     if isinstance(target, urllib.request.Request):
         url, given, method = target.full_url, dict(target.header_items()), target.get_method()
@@ -4394,8 +3995,6 @@ class ManagedQvac(Qvac):
 
 
 def _refused_error() -> OSError:
-    import urllib.error
-
     return urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone"))
 
 
@@ -4650,11 +4249,7 @@ class _Resolver:
 
     def _has_connections(self, record: ServeRecord) -> bool:
         """Somebody uses it by its URL; our own health check's connection is closed in a moment."""
-        for _ in range(10):
-            if connections_to(record.host, record.port)[0] == 0:
-                return False
-            time.sleep(0.02)
-        return True
+        return not wait_until(lambda: connections_to(record.host, record.port)[0] == 0, 0.2)
 
     def _lock_is_held_by(self, pid: int) -> bool:
         return (_read_lock(self.key) or "").split()[:1] == [str(pid)] and _judge_lock(self.key) == ALIVE
@@ -4710,8 +4305,6 @@ class _Resolver:
 
         Returns its channel, the file with its parameters, and the serve's folder.
         """
-        import json
-
         folder = os.path.join(managed_serves_dir(), "%s.%s.d" % (self.key, os.urandom(4).hex()))
         config_path = os.path.join(folder, CONFIG_NAME)
         params_path = os.path.join(managed_serves_dir(), "%s.%d.%s.runner-params.json" % (
@@ -4847,9 +4440,6 @@ _remote_sizes: Dict[str, Optional[int]] = {}
 def _remote_size(url: str) -> Optional[int]:
     """What a web server says of a file's length; asked once."""
     if url not in _remote_sizes and url.startswith(("http://", "https://")):
-        import http.client
-        import urllib.request
-
         _remote_sizes[url] = None
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HEALTH_TIMEOUT) as response:
@@ -4913,8 +4503,6 @@ def load_failure_reason(key: str, alias: str, secret: str) -> str:
 
 
 def _warn(text: str, *args: Any) -> None:
-    import logging
-
     logging.getLogger("qvac_managed").warning(text, *args)
 
 
@@ -4927,8 +4515,6 @@ _hooks_installed: List[int] = []
 def _install_hooks() -> None:
     """Once, with the first managed client: detach at exit, and own nothing of the parent's after a fork."""
     if not _hooks_installed:
-        import atexit
-
         _hooks_installed.append(1)
         atexit.register(_detach_all)
         call_after_fork(_after_fork)
@@ -5072,8 +4658,6 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
     """
     if mode != "managed":
         return create_qvac(mode, **options)
-    import asyncio
-
     loop = asyncio.get_running_loop()
     done: asyncio.Future[ManagedQvac] = loop.create_future()
     resolvers: List[_Resolver] = []
@@ -5137,8 +4721,6 @@ def _watch_parent(resolver: _Resolver) -> None:
 
 
 def _started_thread(name: str, work: Callable[[], None]) -> Any:
-    import threading
-
     thread = threading.Thread(target=work, name=name, daemon=True)
     try:
         start_without_signals(thread.start)
@@ -5283,7 +4865,7 @@ def _describe(record: ServeRecord) -> ServeInfo:
         state=state, consumers=len(live_consumers(record.fleet_key)), connections=connections,
         uptime_s=round(now - record.ready_at, 1) if record.ready_at and is_here else None,
         idle_timeout_s=None if never else record.idle_timeout_ms / 1000, restarts=record.restarts,
-        rss_bytes=rss_bytes(group_members(record.serve_pid)) if is_here and not record.is_restarting else None,
+        rss_bytes=rss_bytes(group_members(group_of(record.serve_pid))) if is_here and not record.is_restarting else None,
         started_at=record.started_at,
         time_left_s=round(max(0.0, left), 1) if left is not None and is_here else None)  # fmt: skip
 
@@ -5301,8 +4883,6 @@ def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: 
     """The function's results for all items, each in a thread; those that take longer are left out."""
     if len(items) < 2:
         return [function(item) for item in items]
-    import threading
-
     results: Dict[int, Any] = {}
 
     def work(index: int) -> None:
@@ -5350,20 +4930,18 @@ def stop_serve(fleet_key: str) -> bool:
 
 def _is_runner_of(record: ServeRecord) -> bool:
     """Proof enough to signal the runner: its start time, or, in a provider's record, that it is the serve's parent."""
-    return record.has_identities or (record.names_its_serve and parent_of(record.serve_pid) == record.runner_pid)
+    return record.has_identities or (record.names_its_serve and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid)
 
 
 def _stop_runner(key: str, pid: int, start: str) -> None:
     """SIGTERM, and after the time its own stop ladder may take, SIGKILL: its watchdog then kills the serve."""
     start = start or process_start(pid) or ""  # a provider's record does not tell it
-    deadline = time.monotonic() + STOP_GRACE + 3 * GROUP_GRACE
     try:
         ask_to_stop(pid, serve_folders(key))
-        while process_start(pid) == start:
-            if time.monotonic() > deadline:
-                kill_process(pid)
-                deadline += STOP_GRACE
-            time.sleep(0.01)
+        patience = STOP_GRACE + 3 * GROUP_GRACE
+        while not wait_until(lambda: process_start(pid) != start, patience, 0.01):
+            kill_process(pid)
+            patience = STOP_GRACE
     except OSError:
         pass  # it has gone in between
 
@@ -5515,19 +5093,10 @@ def find_reusable_serve(key: str) -> Optional[ServeRecord]:
 # loads, listens and accepts; each connection has a thread of its own.
 
 _ECHO_USAGE = "usage: serve --openai --no-default --config FILE --port N --host H --api-key-file FILE"
-_ECHO_FLAGS = ("serve", "--openai", "--no-default")
-_ECHO_OPTIONS = ("--config", "--port", "--host", "--api-key", "--api-key-file")
 _ECHO_HEAD_LIMIT = 64 * 1024  # bytes of request line and header fields
 _ECHO_BODY_LIMIT = 100 * 1024 * 1024  # bytes, as the real serve
 _ECHO_KEEP_ALIVE = 72.0  # seconds a silent connection stays open, as the real serve
 _ECHO_LAST_WORDS = 1.0  # seconds for answers under way at SIGTERM, and for the rest of a refused body
-_ECHO_REASONS = {
-    200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 411: "Length Required",
-    413: "Payload Too Large", 415: "Unsupported Media Type", 503: "Service Unavailable",
-}  # fmt: skip
-
-if TYPE_CHECKING:
-    _EchoAnswer = Union[Dict[str, Any], List[Dict[str, Any]]]  # a JSON object, or the events of a stream
 
 
 def run_echo_serve(argv: List[str]) -> int:
@@ -5544,57 +5113,26 @@ def run_echo_serve(argv: List[str]) -> int:
 
     Must run in the main thread, whose SIGTERM and SIGINT it takes.
     """
-    try:
-        options = _echo_options(argv)
-    except ValueError as error:
-        _echo_log(f"error: {error}; {_ECHO_USAGE}", stream=2)
+    options, words = {"port": "11434", "host": "127.0.0.1", "api-key": ""}, iter(argv)
+    for word in words:
+        if word in ("--config", "--port", "--host", "--api-key", "--api-key-file"):
+            options[word[2:]] = next(words, "")
+        elif word not in ("serve", "--openai", "--no-default"):
+            _echo_log(f"error: unknown option '{word}'; {_ECHO_USAGE}", stream=2)
+            return 2
+    if not options.get("config") or not options["port"].isdecimal():
+        _echo_log(f"error: --config needs a file, --port a number; {_ECHO_USAGE}", stream=2)
         return 2
     try:
-        serve = _EchoServe(_echo_models(options["config"]), _echo_api_key(options))
+        serve = _EchoServe(options)
         serve.preload()
-        serve.listen(options.get("host", "127.0.0.1"), int(options.get("port", "11434")))
+        serve.listen(options["host"], int(options["port"]))
     except (OSError, ValueError, OverflowError) as error:
         # With its symbol, EADDRINUSE, as Node.js does: whoever reads the log looks for that.
         symbol = errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None
         _echo_log(f"error: {symbol}: {error}" if symbol else f"error: {error}", stream=2)
         return 1
     return 0
-
-
-def _echo_options(argv: List[str]) -> Dict[str, str]:
-    """The options' values by name without dashes. Raise ValueError for what is unknown or missing."""
-    options = {}
-    words = iter(argv)
-    for word in words:
-        if word in _ECHO_OPTIONS:
-            options[word[2:]] = next(words, "")
-        elif word not in _ECHO_FLAGS:
-            raise ValueError(f"unknown option '{word}'")
-    if not options.get("config") or not options.get("port", "0").isdecimal():
-        raise ValueError("--config needs a file, --port a number")
-    return options
-
-
-def _echo_models(config_path: str) -> Dict[str, _EchoModel]:
-    import json
-
-    try:
-        with open(config_path, encoding="utf-8") as file:
-            entries = json.load(file)["serve"]["models"]
-        return {alias: _EchoModel(alias, entry) for alias, entry in entries.items()}
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{config_path} is no serve config ({type(error).__name__}: {error})") from error
-
-
-def _echo_api_key(options: Dict[str, str]) -> str:
-    path = options.get("api-key-file")
-    if path is None:
-        return options.get("api-key", "")
-    with open(path, encoding="utf-8") as file:
-        key = file.read().strip()
-    if not key:
-        raise ValueError(f"the API key file {path} is empty")
-    return key
 
 
 def _echo_log(line: str, stream: int = 1) -> None:
@@ -5609,13 +5147,9 @@ class _EchoError(Exception):
     """An answer that is not 200: HTTP status, OpenAI's error code, message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.status, self.body = status, {"error": {"message": message, "type": kind, "code": code}}
         super().__init__(message)
-        self.status = status
-        self.code = code
-
-    def body(self) -> Dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "code": self.code}}
 
 
 class _EchoModel:
@@ -5624,18 +5158,19 @@ class _EchoModel:
     def __init__(self, alias: str, entry: Any) -> None:
         entry = {"model": entry} if isinstance(entry, str) else entry
         config = entry.get("config") or {}
-        self.alias = alias
+        self.alias, self.state, self.created = alias, "idle", int(time.time())
         self.source = entry["model"] if "model" in entry else entry["src"]
         self.preload = bool(entry.get("preload", "model" in entry))  # the real serve's two defaults
-        self.load_seconds = float(config.get("echo_load_seconds", 0))
-        self.token_seconds = float(config.get("echo_token_seconds", 0))
+        self.load_seconds, self.token_seconds = (
+            float(config.get("echo_%s_seconds" % name, 0)) for name in ("load", "token"))  # fmt: skip
         self.fail = config.get("echo_fail")
-        self.created = int(time.time())
-        self.state = "idle"
 
     def listing(self) -> Dict[str, Any]:
-        facts = {"id": self.alias, "object": "model", "created": self.created, "owned_by": "qvac"}
-        return dict(facts, state=self.state)
+        return {"id": self.alias, "object": "model", "created": self.created, "owned_by": "qvac", "state": self.state}
+
+    def facts(self, prefix: str, kind: str) -> Dict[str, Any]:
+        """What every answer begins with, plain or a piece of a stream."""
+        return {"id": f"{prefix}-{os.urandom(5).hex()}", "object": kind, "created": int(time.time()), "model": self.alias}
 
 
 class _EchoRequest:
@@ -5665,8 +5200,6 @@ class _EchoRequest:
         self.unread = False
 
     def json(self) -> Dict[str, Any]:
-        import json
-
         if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise _EchoError(415, "unsupported_media_type", "Content-Type must be application/json.")
         try:
@@ -5703,8 +5236,7 @@ def _echo_text(message: Any) -> str:
 
 def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
     """A field that is a string or a list of strings, as a list."""
-    value: Any = body.get(name)
-    values = value if isinstance(value, list) else [value]
+    values = body.get(name) if isinstance(body.get(name), list) else [body.get(name)]
     if not values or not all(isinstance(one, str) for one in values):
         raise _EchoError(400, code, f'"{name}" must be a string or a list of strings.')
     return values
@@ -5712,15 +5244,7 @@ def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
 
 def _echo_words(text: str) -> List[str]:
     """The text in pieces of one word each that add up to it."""
-    import re
-
     return re.findall(r"\s*\S+|\s+", text)
-
-
-def _echo_facts(prefix: str, kind: str, model: _EchoModel) -> Dict[str, Any]:
-    """What every answer begins with, plain or a piece of a stream."""
-    facts = {"id": f"{prefix}-{os.urandom(5).hex()}", "object": kind}
-    return dict(facts, created=int(time.time()), model=model.alias)
 
 
 def _echo_usage(asked: List[str], answered: List[str]) -> Dict[str, int]:
@@ -5728,25 +5252,22 @@ def _echo_usage(asked: List[str], answered: List[str]) -> Dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _echo_vector(text: str) -> List[float]:
-    """A unit vector of 32 dimensions that depends on nothing but the text."""
-    import hashlib
-
-    raw = [byte - 127.5 for byte in hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()]
-    length = sum(value * value for value in raw) ** 0.5
-    return [value / length for value in raw]
-
-
 class _EchoServe:
     """The models, the key, and who is being answered."""
 
-    def __init__(self, models: Dict[str, _EchoModel], api_key: str) -> None:
-        import signal
-        import socket
-        import threading
-
-        self.models = models
-        self.api_key = api_key
+    def __init__(self, options: Dict[str, str]) -> None:
+        try:
+            with open(options["config"], encoding="utf-8") as file:
+                entries = json.load(file)["serve"]["models"]
+            self.models = {alias: _EchoModel(alias, entry) for alias, entry in entries.items()}
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{options['config']} is no serve config ({type(error).__name__}: {error})") from error
+        self.api_key = options["api-key"]
+        if "api-key-file" in options:
+            with open(options["api-key-file"], encoding="utf-8") as file:
+                self.api_key = file.read().strip()
+            if not self.api_key:
+                raise ValueError(f"the API key file {options['api-key-file']} is empty")
         self.loading = threading.Lock()  # one load at a time, as the real serve
         self.busy: Set[_EchoRequest] = set()
         # A signal makes `stop` readable, for good. To raise from a handler would lose the signal that comes
@@ -5759,15 +5280,12 @@ class _EchoServe:
 
     def pause(self, seconds: float) -> bool:
         """Wait, but not beyond the time to stop; return whether that has come."""
-        import select
-
         return bool(select.select([self.stop], [], [], seconds)[0])
 
     def preload(self) -> None:
         wanted = [model for model in self.models.values() if model.preload]
         names = ", ".join(model.alias for model in wanted)
-        counted = f"Preloading {len(wanted)} model(s): {names}"
-        _echo_log(counted if wanted else "No models configured for preload.")
+        _echo_log(f"Preloading {len(wanted)} model(s): {names}" if wanted else "No models configured for preload.")
         for model in wanted:
             try:
                 self.load(model)
@@ -5784,14 +5302,11 @@ class _EchoServe:
                 raise _EchoError(503, "model_not_ready", "The serve is stopping.")
             model.state = "error" if model.fail else "ready"
             if model.fail:
-                message = f'Model "{model.alias}" failed to load: {model.fail}'
-                raise _EchoError(503, "model_load_failed", message)
+                raise _EchoError(503, "model_load_failed", f'Model "{model.alias}" failed to load: {model.fail}')
             _echo_log(f'Model "{model.alias}" loaded (echo).')
 
     def listen(self, host: str, port: int) -> None:
         """Accept until it is time to stop, then give the answers under way a moment."""
-        import socket
-
         host = host.strip("[]")
         family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
         with socket.socket(family, socket.SOCK_STREAM) as listener:
@@ -5803,30 +5318,17 @@ class _EchoServe:
             listener.bind((host, port))
             listener.listen(511)  # as Node.js
             _echo_log(f"QVAC API server listening on http://{shown}:{listener.getsockname()[1]}")
-            self.accept(listener)
-        deadline = time.monotonic() + _ECHO_LAST_WORDS
-        while self.busy and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def accept(self, listener: socket.socket) -> None:
-        import select
-        import threading
-
-        listener.setblocking(False)  # a client that is gone again must not leave us in accept()
-        while True:
-            ready = select.select([listener, self.stop], [], [])[0]
-            if self.stop in ready:
-                return
-            try:
-                client = listener.accept()[0]
-                threading.Thread(target=self.converse, args=(client,), daemon=True).start()
-            except (OSError, RuntimeError):  # out of descriptors or threads: some come back
-                self.pause(0.05)
+            listener.setblocking(False)  # a client that is gone again must not leave us in accept()
+            while self.stop not in select.select([listener, self.stop], [], [])[0]:
+                try:
+                    client = listener.accept()[0]
+                    threading.Thread(target=self.converse, args=(client,), daemon=True).start()
+                except (OSError, RuntimeError):  # out of descriptors or threads: some come back
+                    self.pause(0.05)
+        wait_until(lambda: not self.busy, _ECHO_LAST_WORDS, 0.01)
 
     def converse(self, client: socket.socket) -> None:
         """Answer what comes on one connection until either side closes it."""
-        import socket
-
         try:
             with client, client.makefile("rb") as stream:
                 client.settimeout(_ECHO_KEEP_ALIVE)
@@ -5836,9 +5338,7 @@ class _EchoServe:
                 # Closing over bytes that nobody read would reset the connection before the answer is seen.
                 client.shutdown(socket.SHUT_WR)
                 client.settimeout(_ECHO_LAST_WORDS)
-                deadline = time.monotonic() + _ECHO_LAST_WORDS
-                while time.monotonic() < deadline and client.recv(65536):
-                    pass
+                wait_until(lambda: not client.recv(65536), _ECHO_LAST_WORDS, 0)
         except OSError:
             pass  # the client is gone, or was silent for too long
 
@@ -5847,11 +5347,13 @@ class _EchoServe:
         lines = _echo_head(stream)
         if not lines:
             return False
-        started = time.monotonic()
-        request = _EchoRequest(lines)
+        started, request = time.monotonic(), _EchoRequest(lines)
         self.busy.add(request)
         try:
-            status, answer = self.handle(request, stream)
+            try:
+                status, answer = 200, self.handle(request, stream)
+            except _EchoError as error:
+                status, answer = error.status, error.body
             self.send(client, request, status, answer)
         finally:
             self.busy.discard(request)
@@ -5860,39 +5362,26 @@ class _EchoServe:
         _echo_log(f"← {status} {request.method} {request.path} ({took})")
         return request.keeps_open()
 
-    def handle(self, request: _EchoRequest, stream: BinaryIO) -> Tuple[int, _EchoAnswer]:
-        try:
-            if request.version != "HTTP/1.1":
-                raise _EchoError(400, "bad_request", "This is not an HTTP/1.1 request.")
-            if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
-                raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")
-            _echo_log(f"→ {request.method} {request.path}")
-            request.read_body(stream)
-            return 200, self.route(request)
-        except _EchoError as error:
-            return error.status, error.body()
-
-    def route(self, request: _EchoRequest) -> _EchoAnswer:
-        posts = {
-            "/v1/chat/completions": self.chat,
-            "/v1/completions": self.complete,
-            "/v1/embeddings": self.embed,
-        }
+    def handle(self, request: _EchoRequest, stream: BinaryIO) -> Any:
+        """The answer: a JSON object, or the events of a stream as a list."""
+        if request.version != "HTTP/1.1":
+            raise _EchoError(400, "bad_request", "This is not an HTTP/1.1 request.")
+        if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
+            raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")
+        _echo_log(f"→ {request.method} {request.path}")
+        request.read_body(stream)
+        posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.complete, "/v1/embeddings": self.embed}
         if request.method == "POST" and request.path in posts:
             return posts[request.path](request.json())
         if request.method in ("GET", "HEAD") and request.path == "/v1/models":
             return {"object": "list", "data": [model.listing() for model in self.models.values()]}
         if request.method in ("GET", "HEAD") and request.path.startswith("/v1/models/"):
-            from urllib.parse import unquote
-
-            return self.find(unquote(request.path[len("/v1/models/") :])).listing()
+            return self.find(urllib.parse.unquote(request.path[len("/v1/models/") :])).listing()
         raise _EchoError(404, "not_found", f"Unknown endpoint: {request.method} {request.target}")
 
-    def send(self, client: socket.socket, request: _EchoRequest, status: int, answer: _EchoAnswer) -> None:
-        import json
-
-        head = f"HTTP/1.1 {status} {_ECHO_REASONS[status]}\r\n"
-        head += f"Connection: {'keep-alive' if request.keeps_open() else 'close'}\r\n"
+    def send(self, client: socket.socket, request: _EchoRequest, status: int, answer: Any) -> None:
+        kept = "keep-alive" if request.keeps_open() else "close"
+        head = f"HTTP/1.1 {status} {'OK' if status == 200 else 'Error'}\r\nConnection: {kept}\r\n"
         if isinstance(answer, dict):
             data = json.dumps(answer).encode()
             head += f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -5909,8 +5398,7 @@ class _EchoServe:
 
     def find(self, name: str) -> _EchoModel:
         if name not in self.models:
-            message = f'Model "{name}" is not available. Check serve.models config.'
-            raise _EchoError(404, "model_not_found", message)
+            raise _EchoError(404, "model_not_found", f'Model "{name}" is not available. Check serve.models config.')
         return self.models[name]
 
     def ready_model(self, body: Dict[str, Any]) -> _EchoModel:
@@ -5923,7 +5411,7 @@ class _EchoServe:
             self.load(model)
         return model
 
-    def chat(self, body: Dict[str, Any]) -> _EchoAnswer:
+    def chat(self, body: Dict[str, Any]) -> Any:
         messages = body.get("messages")
         if not isinstance(messages, list):
             raise _EchoError(400, "missing_messages", '"messages" must be a list.')
@@ -5932,43 +5420,40 @@ class _EchoServe:
         text = _echo_text(users[-1]) if users else ""
         usage = _echo_usage([_echo_text(one) for one in messages], [text])
         if not body.get("stream"):
-            message = {"role": "assistant", "content": text or None}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            return dict(_echo_facts("chatcmpl", "chat.completion", model), choices=[choice], usage=usage)
-        facts = _echo_facts("chatcmpl", "chat.completion.chunk", model)
-        deltas: List[Dict[str, str]] = [{"role": "assistant", "content": ""}]
-        deltas += [{"content": word} for word in _echo_words(text)]
-        choices: List[Any] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
-        choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
-        events = [dict(facts, choices=[choice]) for choice in choices]
+            choice = {"index": 0, "message": {"role": "assistant", "content": text or None}, "finish_reason": "stop"}
+            return dict(model.facts("chatcmpl", "chat.completion"), choices=[choice], usage=usage)
+        facts = model.facts("chatcmpl", "chat.completion.chunk")
+        deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in _echo_words(text)), {}]
+        events: List[Any] = [dict(facts, choices=[{"index": 0, "delta": d, "finish_reason": None}]) for d in deltas]
+        events[-1]["choices"][0]["finish_reason"] = "stop"
         options = body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage") is True:
             events.append(dict(facts, choices=[], usage=usage))
         return events
 
-    def complete(self, body: Dict[str, Any]) -> _EchoAnswer:
+    def complete(self, body: Dict[str, Any]) -> Any:
         prompts = _echo_strings(body, "prompt", "invalid_prompt")
         if body.get("stream") and len(prompts) > 1:
             raise _EchoError(400, "unsupported_streaming", "Several prompts cannot be streamed at once.")
-        facts = _echo_facts("cmpl", "text_completion", self.ready_model(body))
-        usage = _echo_usage(prompts, prompts)
+        facts, usage = self.ready_model(body).facts("cmpl", "text_completion"), _echo_usage(prompts, prompts)
 
         def choice(index: int, text: str, finish: Optional[str]) -> Dict[str, Any]:
             return {"text": text, "index": index, "logprobs": None, "finish_reason": finish}
 
         if not body.get("stream"):
-            choices = [choice(index, prompt, "stop") for index, prompt in enumerate(prompts)]
-            return dict(facts, choices=choices, usage=usage)
+            return dict(facts, choices=[choice(i, prompt, "stop") for i, prompt in enumerate(prompts)], usage=usage)
         events = [dict(facts, choices=[choice(0, word, None)]) for word in _echo_words(prompts[0])]
         return [*events, dict(facts, choices=[choice(0, "", "stop")], usage=usage)]
 
-    def embed(self, body: Dict[str, Any]) -> _EchoAnswer:
-        texts = _echo_strings(body, "input", "missing_input")
-        model = self.ready_model(body)
-        vectors = enumerate(_echo_vector(text) for text in texts)
-        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in vectors]
-        words = _echo_usage(texts, [])["prompt_tokens"]
-        usage = {"prompt_tokens": words, "total_tokens": words}
+    def embed(self, body: Dict[str, Any]) -> Any:
+        """Unit vectors of 32 dimensions that depend on nothing but the text."""
+        texts, data = _echo_strings(body, "input", "missing_input"), []
+        model, usage = self.ready_model(body), _echo_usage(texts, [])
+        del usage["completion_tokens"]
+        for index, text in enumerate(texts):
+            raw = [byte - 127.5 for byte in hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()]
+            length = sum(value * value for value in raw) ** 0.5
+            data.append({"object": "embedding", "index": index, "embedding": [value / length for value in raw]})
         return {"object": "list", "data": data, "model": model.alias, "usage": usage}
 
 
@@ -6065,22 +5550,18 @@ def _run_to_code(words: List[str], previous: List[Tuple[int, Any]]) -> int:
 
 def _expected_failure(error: Exception) -> Optional[str]:
     """What a failure of the serve, the network or the disk says; None for anything else."""
-    from http.client import HTTPException
-
     if isinstance(error, QvacManagedModeError):
         return _in_words_of_the_command_line(_one_line(str(error)))
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason
-    if isinstance(error, HTTPException):
+    if isinstance(error, http.client.HTTPException):
         return "the serve broke off its answer (%s); try again" % (error or type(error).__name__)
     return None
 
 
 def _in_words_of_the_command_line(text: str) -> str:
     """What an error of the API says to do, as it is typed here."""
-    import re
-
     for api, typed in (
         ("python -m qvac_managed", _program()), ("serve_bin_path", "--bin"), ("serve_port", "--port"),
         ("serve_host", "--host"), ("serve_start_timeout", "--start-timeout"), ("serve_idle_timeout", "--idle-timeout"),
@@ -6127,8 +5608,6 @@ _ELSEWHERE = {
 
 
 def _or_did_you_mean(word: str, known: Any) -> str:
-    import difflib
-
     close = [name for name in known if word.strip("-") and name.startswith(word)]
     close = close or [name for name in (_ELSEWHERE.get(word),) if name in known]
     close = close or difflib.get_close_matches(word, list(known), n=2, cutoff=0.7)
@@ -6188,8 +5667,6 @@ def _note(args: Any, text: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    import json
-
     _out(json.dumps(value, indent=2 if _is_terminal(sys.stdout) else None))
 
 
@@ -6211,14 +5688,10 @@ def _is_terminal(stream: Any) -> bool:
 
 def _columns(stream: Any) -> int:
     """The width of the terminal behind STREAM; 0, which is no limit, without one."""
-    import shutil
-
     return shutil.get_terminal_size().columns if _is_terminal(stream) else 0
 
 
 def _install_stop_handlers(previous: List[Tuple[int, Any]]) -> None:
-    import signal
-
     def stop(signum: int, _frame: Any) -> None:
         raise _Stopped(signum)
 
@@ -6232,70 +5705,50 @@ def _install_stop_handlers(previous: List[Tuple[int, Any]]) -> None:
 
 
 def _put_handlers_back(previous: List[Tuple[int, Any]]) -> None:
-    import signal
-
     for signum, handler in previous:
         signal.signal(signum, handler)
 
 
 def _signal_name(signum: int) -> str:
-    import signal
-
     return signal.Signals(signum).name
 
 
-# -- arguments: each converter takes the flag, for its message, and the text behind it
+# -- arguments: a converter takes the text behind a flag; its ValueError says what to give instead
 
 
-def _whole_number(flag: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise _usage_error(f"{flag} {text}: give a whole number from 0")
-    return int(text)
+def _number(what: str, least: int, most: int = 10**9) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+            raise ValueError("give " + what)
+        return int(text)
+
+    return convert
 
 
-def _positive_number(flag: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
-        raise _usage_error(f"{flag} {text}: give a whole number above 0")
-    return int(text)
-
-
-def _port_number(flag: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
-        raise _usage_error(f"{flag} {text}: give a port between 1 and 65535")
-    return int(text)
-
-
-def _seconds(flag: str, text: str) -> float:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    unit = units.get(text[-1:])
-    number = text if unit is None else text[:-1]
+def _seconds(text: str) -> float:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h", "d") else (text, "s")
     if not number.isascii() or not number.replace(".", "", 1).isdigit():
-        raise _usage_error(f"{flag} {text}: give seconds, or a time like 90s, 5m, 2h, 1d")
-    return float(number) * (unit or 1)
+        raise ValueError("give seconds, or a time like 90s, 5m, 2h, 1d")
+    return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
 
 
-def _seconds_above_0(flag: str, text: str) -> float:
-    seconds = _seconds(flag, text)
-    if seconds <= 0:
-        raise _usage_error(f"{flag} {text}: give a time above 0")
-    return seconds
+def _seconds_above_0(text: str) -> float:
+    if _seconds(text) <= 0:
+        raise ValueError("give a time above 0")
+    return _seconds(text)
 
 
-def _seconds_or_never(flag: str, text: str) -> Optional[float]:
-    if text == "never":
-        return None
+def _seconds_or_never(text: str) -> Optional[float]:
     try:
-        return _seconds(flag, text)
-    except _CommandError as error:
-        raise _usage_error(f"{error}, or never") from None
+        return None if text == "never" else _seconds(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or never") from None
 
 
-def _setting(flag: str, text: str) -> Tuple[str, Any]:
-    import json
-
+def _setting(text: str) -> Tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise _usage_error(f"{flag} {text}: write it as KEY=VALUE, like ctx_size=8192")
+        raise ValueError("write it as KEY=VALUE, like ctx_size=8192")
     try:
         return key, json.loads(value, parse_constant=str)
     except (ValueError, RecursionError):
@@ -6303,8 +5756,6 @@ def _setting(flag: str, text: str) -> Tuple[str, Any]:
 
 
 def _specs(flag: str, text: str) -> List[Any]:
-    import json
-
     source, where = text, flag
     if not text.lstrip().startswith(("[", "{")):
         where = f"{flag} {text}"
@@ -6322,34 +5773,31 @@ def _specs(flag: str, text: str) -> List[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _package_version(flag: str, text: str) -> str:
+def _package_version(text: str) -> str:
     # It becomes part of what npm installs: a URL, a path or an option has no business there.
     if not text or not all(c.isalnum() or c in ".-+" for c in text) or text[0] in ".-+":
-        raise _usage_error(f"{flag} {text}: give a version like 0.13.1, or latest")
+        raise ValueError("give a version like 0.13.1, or latest")
     return text
 
 
-def _one_of(*names: str) -> Callable[[str, str], str]:
-    def convert(flag: str, text: str) -> str:
-        if text not in names:
-            raise _usage_error("{} {}: give one of {}".format(flag, text, ", ".join(names)))
-        return text
-
-    return convert
+def _shell(text: str) -> str:
+    if text not in _SHELLS:
+        raise ValueError("give one of " + ", ".join(_SHELLS))
+    return text
 
 
 _SHELLS = ("sh", "bash", "zsh", "fish", "powershell", "cmd")
 
 # name: flags, what its value is called ("" for a switch), converter, default ([]: may be repeated), help
-_FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str, str], Any]], Any, str]] = {
-    "ctx_size": ("--ctx-size", "N", _positive_number, None, "context length in tokens"),
+_FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
+    "ctx_size": ("--ctx-size", "N", _number("a whole number above 0", 1), None, "context length in tokens"),
     "set": ("--set", "KEY=VALUE", _setting, [], "one config value, JSON or text; may be repeated"),
     "agent": ("--agent", "", None, False, "for coding agents: ctx_size 32768, tools true"),
-    "spec": ("--spec", "JSON|FILE", _specs, [], "models as JSON: one spec, or a list of them"),
+    "spec": ("--spec", "JSON|FILE", lambda text: _specs("--spec", text), [], "models as JSON: one spec, or a list of them"),
     "echo": ("--echo", "", None, False, "the built-in echo serve: no Node.js, no model"),
     "bin": ("--bin", "PATH", None, None, "the qvac command to use (default: found)"),
     "host": ("--host", "ADDRESS", None, DEFAULT_HOST, f"address to listen on (default {DEFAULT_HOST})"),
-    "port": ("--port", "N", _port_number, None, "port to listen on (default: any free one)"),
+    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: any free one)"),
     "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
     "idle_timeout": ("--idle-timeout", "T", _seconds_or_never, DEFAULT_IDLE_TIMEOUT,
                      "90s, 2h or never after the last use (default 5m)"),
@@ -6357,10 +5805,10 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str, str], Any]], Any, str]
                       "give up a start that stands still (default 3m)"),
     "json": ("--json", "", None, False, "print JSON"),
     "quiet": ("-q --quiet", "", None, False, "no progress and no notes on stderr"),
-    "shell": ("--shell", "NAME", _one_of(*_SHELLS), None, "sh, bash, zsh, fish, powershell or cmd"),
+    "shell": ("--shell", "NAME", _shell, None, "sh, bash, zsh, fish, powershell or cmd"),
     "watch": ("-w --watch", "", None, False, "draw it again every 2 seconds, until Ctrl-C"),
     "all": ("--all", "", None, False, "every serve"),
-    "lines": ("-n --lines", "N", _whole_number, _LOG_LINES, f"how many lines (default {_LOG_LINES})"),
+    "lines": ("-n --lines", "N", _number("a whole number from 0", 0), _LOG_LINES, f"how many lines (default {_LOG_LINES})"),
     "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
     "system": ("--system", "TEXT", None, None, "the system message"),
@@ -6369,58 +5817,65 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str, str], Any]], Any, str]
     "version": ("--version", "V", _package_version, "latest", "which version (default latest)"),
 }
 
-_MODEL_FLAGS = ("ctx_size", "set", "agent", "spec")
-_PLACE_FLAGS = ("echo", "bin", "host", "port", "private")
-_TIME_FLAGS = ("idle_timeout", "start_timeout")
+_START = "ctx_size set agent spec echo bin host port private idle_timeout start_timeout "  # what a serve is started with
+_Command = namedtuple("_Command", ["run", "words", "most", "flags", "about", "examples"])
+_COMMANDS: Dict[str, _Command] = {}
+
+
+def _command(words: str, most: Optional[int], flags: str, about: str, *examples: str) -> Any:
+    """Make `_do_NAME` a command: its words as in the usage line, how many it takes at most, its flags and help."""
+
+    def register(run: Callable[[Any], int]) -> Any:
+        name = run.__name__[len("_do_") :].replace("_", "-")
+        _COMMANDS[name] = _Command(run, words, most, flags.split(), about, examples)
+        return run
+
+    return register
 
 
 def _parse(name: str, words: List[str]) -> Any:
     """The flags of one command, with `.words` (what is no flag) and `.tail` (what follows `--`, or None)."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise _usage_error(f"{name}: {message}")
-
-    # Words are no business of this parser: argparse would not let flags stand between them.
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.set_defaults(**{key: default for key, (_f, _v, _c, default, _h) in _FLAGS.items()})
-    for key in _COMMANDS[name].flags:
-        _add_flag(parser, key)
-    cut = words.index("--") if "--" in words else len(words)
-    args, rest = parser.parse_known_args(words[:cut])
-    args.command, args.typed = name, words
-    args.tail = words[cut + 1 :] if cut < len(words) else None
-    args.words = rest if name == "run" else rest + (args.tail or [])
-    _refuse_strays(name, rest, args)
+    command, left = _COMMANDS[name], list(words)
+    known = {flag: key for key in command.flags for flag in _FLAGS[key][0].split()}
+    args = types.SimpleNamespace(command=name, typed=words, words=[], tail=None, help=False)
+    vars(args).update((key, default) for key, (_f, _v, _c, default, _h) in _FLAGS.items())
+    while left:
+        word = left.pop(0)
+        if word == "--":
+            args.tail, left = left, []
+            args.words += [] if name == "run" else args.tail
+        elif word in ("-h", "--help"):
+            args.help = True
+        elif word.startswith("-") and word != "-":
+            _take_flag(args, known, word, left)
+        else:
+            args.words.append(word)
+    if not args.help and command.most is not None and len(args.words) > command.most:
+        raise _usage_error(f"{name}: {args.words[command.most]!r} is too much; see {name} --help")
     return args
 
 
-def _add_flag(parser: Any, key: str) -> None:
-    flags, value, convert, default, _help = _FLAGS[key]
-    if not value:
-        parser.add_argument(*flags.split(), dest=key, action="store_true")
-        return
+def _take_flag(args: Any, known: Mapping[str, str], word: str, left: List[str]) -> None:
+    flag, given, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
+    if flag not in known:
+        raise _usage_error(f"{args.command}: no option {word}{_or_did_you_mean(word, known)}")
+    key = known[flag]
+    flags, takes, convert, default, _help = _FLAGS[key]
     long_name = flags.split()[-1]
-    parser.add_argument(
-        *flags.split(),
-        dest=key,
-        action="append" if default == [] else "store",
-        type=str if convert is None else lambda text: convert(long_name, text),
-    )
-
-
-def _refuse_strays(name: str, rest: List[str], args: Any) -> None:
-    if args.help:
-        return
-    command = _COMMANDS[name]
-    for word in rest:
-        if word.startswith("-") and word != "-":
-            flags = [flag for key in command.flags for flag in _FLAGS[key][0].split()]
-            raise _usage_error(f"{name}: no option {word}{_or_did_you_mean(word, flags)}")
-    if command.most is not None and len(args.words) > command.most:
-        raise _usage_error(f"{name}: {args.words[command.most]!r} is too much; see {name} --help")
+    if not takes:
+        if given and flag == long_name:
+            raise _usage_error(f"{args.command}: {flag} takes no value")
+        left[:0] = ["-" + value] if given else []  # several short ones in a word
+        return setattr(args, key, True)
+    if not given:
+        if not left:
+            raise _usage_error(f"{args.command}: {flag}: expected one argument")
+        value = left.pop(0)
+    try:
+        value = convert(value) if convert else value
+    except ValueError as error:
+        raise _usage_error(f"{long_name} {value}: {error}") from None
+    setattr(args, key, [*getattr(args, key), value] if default == [] else value)
 
 
 def _is_model_file(text: str) -> bool:
@@ -6643,6 +6098,11 @@ def _clip(text: str, width: int) -> str:
 # -- serve, up, run, env
 
 
+@_command(
+    "MODEL...", None, _START + "json quiet",
+    "Start or attach to a serve, print its URL, hold it till Ctrl-C.\n"
+    "SIGTERM detaches and exits with 0, Ctrl-C with 130.",
+    "serve qwen3.5-9b", "serve gpt-4o-mini=qwen3.5-9b --ctx-size 8192 --port 11434")  # fmt: skip
 def _do_serve(args: Any) -> int:
     with _attach(args, args.words) as client:
         try:
@@ -6676,6 +6136,11 @@ def _announce(args: Any, client: ManagedQvac) -> None:
         _out(client.base_url)
 
 
+@_command(
+    "MODEL...", None, _START + "json quiet",
+    "Start or attach to a serve, print its URL, return.\n"
+    "It lives while it is used, and for the idle timeout after that.",
+    "up qwen3.5-9b", "up qwen3.5-9b --idle-timeout 2h", "up tiny=./tiny.gguf --set device=cpu")  # fmt: skip
 def _do_up(args: Any) -> int:
     _refuse_private(args)
     with _attach(args, args.words) as client:
@@ -6694,6 +6159,10 @@ def _note_longer_life(args: Any, client: ManagedQvac) -> None:
         _note(args, f"somebody asked for a longer idle timeout: it {kept}")
 
 
+@_command(
+    "MODEL...", None, "shell " + _START + "json quiet",
+    "Start or attach to a serve, print its variables for a shell.",
+    'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source")  # fmt: skip
 def _do_env(args: Any) -> int:
     _refuse_private(args)
     with _attach(args, args.words) as client:
@@ -6705,8 +6174,6 @@ def _do_env(args: Any) -> int:
     for name, value in variables.items():
         _out(_assignment(shell, name, value))
     if _is_terminal(sys.stdout):
-        import shlex
-
         command = " ".join([_program(), "env", *map(shlex.quote, args.typed)])
         _note(args, "# to set them in this shell: " + _eval_hint(shell, command))
     return EXIT_DONE
@@ -6739,26 +6206,27 @@ def _eval_hint(shell: str, command: str) -> str:
     }.get(shell, f'eval "$({command})"')
 
 
+@_command(
+    "MODEL... -- COMMAND...", None, _START + "quiet",
+    "Run a command, and hold a serve for as long as it runs.\n"
+    "The command finds it in OPENAI_BASE_URL, OPENAI_API_KEY, QVAC_BASE_URL...\n"
+    "Exit code: the command's, 128+n for signal n, 127 if there is no such command.",
+    "run --agent qwen3.5-9b -- aider", "run tiny=./tiny.gguf -- python app.py")  # fmt: skip
 def _do_run(args: Any) -> int:
     if not args.tail:
         raise _usage_error(f"run: put the command after --, like: run {_sample_model()} -- aider")
     _models(args, args.words)  # what is wrong with the words comes before what is wrong with the command
     _refuse_command(args.tail[0])
     with _attach(args, args.words) as client:
-        keeper = _Keeper(client)
         try:
-            return run_in_foreground(args.tail, dict(os.environ, **client.environ()), keeper.start)
+            return run_instead(args.tail, dict(os.environ, **client.environ()))
         except OSError as error:
             code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_NOT_EXECUTABLE
             raise _CommandError(f"{args.tail[0]}: {error.strerror}", code) from None
-        finally:
-            keeper.stop()
 
 
 def _refuse_command(name: str) -> None:
     # Before anything is started: a typing error must not load a model.
-    import shutil
-
     if shutil.which(name):
         return
     folders = [""] if os.path.dirname(name) else os.environ.get("PATH", os.defpath).split(os.pathsep)
@@ -6771,53 +6239,15 @@ def _refuse_command(name: str) -> None:
     raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
 
 
-class _Keeper:
-    """Keeps a client's serve alive in the background, while the main thread waits for a command."""
-
-    def __init__(self, client: ManagedQvac) -> None:
-        import threading
-
-        self.client = client
-        self.ended = threading.Event()
-        self.unsilence: Callable[[], None] = lambda: None
-        # A daemon, and never joined: it may be in the middle of a start when the command ends, and the
-        # command's exit code must not wait for that.
-        self.thread = threading.Thread(target=self._run, name="qvac-keeper", daemon=True)
-
-    def start(self) -> None:
-        # The command has the terminal from here on: what this module logs must not be drawn into it.
-        self.unsilence = _silence_logging()
-        start_without_signals(self.thread.start)
-
-    def stop(self) -> None:
-        self.ended.set()
-        self.unsilence()
-
-    def _run(self) -> None:
-        while not self.ended.wait(_HOLD_INTERVAL):
-            try:
-                self.client.ensure()
-            except (QvacManagedModeError, OSError):
-                pass  # the next round tries again; the command sees its own connection errors
-
-
-def _silence_logging() -> Callable[[], None]:
-    import logging
-
-    logger, handler = logging.getLogger("qvac_managed"), logging.NullHandler()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-
-    def undo() -> None:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
-
-    return undo
-
-
 # -- ps, stop, logs
 
 
+@_command(
+    "", 0, "watch json quiet",
+    "List every serve with its state, models, users and times.\n"
+    "A model that is not loaded has its state behind it. IDLE/LEFT: how long the\n"
+    "serve stays when unused, and what is left of that. MEM: serve and worker.",
+    "ps", "ps --watch", "ps --json")  # fmt: skip
 def _do_ps(args: Any) -> int:
     if not args.watch:
         _show_serves(args)
@@ -6844,8 +6274,6 @@ def _show_serves(args: Any, redraw: bool = False) -> None:
 
 
 def _rows() -> int:
-    import shutil
-
     return max(shutil.get_terminal_size().lines, 3)
 
 
@@ -6939,6 +6367,11 @@ def _aliases_by_key(*more: str) -> Dict[str, List[str]]:
     return {key: sorted(_record_models(read_record(key)) or _starting_models(key) or logged(key)) for key in found}
 
 
+@_command(
+    "KEY|MODEL...", None, "all json quiet",
+    "Stop serves now, whoever uses them; returns when they are gone.\n"
+    "A key may be cut short. Exit code 3: no such serve.",
+    "stop qwen3.5-9b", "stop ff42c973", "stop --all")  # fmt: skip
 def _do_stop(args: Any) -> int:
     if args.words and args.all:
         raise _usage_error("stop: name serves, or say --all, not both")
@@ -6980,6 +6413,10 @@ def _stop_targets(
     return keys, missing
 
 
+@_command(
+    "KEY|MODEL", 1, "lines follow",
+    "Show what a serve printed; also that of one which is gone.",
+    "logs qwen3.5-9b", "logs -n 20 -f ff42c973")  # fmt: skip
 def _do_logs(args: Any) -> int:
     if not args.words:
         raise _usage_error(f"logs: name a serve by key or model; see {_program()} ps")
@@ -7075,6 +6512,11 @@ def _out_bytes(data: bytes) -> None:
 # -- models, chat
 
 
+@_command(
+    "[PATTERN]", 1, "endpoint json quiet",
+    "List the models that can be named, with their sizes.\n"
+    "PATTERN is part of a name, or has * and ? in it.",
+    "models", "models qwen3", "models --endpoint embedding")  # fmt: skip
 def _do_models(args: Any) -> int:
     pattern = args.words[0] if args.words else ""
     rows = [row for row in _model_rows() if _model_fits(row, pattern, args.endpoint)]
@@ -7109,15 +6551,11 @@ def _model_rows() -> List[Dict[str, Any]]:
         row["catalog_id"] = catalog_id or None
         row["endpoint"] = info.endpoint if info else None
         row["size_bytes"] = info.size if info else None
-        row["params"] = info.params if info else None
-        row["quantization"] = info.quantization if info else None
         rows.append(row)
     return rows
 
 
 def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str]) -> bool:
-    import fnmatch
-
     if endpoint and (row["endpoint"] or "").lower() != endpoint.lower():
         return False
     glob = pattern.lower() if any(c in pattern for c in "*?[") else f"*{pattern.lower()}*"
@@ -7125,14 +6563,17 @@ def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str]) -> b
 
 
 def _print_models(rows: List[Dict[str, Any]]) -> None:
-    lines = [["NAME", "ENDPOINT", "SIZE", "PARAMS", "QUANT"]]
-    for row in rows:
-        facts = [row["endpoint"], _size(row["size_bytes"]), row["params"], row["quantization"]]
-        lines.append([row["name"]] + [str(fact or "-") for fact in facts])
+    lines = [["NAME", "ENDPOINT", "SIZE"]]
+    lines += [[row["name"], row["endpoint"] or "-", _size(row["size_bytes"])] for row in rows]
     text = _table(lines, 0, _columns(sys.stdout), right=(2,))
     _out("\n".join([_paint(text[0], "bold", sys.stdout), *text[1:]]))
 
 
+@_command(
+    "MODEL [PROMPT]", None, "system stats " + _START + "json quiet",
+    "Answer one prompt, or hold a conversation.\n"
+    "PROMPT - is read from stdin. In a conversation /bye or Ctrl-D ends.",
+    "chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b -")  # fmt: skip
 def _do_chat(args: Any) -> int:
     words = list(args.words)
     models = [] if args.spec else words[:1]
@@ -7153,8 +6594,6 @@ def _do_chat(args: Any) -> int:
 
 def _answer(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> str:
     """Stream one answer to stdout and return it; Ctrl-C ends it early, in a conversation only."""
-    import threading
-
     began, first, pieces = time.monotonic(), None, []
     stream: Any = client.stream_chat(messages)
     waiting = threading.Timer(_SILENCE, _note, (args, _SILENCE_NOTE))
@@ -7257,6 +6696,11 @@ def _read_line() -> Optional[str]:
 # -- explain, doctor
 
 
+@_command(
+    "MODEL...", None, _START + "json quiet",
+    "Show the config and key these arguments make; start nothing.\n"
+    "Also whether a serve has that key, and in what each other one differs.",
+    "explain qwen3.5-9b --agent")  # fmt: skip
 def _do_explain(args: Any) -> int:
     key, bin_path = _key(args, args.words), _serve_bin_path(args)
     config = synthesize_serve_config(_models(args, args.words), bin_path)
@@ -7292,8 +6736,6 @@ def _fleet_inputs(models: Mapping[str, Any], host: str, bin_path: Optional[str],
 
 def _differences(wanted: Dict[str, Any], record: ServeRecord, args: Any) -> Optional[List[Dict[str, Any]]]:
     """The inputs in which RECORD's serve differs from WANTED; None if its config cannot be read."""
-    import json
-
     models = _record_models(record)
     if models is None:
         return None
@@ -7336,8 +6778,6 @@ def _explanation(key: str, config: Any, args: Any, running: Any, is_starting: bo
 
 
 def _print_explanation(key: str, config: Any, args: Any, running: Any, is_starting: bool, others: Any) -> None:
-    import json
-
     _out("key     " + key + (" (and the owner behind it: private)" if args.private else ""))
     _out("cli     " + _cli_text(args))
     _out("config  " + json.dumps(config, indent=2, ensure_ascii=False).replace("\n", "\n        "))
@@ -7363,8 +6803,6 @@ def _cli_text(args: Any) -> str:
 
 
 def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
-    import json
-
     if found is None:
         return ["its config cannot be read"]
     if not found:
@@ -7378,48 +6816,55 @@ def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
     return _table(rows, 1, 0)
 
 
-if TYPE_CHECKING:
-    _Finding = Tuple[str, str, str, str]  # status (ok, warn, fail), check, what was found, what to type
-
-
+@_command(
+    "", 0, "fix json quiet",
+    "Check what serves need, and say what to type.\n"
+    "Changes nothing without --fix. With --quiet only what is not ok. Exit code 1:\n"
+    "a check failed.",
+    "doctor", "doctor --fix")  # fmt: skip
 def _do_doctor(args: Any) -> int:
-    findings: List[_Finding] = []
-    checks = [_check_python, _check_node, _check_cli, _check_folder, _check_serves]
-    for check in checks + [_check_disk, _check_network]:
+    findings = []
+    for check in (_check_programs, _check_folder, _check_serves, _check_disk, _check_network):
         try:
-            found = check(args)
+            for finding in check(args):  # status (ok, warn, fail), check, what was found, what to type
+                findings.append(dict(zip(("status", "check", "detail", "todo"), finding)))
+                if not args.json and not (args.quiet and finding[0] == "ok"):
+                    _print_finding(*finding)
         except QvacManagedModeError as error:
             todo = "export HOME=..." if "HOME" in str(error) else "put that right first"
-            found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), todo)]
-        for finding in found:
-            findings.append(finding)
-            if not args.json and not (args.quiet and finding[0] == "ok"):
-                _print_finding(finding)
+            findings.append({"status": "fail", "check": check.__name__[len("_check_") :], "detail": _one_line(str(error)), "todo": todo})
+            if not args.json:
+                _print_finding(*findings[-1].values())
     if args.json:
-        _print_json([dict(zip(("status", "check", "detail", "todo"), finding)) for finding in findings])
-    return EXIT_FAILED if any(finding[0] == "fail" for finding in findings) else EXIT_DONE
+        _print_json(findings)
+    return EXIT_FAILED if any(finding["status"] == "fail" for finding in findings) else EXIT_DONE
 
 
-def _print_finding(finding: _Finding) -> None:
-    status, check, detail, todo = finding
+def _print_finding(status: str, check: str, detail: str, todo: str) -> None:
     colour = {"ok": "green", "warn": "yellow", "fail": "red"}[status]
     _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {check:9} {detail}")
     if todo:
         _out("                -> " + todo)
 
 
-def _check_python(_args: Any) -> List[_Finding]:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return [
-        ("ok", "module", f"{__version__} at {_THIS_FILE}", ""),
-        ("ok", "python", f"{version} at {sys.executable}", ""),
-    ]
+def _check_programs(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+    yield "ok", "module", f"{__version__} at {_THIS_FILE}", ""
+    yield "ok", "python", "%s at %s" % (".".join(map(str, sys.version_info[:3])), sys.executable), ""
+    try:
+        yield "ok", "node", _node_version(), ""
+    except _CommandError as error:
+        problem, _, todo = str(error).partition("; ")
+        yield "fail", "node", problem, todo
+    try:
+        argv = find_cli()
+        lines = _tool_output([*argv, "--version"]).splitlines() or ["no version"]
+        yield "ok", "qvac", f"{lines[-1]} at {argv[-1]}", ""
+    except (QvacManagedModeError, _CommandError) as error:
+        yield "fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli"
 
 
 def _tool_output(argv: Sequence[str]) -> str:
     """What a command prints, stripped. Raise _CommandError with its last line if it fails."""
-    import subprocess
-
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False
@@ -7436,8 +6881,6 @@ def _tool_output(argv: Sequence[str]) -> str:
 
 def _node_version() -> str:
     """What `node --version` says. Raise _CommandError, which says what to do, if it is missing or too old."""
-    import shutil
-
     get_it = f"install Node.js {_MIN_NODE} or newer: https://nodejs.org"
     node = shutil.which("node")
     if not node:
@@ -7449,141 +6892,99 @@ def _node_version() -> str:
     return text
 
 
-def _check_node(_args: Any) -> List[_Finding]:
-    try:
-        return [("ok", "node", _node_version(), "")]
-    except _CommandError as error:
-        problem, _, todo = str(error).partition("; ")
-        return [("fail", "node", problem, todo)]
+def _existing(path: str) -> str:
+    """The path, or the nearest folder above it that is there."""
+    while not os.path.exists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
 
 
-def _check_cli(_args: Any) -> List[_Finding]:
-    try:
-        argv = find_cli()
-    except QvacManagedModeError as error:
-        return [("fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli")]
-    try:
-        lines = _tool_output([*list(argv), "--version"]).splitlines() or ["no version"]
-    except _CommandError as error:
-        return [("fail", "qvac", str(error), f"{_program()} install-cli")]
-    return [("ok", "qvac", f"{lines[-1]} at {argv[-1]}", "")]
-
-
-def _check_folder(args: Any) -> List[_Finding]:
-    folder = managed_serves_dir()
+def _check_folder(args: Any) -> Iterator[Tuple[str, str, str, str]]:
+    folder, exposed = managed_serves_dir(), 0
     if not os.path.lexists(folder):
-        place = os.path.dirname(folder)
-        while not os.path.exists(place) and os.path.dirname(place) != place:
-            place = os.path.dirname(place)
+        place = _existing(os.path.dirname(folder))
         if os.access(place, os.W_OK | os.X_OK):
-            return [("ok", "folder", f"{folder}: not there yet", "")]
-        todo = "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
-        return [("fail", "folder", f"{folder} cannot be made: {place} is not writable", todo)]
+            yield "ok", "folder", f"{folder}: not there yet", ""
+        else:
+            todo = "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
+            yield "fail", "folder", f"{folder} cannot be made: {place} is not writable", todo
+        return
+    path = folder
     try:
-        names = sorted(os.listdir(folder))
-        exposed = [(path, why) for path in [folder] + [os.path.join(folder, name) for name in names]
-                   for why in [_exposure(path)] if why]
+        for path in [folder] + [os.path.join(folder, name) for name in sorted(os.listdir(folder))]:
+            why = folder_exposure(path) if os.path.lexists(path) else None
+            exposed += bool(why)
+            if why and args.fix:
+                os.chmod(path, 0o700 if os.path.isdir(path) else 0o600)
+                yield "ok", "folder", f"{path}: now yours alone", ""
+            elif why:
+                yield "warn", "folder", f"{path}: {why}", f"{_program()} doctor --fix"
     except OSError as error:
-        return [("fail", "folder", f"{folder}: {error.strerror}", f"chown -R $(id -un) {folder}")]
+        yield "fail", "folder", f"{path}: {error.strerror}", f"chown -R $(id -un) {path}"
     if not exposed:
-        return [("ok", "folder", f"{folder}: yours alone", "")]
-    if args.fix:
-        return [_fix_mode(path) for path, _why in exposed]
-    todo = f"{_program()} doctor --fix"
-    return [("warn", "folder", f"{path}: {why}", todo) for path, why in exposed]
+        yield "ok", "folder", f"{folder}: yours alone", ""
 
 
-def _exposure(path: str) -> Optional[str]:
-    try:
-        return folder_exposure(path)
-    except FileNotFoundError:
-        return None  # a serve ended just now
-
-
-def _fix_mode(path: str) -> _Finding:
-    try:
-        os.chmod(path, 0o700 if os.path.isdir(path) else 0o600)
-    except OSError as error:
-        return ("fail", "folder", f"{path}: {error.strerror}", f"chown -R $(id -un) {path}")
-    return ("ok", "folder", f"{path}: now yours alone", "")
-
-
-def _check_serves(args: Any) -> List[_Finding]:
-    advice = {
-        "dead": f"{_program()} doctor --fix",
-        "orphaned": f"{_program()} doctor --fix",
-        "hung": f"{_program()} stop %s",
-    }
-    stale = leftovers()
+def _check_serves(args: Any) -> Iterator[Tuple[str, str, str, str]]:
+    fix, stale = f"{_program()} doctor --fix", leftovers()
     swept = sweep_serves() if args.fix else []
-    findings: List[_Finding] = [("ok", "serves", f"{key}: removed", "") for key in swept]
+    for key in swept:
+        yield "ok", "serves", f"{key}: removed", ""
     serves = list_serves()
+    advice = {"dead": fix, "orphaned": fix, "hung": f"{_program()} stop %s"}
     sick = [serve for serve in serves if serve.state in advice]
+    for serve in sick:
+        yield "warn", "serves", f"{serve.fleet_key} is {serve.state}", advice[serve.state].replace("%s", serve.fleet_key)
     if not sick and not swept:
-        findings.append(("ok", "serves", f"{len(serves)} on disk, none stale", ""))
-    findings += [
-        ("warn", "serves", f"{s.fleet_key} is {s.state}", advice[s.state].replace("%s", s.fleet_key))
-        for s in sick
-    ]
+        yield "ok", "serves", f"{len(serves)} on disk, none stale", ""
     left = leftovers()
     removed = sorted(set(stale) - set(left))
     if removed:
-        findings.append(("ok", "files", f"removed: {_some(removed)}", ""))
+        yield "ok", "files", f"removed: {_some(removed)}", ""
     if left:
-        findings.append(("warn", "files", f"left behind by killed programs: {_some(left)}", advice["dead"]))
+        yield "warn", "files", f"left behind by killed programs: {_some(left)}", fix
     if not stale and not left:
-        findings.append(("ok", "files", "nothing left behind by killed programs", ""))
-    return findings
+        yield "ok", "files", "nothing left behind by killed programs", ""
 
 
 def _some(names: Sequence[str]) -> str:
     """The first three, and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_disk(_args: Any) -> List[_Finding]:
-    import shutil
-
-    folder = place = os.path.join(qvac_home(), "models")
-    while not os.path.isdir(place) and os.path.dirname(place) != place:
-        place = os.path.dirname(place)
-    free = shutil.disk_usage(place).free
-    found = f"{_size(free)} free for models in {folder}"
-    if free >= _LITTLE_DISK:
-        return [("ok", "disk", found, "")]
-    status = "fail" if free < _LOW_DISK else "warn"
-    return [(status, "disk", found, "make room: a model of 9 billion parameters takes 6 GB")]
+def _check_disk(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+    folder = os.path.join(qvac_home(), "models")
+    free = shutil.disk_usage(_existing(folder)).free
+    status = "fail" if free < _LOW_DISK else "warn" if free < _LITTLE_DISK else "ok"
+    todo = "make room: a model of 9 billion parameters takes 6 GB" if status != "ok" else ""
+    yield status, "disk", f"{_size(free)} free for models in {folder}", todo
 
 
-def _check_network(_args: Any) -> List[_Finding]:
-    import socket
-
-    findings: List[_Finding] = []
+def _check_network(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
     try:
         with socket.socket() as probe:
             probe.bind((DEFAULT_HOST, 0))
-        findings.append(("ok", "loopback", f"{DEFAULT_HOST} can be listened on", ""))
+        yield "ok", "loopback", f"{DEFAULT_HOST} can be listened on", ""
     except OSError as error:
-        found = f"{DEFAULT_HOST}: {error.strerror}"
-        findings.append(("fail", "loopback", found, "allow programs to listen there"))
-    names = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
-    proxies = [name for name in names if os.environ.get(name)]
+        yield "fail", "loopback", f"{DEFAULT_HOST}: {error.strerror}", "allow programs to listen there"
+    proxies = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if os.environ.get(name)]
     spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if not proxies or DEFAULT_HOST in spared or spared.strip() == "*":
-        findings.append(("ok", "proxy", f"none in the way of {DEFAULT_HOST}", ""))
+        yield "ok", "proxy", f"none in the way of {DEFAULT_HOST}", ""
     else:
         found = f"{proxies[0]} is set: this module goes past it, other clients send the key there"
-        findings.append(("warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost"))
-    return findings
+        yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost"
 
 
 # -- install-cli, demo
 
 
+@_command(
+    "", 0, "version json quiet",
+    "Install the qvac command under ~/.qvac/cli, with npm.\n"
+    f"For those who have Node.js {_MIN_NODE} or newer and nothing else.",
+    "install-cli", "install-cli --version 0.13.1")  # fmt: skip
 def _do_install_cli(args: Any) -> int:
-    import shutil
-
     _node_version()
     npm = shutil.which("npm")
     if not npm:
@@ -7604,8 +7005,6 @@ def _do_install_cli(args: Any) -> int:
 
 def _staging_folder() -> str:
     """A new folder beside the final one, under a name that nobody takes for a CLI."""
-    import tempfile
-
     home = qvac_home()
     try:
         _make_private_folders(home)
@@ -7618,8 +7017,6 @@ def _staging_folder() -> str:
 
 
 def _npm_install(npm: str, staging: str, args: Any) -> None:
-    import subprocess
-
     package = f"{_CLI_PACKAGE}@{args.version}"
     logs = os.path.join(staging, "npm-logs")
     argv = [npm, "install", "--prefix", staging, "--logs-dir", logs, "--no-audit", "--no-fund", package]
@@ -7650,8 +7047,6 @@ def _npm_reason(logs: str) -> str:
 
 def _installed_version(staging: str) -> str:
     """Prove that the new CLI runs, and return its version."""
-    import shutil
-
     qvac = shutil.which("qvac", path=os.path.join(staging, "node_modules", ".bin"))
     if not qvac:
         raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
@@ -7675,86 +7070,47 @@ def _put_in_place(staging: str) -> str:
 
 
 def _remove_tree(path: str) -> None:
-    import shutil
-
-    for _attempt in range(20):  # npm's helpers may still be writing for a moment after it was stopped
-        shutil.rmtree(path, ignore_errors=True)
-        if not os.path.lexists(path):
-            return
-        time.sleep(0.1)
+    # npm's helpers may still be writing for a moment after it was stopped.
+    wait_until(lambda: shutil.rmtree(path, ignore_errors=True) or not os.path.lexists(path), 2.0, 0.1)
 
 
+@_command(
+    "", 0, "",
+    "Show the whole life of a serve in seconds, without a model.",
+    "demo")  # fmt: skip
 def _do_demo(args: Any) -> int:
-    import shutil
-    import tempfile
-
-    before = os.environ.get("QVAC_MANAGED_DIR")
+    before, began, idle = os.environ.get("QVAC_MANAGED_DIR"), time.monotonic(), 2.0
     folder = os.environ["QVAC_MANAGED_DIR"] = tempfile.mkdtemp(prefix="qvac-demo.")
+
+    def say(text: str) -> None:
+        _out(f"{time.monotonic() - began:5.1f} s  {text}")
+
+    def files() -> List[str]:
+        return [name for name in sorted(os.listdir(folder)) if not name.endswith((".log", ".guard"))]
+
     try:
-        _Demo(folder).run()
+        say(f"asking for {_sample_model()} on the built-in echo serve: no model is loaded")
+        with create_qvac("managed", models=[_sample_model()], serve_bin_path=ECHO, serve_idle_timeout=idle) as client:
+            say(f"a serve runs at {client.base_url} (pid {client.pid}, its runner {client.runner_pid})")
+            say("it says: " + client.chat("hello"))
+            words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(idle), _sample_model()]
+            pid = json.loads(_tool_output([*_own_command(), *words]))["pid"]
+            say(f"a second process asked for the same and got {'the same' if pid == client.pid else 'ANOTHER'} serve (pid {pid})")
+            kill_process(client.pid)
+            say(f"killed the serve (pid {pid})")
+            say("the same client asked again, and waited: " + client.chat("are you back?"))
+            say(f"a serve runs at {client.base_url} (pid {client.pid})")
+        say(f"the last user is gone; idle for {idle:.0f} s, then it ends")
+        if not wait_until(lambda: not files(), idle + 10.0, 0.05):
+            raise _CommandError(f"left behind in {folder}: {', '.join(files())}")
+        say("it is gone, and so is every file of it but the log")
     finally:
         for serve in list_serves():
             stop_serve(serve.fleet_key)
         shutil.rmtree(folder, ignore_errors=True)
-        if before is None:
-            del os.environ["QVAC_MANAGED_DIR"]
-        else:
-            os.environ["QVAC_MANAGED_DIR"] = before
+        os.environ.pop("QVAC_MANAGED_DIR")
+        os.environ.update({"QVAC_MANAGED_DIR": before} if before else {})
     return EXIT_DONE
-
-
-class _Demo:
-    """The life of a serve, told as it happens."""
-
-    idle_timeout = 2.0  # seconds; the default is minutes
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.began = time.monotonic()
-
-    def say(self, text: str) -> None:
-        _out(f"{time.monotonic() - self.began:5.1f} s  {text}")
-
-    def run(self) -> None:
-        model = _sample_model()
-        self.say(f"asking for {model} on the built-in echo serve: no model is loaded")
-        options: Dict[str, Any] = {"models": [model], "serve_bin_path": ECHO}
-        with create_qvac("managed", serve_idle_timeout=self.idle_timeout, **options) as client:
-            self.say(f"a serve runs at {client.base_url} (pid {client.pid}, its runner {client.runner_pid})")
-            self.say("it says: {}".format(client.chat("hello")))
-            self.share(model, client)
-            self.recover(client)
-        self.say(f"the last user is gone; idle for {self.idle_timeout:.0f} s, then it ends")
-        self.wait_for_reap()
-
-    def share(self, model: str, client: ManagedQvac) -> None:
-        import json
-
-        words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(self.idle_timeout), model]
-        other = json.loads(_tool_output([*_own_command(), *words]))
-        if other["pid"] != client.pid:
-            raise _CommandError("the second process got another serve (pid {})".format(other["pid"]))
-        self.say(f"a second process asked for the same and got the same serve (pid {other['pid']})")
-
-    def recover(self, client: ManagedQvac) -> None:
-        pid = client.pid
-        kill_process(pid)
-        self.say(f"killed the serve (pid {pid})")
-        answer = client.chat("are you back?")
-        self.say(f"the same client asked again, and waited: {answer}")
-        self.say(f"a serve runs at {client.base_url} (pid {client.pid})")
-
-    def wait_for_reap(self) -> None:
-        deadline = time.monotonic() + self.idle_timeout + 10.0
-        while self.files() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if self.files():
-            raise _CommandError(f"left behind in {self.folder}: {', '.join(self.files())}")
-        self.say("it is gone, and so is every file of it but the log")
-
-    def files(self) -> List[str]:
-        """What has to be gone in the end."""
-        return [name for name in sorted(os.listdir(self.folder)) if not name.endswith((".log", ".guard"))]
 
 
 def _own_command() -> List[str]:
@@ -7802,6 +7158,11 @@ complete -c qvac-managed -n '__fish_seen_subcommand_from run; and contains -- --
 }
 
 
+@_command(
+    "bash|zsh|fish", 1, "",
+    "Print a script that completes commands, models and keys.\n"
+    "For the command `qvac-managed`, which it defines if there is none.",
+    'eval "$(PROGRAM completion bash)"', "completion fish | source")  # fmt: skip
 def _do_completion(args: Any) -> int:
     if len(args.words) != 1 or args.words[0] not in _COMPLETION_SCRIPTS:
         raise _usage_error("completion: say for which shell: {}".format(", ".join(_COMPLETION_SCRIPTS)))
@@ -7856,116 +7217,8 @@ def _flag_values(key: str) -> List[str]:
     return ["5m", "2h", "never"] if key == "idle_timeout" else []
 
 
-# -- the table of commands, and the help made out of it
+# -- help, out of the table of commands
 
-
-class _Command:
-    """One row of the table: what runs it, what it takes, what its help says."""
-
-    def __init__(
-        self,
-        run: Callable[[Any], int],
-        words: str,
-        most: Optional[int],
-        flags: Sequence[str],
-        about: str,
-        examples: Sequence[str],
-    ) -> None:
-        self.run = run
-        self.words = words  # as in the usage line
-        self.most = most  # how many words it takes; None: any number
-        self.flags = flags
-        self.about = about  # its first line is the summary
-        self.examples = examples
-
-
-_COMMANDS: Dict[str, _Command] = {
-    "serve": _Command(
-        _do_serve, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("json", "quiet"),
-        "Start or attach to a serve, print its URL, hold it till Ctrl-C.\n"
-        "SIGTERM detaches and exits with 0, Ctrl-C with 130.",
-        ("serve qwen3.5-9b", "serve gpt-4o-mini=qwen3.5-9b --ctx-size 8192 --port 11434"),
-    ),
-    "up": _Command(
-        _do_up, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("json", "quiet"),
-        "Start or attach to a serve, print its URL, return.\n"
-        "It lives while it is used, and for the idle timeout after that.",
-        ("up qwen3.5-9b", "up qwen3.5-9b --idle-timeout 2h", "up tiny=./tiny.gguf --set device=cpu"),
-    ),
-    "run": _Command(
-        _do_run, "MODEL... -- COMMAND...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("quiet",),
-        "Run a command, and hold a serve for as long as it runs.\n"
-        "The command finds it in OPENAI_BASE_URL, OPENAI_API_KEY, QVAC_BASE_URL...\n"
-        "Exit code: the command's, 128+n for signal n, 127 if there is no such command.",
-        ("run --agent qwen3.5-9b -- aider", "run tiny=./tiny.gguf -- python app.py"),
-    ),
-    "env": _Command(
-        _do_env, "MODEL...", None, ("shell", *_MODEL_FLAGS, *_PLACE_FLAGS, *_TIME_FLAGS, "json", "quiet"),
-        "Start or attach to a serve, print its variables for a shell.",
-        ('eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source"),
-    ),
-    "ps": _Command(
-        _do_ps, "", 0, ("watch", "json", "quiet"),
-        "List every serve with its state, models, users and times.\n"
-        "A model that is not loaded has its state behind it. IDLE/LEFT: how long the\n"
-        "serve stays when unused, and what is left of that. MEM: serve and worker.",
-        ("ps", "ps --watch", "ps --json"),
-    ),
-    "stop": _Command(
-        _do_stop, "KEY|MODEL...", None, ("all", "json", "quiet"),
-        "Stop serves now, whoever uses them; returns when they are gone.\n"
-        "A key may be cut short. Exit code 3: no such serve.",
-        ("stop qwen3.5-9b", "stop ff42c973", "stop --all"),
-    ),
-    "logs": _Command(
-        _do_logs, "KEY|MODEL", 1, ("lines", "follow"),
-        "Show what a serve printed; also that of one which is gone.",
-        ("logs qwen3.5-9b", "logs -n 20 -f ff42c973"),
-    ),
-    "models": _Command(
-        _do_models, "[PATTERN]", 1, ("endpoint", "json", "quiet"),
-        "List the models that can be named, with their sizes.\n"
-        "PATTERN is part of a name, or has * and ? in it.",
-        ("models", "models qwen3", "models --endpoint embedding"),
-    ),
-    "chat": _Command(
-        _do_chat, "MODEL [PROMPT]", None,
-        ("system", "stats", *_MODEL_FLAGS, *_PLACE_FLAGS, *_TIME_FLAGS, "json", "quiet"),
-        "Answer one prompt, or hold a conversation.\n"
-        "PROMPT - is read from stdin. In a conversation /bye or Ctrl-D ends.",
-        ("chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b -"),
-    ),
-    "explain": _Command(
-        _do_explain, "MODEL...", None, _MODEL_FLAGS + _PLACE_FLAGS + _TIME_FLAGS + ("json", "quiet"),
-        "Show the config and key these arguments make; start nothing.\n"
-        "Also whether a serve has that key, and in what each other one differs.",
-        ("explain qwen3.5-9b --agent",),
-    ),
-    "doctor": _Command(
-        _do_doctor, "", 0, ("fix", "json", "quiet"),
-        "Check what serves need, and say what to type.\n"
-        "Changes nothing without --fix. With --quiet only what is not ok. Exit code 1:\n"
-        "a check failed.",
-        ("doctor", "doctor --fix"),
-    ),
-    "install-cli": _Command(
-        _do_install_cli, "", 0, ("version", "json", "quiet"),
-        "Install the qvac command under ~/.qvac/cli, with npm.\n"
-        f"For those who have Node.js {_MIN_NODE} or newer and nothing else.",
-        ("install-cli", "install-cli --version 0.13.1"),
-    ),
-    "demo": _Command(
-        _do_demo, "", 0, (),
-        "Show the whole life of a serve in seconds, without a model.",
-        ("demo",),
-    ),
-    "completion": _Command(
-        _do_completion, "bash|zsh|fish", 1, (),
-        "Print a script that completes commands, models and keys.\n"
-        "For the command `qvac-managed`, which it defines if there is none.",
-        ('eval "$(PROGRAM completion bash)"', "completion fish | source"),
-    ),
-}
 
 _WORD_HELP = {
     "MODEL": "NAME, ALIAS=NAME or ALIAS=/path/model.gguf (see `models`)",
@@ -8021,417 +7274,144 @@ def _example(text: str) -> str:
 # --- model table: generated by .ci/catalog.py, do not edit ---
 MODEL_TABLE_SOURCE = "@qvac/cli 0.13.1"
 _MODEL_TABLE = """\
-ABOT_WORLD_0_5B_LF_VAE image 22844832 - F16
-ABOT_WORLD_0_5B_LF_VAE_F16 image 1409493568 - F16
-ABOT_WORLD_0_5B_Q8_0 image 5885489920 5B Q8_0
-AFRICAN_4B_TRANSLATION_Q4_K_M chat 2867473376 4B Q4_K_M
-AUDIOGEN_ACESTEP_5HZ_LM_0_6B_Q8_0 audiogen 709846656 0.6B q8_0
-AUDIOGEN_ACESTEP_V15_SFT_Q8_0 audiogen 2549527936 - q8_0
-AUDIOGEN_ACESTEP_V15_TURBO_Q4_K_M audiogen 1445710272 - q4_k_m
-AUDIOGEN_ACESTEP_V15_TURBO_Q8_0 audiogen 2549528000 - q8_0
-AUDIOGEN_QWEN3_EMBEDDING_0_6B_Q8_0 audiogen 784144960 0.6B q8_0
-AUDIOGEN_VAE_BF16 audiogen 337420928 - bf16
-BCI_EMBEDDER bci 25028476 - -
-BCI_WINDOWED bci 87756577 - -
-BERGAMOT translation 31561787 - -
-BERGAMOT_AR_EN translation 31561787 - -
-BERGAMOT_AZ_EN translation 17141051 - -
-BERGAMOT_BE_EN translation 17141051 - -
-BERGAMOT_BG_EN translation 31561787 - -
-BERGAMOT_BN_EN translation 17141051 - -
-BERGAMOT_BS_EN translation 17141051 - -
-BERGAMOT_CA_EN translation 31561787 - -
-BERGAMOT_CS_EN translation 31561787 - -
-BERGAMOT_DA_EN translation 17141051 - -
-BERGAMOT_DE_EN translation 31561787 - -
-BERGAMOT_EL_EN translation 17141051 - -
-BERGAMOT_EN_AR translation 31561787 - -
-BERGAMOT_EN_AZ translation 17141051 - -
-BERGAMOT_EN_BG translation 31561787 - -
-BERGAMOT_EN_BN translation 17141051 - -
-BERGAMOT_EN_BS translation 31561787 - -
-BERGAMOT_EN_CA translation 31561787 - -
-BERGAMOT_EN_CS translation 31561787 - -
-BERGAMOT_EN_DA translation 17141051 - -
-BERGAMOT_EN_DE translation 31561787 - -
-BERGAMOT_EN_EL translation 17141051 - -
-BERGAMOT_EN_ES translation 31561787 - -
-BERGAMOT_EN_ET translation 31561787 - -
-BERGAMOT_EN_FA translation 17141051 - -
-BERGAMOT_EN_FI translation 31561787 - -
-BERGAMOT_EN_FR translation 31561787 - -
-BERGAMOT_EN_GU translation 17141051 - -
-BERGAMOT_EN_HE translation 17141051 - -
-BERGAMOT_EN_HI translation 17141051 - -
-BERGAMOT_EN_HR translation 31561787 - -
-BERGAMOT_EN_HU translation 31561787 - -
-BERGAMOT_EN_ID translation 17141051 - -
-BERGAMOT_EN_IS translation 31561787 - -
-BERGAMOT_EN_IT translation 31561787 - -
-BERGAMOT_EN_JA translation 43849787 - -
-BERGAMOT_EN_KN translation 17141051 - -
-BERGAMOT_EN_KO translation 43849787 - -
-BERGAMOT_EN_LT translation 31561787 - -
-BERGAMOT_EN_LV translation 31561787 - -
-BERGAMOT_EN_ML translation 17141051 - -
-BERGAMOT_EN_MS translation 17141051 - -
-BERGAMOT_EN_NB translation 17141051 - -
-BERGAMOT_EN_NL translation 31561787 - -
-BERGAMOT_EN_NO translation 17141051 - -
-BERGAMOT_EN_PL translation 31561787 - -
-BERGAMOT_EN_PT translation 31561787 - -
-BERGAMOT_EN_RO translation 17141051 - -
-BERGAMOT_EN_RU translation 31561787 - -
-BERGAMOT_EN_SK translation 31561787 - -
-BERGAMOT_EN_SL translation 31561787 - -
-BERGAMOT_EN_SQ translation 17141051 - -
-BERGAMOT_EN_SR translation 31561787 - -
-BERGAMOT_EN_SV translation 17141051 - -
-BERGAMOT_EN_TA translation 17141051 - -
-BERGAMOT_EN_TE translation 17141051 - -
-BERGAMOT_EN_TH translation 31561787 - -
-BERGAMOT_EN_TR translation 17141051 - -
-BERGAMOT_EN_UK translation 31561787 - -
-BERGAMOT_EN_VI translation 31561787 - -
-BERGAMOT_EN_ZH translation 43849787 - -
-BERGAMOT_ES_EN translation 31561787 - -
-BERGAMOT_ET_EN translation 31561787 - -
-BERGAMOT_FA_EN translation 17141051 - -
-BERGAMOT_FI_EN translation 31561787 - -
-BERGAMOT_FR_EN translation 31561787 - -
-BERGAMOT_GU_EN translation 17141051 - -
-BERGAMOT_HE_EN translation 17141051 - -
-BERGAMOT_HI_EN translation 17141051 - -
-BERGAMOT_HR_EN translation 17141051 - -
-BERGAMOT_HU_EN translation 17140899 - -
-BERGAMOT_ID_EN translation 17141051 - -
-BERGAMOT_IS_EN translation 31561787 - -
-BERGAMOT_IT_EN translation 31561787 - -
-BERGAMOT_JA_EN translation 43977787 - -
-BERGAMOT_KN_EN translation 17141051 - -
-BERGAMOT_KO_EN translation 43977787 - -
-BERGAMOT_LT_EN translation 17141051 - -
-BERGAMOT_LV_EN translation 17141051 - -
-BERGAMOT_ML_EN translation 17141051 - -
-BERGAMOT_MS_EN translation 17141051 - -
-BERGAMOT_MT_EN translation 17140836 - -
-BERGAMOT_NB_EN translation 12980780 - -
-BERGAMOT_NL_EN translation 31561787 - -
-BERGAMOT_NN_EN translation 12980780 - -
-BERGAMOT_NO_EN translation 17141051 - -
-BERGAMOT_PL_EN translation 31561787 - -
-BERGAMOT_PT_EN translation 31561787 - -
-BERGAMOT_RO_EN translation 17141051 - -
-BERGAMOT_RU_EN translation 17141051 - -
-BERGAMOT_SK_EN translation 17141051 - -
-BERGAMOT_SL_EN translation 31561787 - -
-BERGAMOT_SQ_EN translation 17141051 - -
-BERGAMOT_SR_EN translation 17141051 - -
-BERGAMOT_SV_EN translation 17141051 - -
-BERGAMOT_TA_EN translation 17141051 - -
-BERGAMOT_TE_EN translation 17141051 - -
-BERGAMOT_TH_EN translation 31561787 - -
-BERGAMOT_TR_EN translation 17140836 - -
-BERGAMOT_UK_EN translation 17141051 - -
-BERGAMOT_VI_EN translation 17141051 - -
-BERGAMOT_ZH_EN translation 43977787 - -
-BITNET_0_7B_INST_TQ2_0 chat 217082208 0.7B TQ2_0
-BITNET_1B_INST_TQ2_0 chat 834553152 1B TQ2_0
-BITNET_B1_58_3B_INST_TQ2_0 chat 1923554016 3B TQ2_0
-CLIP_VISION_H image 1264219396 - -
-DEEPSEEK_V4_304B_INST_UD_IQ2_M_SHARD chat 90926928288 304B UD-IQ2_M
-DOLPHIN_MIXTRAL_2X7B_MOE_Q2_K_SHARD chat 4760823808 2x7B Q2_K
-DOLPHIN_MIXTRAL_2X7B_MOE_Q2_K_TENSORS chat 7791 2x7B Q2_K
-EMBEDDINGGEMMA_300M_BF16 embedding 612429792 300M BF16
-EMBEDDINGGEMMA_300M_F32 embedding 1217982432 300M F32
-EMBEDDINGGEMMA_300M_Q4_0 embedding 277852192 300M q4_0
-EMBEDDINGGEMMA_300M_Q8_0 embedding 328577056 300M q8_0
-FLUX_2_KLEIN_4B_Q4_0 image 2460394048 4B Q4_0
-FLUX_2_KLEIN_4B_Q4_K_M image 2604311104 4B Q4_K_M
-FLUX_2_KLEIN_4B_Q6_K image 3409273408 4B Q6_K
-FLUX_2_KLEIN_4B_Q8_0 image 4300644928 4B Q8_0
-FLUX_2_KLEIN_4B_VAE image 168120878 - -
-GEMMA4_2B_MULTIMODAL_Q4_K_M chat 3462678272 2B q4_k_m
-GEMMA4_2B_MULTIMODAL_Q6_K chat 3898484480 2B q6_k
-GEMMA4_2B_MULTIMODAL_Q8_0 chat 4967495424 2B q8_0
-GEMMA4_31B_MULTIMODAL_Q4_K_M chat 19598488192 31B q4_k_m
-GEMMA4_31B_MULTIMODAL_Q6_K chat 26726720128 31B q6_k
-GEMMA4_4B_MULTIMODAL_Q4_K_M chat 5405168384 4B q4_k_m
-GEMMA4_4B_MULTIMODAL_Q6_K chat 6329953024 4B q6_k
-GEMMA_3_12B_Q4_K_XL image 7432229216 12B Q4_K_XL
-GPT_OSS_120B_INST_Q4_K_M_SHARD chat 62768723552 120B q4_k_m
-GPT_OSS_120B_INST_Q4_K_M_TENSORS chat 16529 120B q4_k_m
-GPT_OSS_20B_INST_Q4_K_M chat 11624759488 20B q4_k_m
-GROOT_MULTI_Q5_VF16 vla 3045175648 groot-n1.7-3b-multi q5_vf16
-GROOT_MULTI_Q8_VF16 vla 4065227104 groot-n1.7-3b-multi q8_vf16
-GROOT_Q5_VF16 vla 2739467616 groot-n1.7-3b-libero q5_vf16
-GROOT_Q8_VF16 vla 3759519072 groot-n1.7-3b-libero q8_vf16
-GTE_LARGE_335M_FP16_SHARD embedding 669604320 335M fp16
-GTE_LARGE_335M_FP16_TENSORS embedding 8966 335M fp16
-GTE_LARGE_FP16 embedding 669603712 - fp16
-HEALTHCARE_1_7B_MEDICAL_BF16 chat 4069679040 1.7B bf16
-HEALTHCARE_1_7B_MEDICAL_IQ3_M chat 1029365952 1.7B iq3_m
-HEALTHCARE_1_7B_MEDICAL_IQ3_XXS chat 888064192 1.7B iq3_xxs
-HEALTHCARE_1_7B_MEDICAL_IQ4_NL chat 1229453504 1.7B iq4_nl
-HEALTHCARE_1_7B_MEDICAL_IQ4_XS chat 1175689408 1.7B iq4_xs
-HEALTHCARE_1_7B_MEDICAL_Q4_K_M chat 1282439360 1.7B q4_k_m
-HEALTHCARE_1_7B_MEDICAL_Q5_K_M chat 1471805632 1.7B q5_k_m
-HEALTHCARE_1_7B_MEDICAL_Q8_0 chat 2165039040 1.7B q8_0
-HEALTHCARE_4B_MEDICAL_BF16 chat 8829197344 4B bf16
-HEALTHCARE_4B_MEDICAL_IQ3_M chat 2130025760 4B iq3_m
-HEALTHCARE_4B_MEDICAL_IQ3_XXS chat 1837317920 4B iq3_xxs
-HEALTHCARE_4B_MEDICAL_IQ4_NL chat 2600131360 4B iq4_nl
-HEALTHCARE_4B_MEDICAL_IQ4_XS chat 2477384480 4B iq4_xs
-HEALTHCARE_4B_MEDICAL_Q4_K_M chat 2716068640 4B q4_k_m
-HEALTHCARE_4B_MEDICAL_Q5_K_M chat 3156921120 4B q5_k_m
-HEALTHCARE_4B_MEDICAL_Q8_0 chat 4693670944 4B q8_0
-LASER_DOLPHIN_2X7B_INST_Q2_K chat 4760823264 2x7B Q2_K
-LLAMA_3_2_1B_INST_Q4_0 chat 773025824 1B q4_0
-LLAMA_3_2_1B_INST_Q4_0_SHARD chat 773026848 1B q4_0
-LLAMA_3_2_1B_INST_Q4_0_TENSORS chat 3213 1B q4_0
-LLAMA_TOOL_CALLING_1B_INST_Q4_K chat 807691648 1B q4_k
-LTX_2_3_22B_DISTILLED_EMBEDDINGS_CONNECTORS image 2312144712 - -
-LTX_2_3_22B_Q2_K image 12408656544 22B Q2_K
-LTX_2_3_22B_Q5_K_M image 19388448416 22B Q5_K_M
-LTX_2_3_VAE image 364853140 - -
-LTX_2_3_VAE_1 image 1452256522 - -
-MARIAN_EN_HI_INDIC_1B_F16 translation 2239757219 1B f16
-MARIAN_EN_HI_INDIC_1B_Q4_0 translation 637229091 1B q4_0
-MARIAN_EN_HI_INDIC_200M_F16 translation 431338529 200M f16
-MARIAN_EN_HI_INDIC_200M_Q4_0 translation 127339617 200M q4_0
-MARIAN_HI_EN_INDIC_1B_F16 translation 2054322154 1B f16
-MARIAN_HI_EN_INDIC_1B_Q4_0 translation 584815722 1B q4_0
-MARIAN_HI_EN_INDIC_200M_F16 translation 430985320 200M f16
-MARIAN_HI_EN_INDIC_200M_Q4_0 translation 126980520 200M q4_0
-MARIAN_HI_HI_INDIC_1B_F16 translation 2429270859 1B f16
-MARIAN_HI_HI_INDIC_1B_Q4_0 translation 693697483 1B q4_0
-MARIAN_HI_HI_INDIC_320M_F16 translation 653915115 320M f16
-MARIAN_HI_HI_INDIC_320M_Q4_0 translation 193106987 320M q4_0
-MEDGEMMA_4B_IT_Q4_1 chat 2564052800 4B q4_1
-MEDGEMMA_4B_IT_Q4_1_SHARD chat 2564053312 4B q4_1
-MEDGEMMA_4B_IT_Q4_1_TENSORS chat 10685 4B q4_1
-MEDGEMMA_4B_IT_Q8_0 chat 4130402880 4B q8_0
-MEDGEMMA_4B_IT_Q8_0_SHARD chat 4130403424 4B q8_0
-MMPROJ_GEMMA4_2B_MULTIMODAL_BF16 chat 986833408 2B bf16
-MMPROJ_GEMMA4_2B_MULTIMODAL_F16 chat 985653760 2B f16
-MMPROJ_GEMMA4_2B_MULTIMODAL_Q8_0 chat 557367776 2B q8_0
-MMPROJ_GEMMA4_31B_MULTIMODAL_BF16 chat 1200726208 31B bf16
-MMPROJ_GEMMA4_31B_MULTIMODAL_F16 chat 1198956736 31B f16
-MMPROJ_GEMMA4_4B_MULTIMODAL_BF16 chat 991552000 4B bf16
-MMPROJ_GEMMA4_4B_MULTIMODAL_F16 chat 990372352 4B f16
-MMPROJ_OCR_0_6B_MULTIMODAL_F16 chat 819313056 0.6B f16
-MMPROJ_OCR_3B_MULTIMODAL_F16 chat 825245568 3B f16
-MMPROJ_OCR_3B_MULTIMODAL_Q8_0 chat 461225856 3B q8_0
-MMPROJ_QWEN3VL_2B_MULTIMODAL_Q4_K chat 445053216 2B q4_k
-MMPROJ_QWEN3_5_0_8B_MULTIMODAL_BF16 chat 207346528 0.8B bf16
-MMPROJ_QWEN3_5_0_8B_MULTIMODAL_F16 chat 204987232 0.8B f16
-MMPROJ_QWEN3_5_0_8B_MULTIMODAL_Q8_0 chat 115923680 0.8B q8_0
-MMPROJ_QWEN3_5_2B_MULTIMODAL_BF16 chat 671372992 2B bf16
-MMPROJ_QWEN3_5_2B_MULTIMODAL_F16 chat 668227264 2B f16
-MMPROJ_QWEN3_5_2B_MULTIMODAL_Q8_0 chat 364664384 2B q8_0
-MMPROJ_QWEN3_5_4B_MULTIMODAL_BF16 chat 675569344 4B bf16
-MMPROJ_QWEN3_5_4B_MULTIMODAL_F16 chat 672423616 4B f16
-MMPROJ_QWEN3_5_4B_MULTIMODAL_Q8_0 chat 366894656 4B q8_0
-MMPROJ_QWEN3_5_9B_MULTIMODAL_BF16 chat 921705024 9B bf16
-MMPROJ_QWEN3_5_9B_MULTIMODAL_F16 chat 918166080 9B f16
-MMPROJ_QWEN3_6_27B_MULTIMODAL_BF16 chat 931146304 27B bf16
-MMPROJ_QWEN3_6_27B_MULTIMODAL_F16 chat 927607360 27B f16
-MMPROJ_QWEN3_6_35B_A3B_MULTIMODAL_BF16 chat 902822624 35B-A3B bf16
-MMPROJ_QWEN3_6_35B_A3B_MULTIMODAL_F16 chat 899283680 35B-A3B f16
-MMPROJ_QWEN3_8_27B_MULTIMODAL_F16 chat 927607488 27B f16
-MMPROJ_QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_F16 chat 904004000 177B f16
-MMPROJ_SMOLVLM2_500M_MULTIMODAL_F16 chat 199470624 500M f16
-MMPROJ_SMOLVLM2_500M_MULTIMODAL_Q8_0 chat 108785184 500M q8_0
-MMPROJ_VISIONPSY_NANO_460M_MULTIMODAL_Q8_0 chat 108782144 460M q8_0
-MMPROJ_VISIONPSY_NANO_460M_MULTIMODAL_Q8_0_1 chat 108782144 460M q8_0
-MOE_35B_INST_IQ2_XXS chat 9778452896 35B iq2_xxs
-MOE_35B_INST_Q4_K_M chat 21391448480 35B q4_k_m
-MOE_35B_INST_Q8_0 chat 36914690464 35B q8_0
-OCR_0_6B_MULTIMODAL_Q4_K_M chat 396701664 0.6B q4_k_m
-OCR_3B_MULTIMODAL_Q4_0 chat 1701896608 3B q4_0
-OCR_CRAFT ocr 83133856 - -
-OCR_DOCTR ocr 4198144 - -
-OCR_DOCTR_1 ocr 8352640 - -
-OCR_LATIN ocr 15396512 - -
-PARAKEET_CTC_0_6B_F16 transcription 1371674432 0.6B f16
-PARAKEET_CTC_0_6B_Q4_0 transcription 389648768 0.6B q4_0
-PARAKEET_CTC_0_6B_Q8_0 transcription 731222912 0.6B q8_0
-PARAKEET_EOU_120M_V1_F16 transcription 257939840 120M f16
-PARAKEET_EOU_120M_V1_Q4_0 transcription 74110976 120M q4_0
-PARAKEET_EOU_120M_V1_Q8_0 transcription 138051456 120M q8_0
-PARAKEET_INDIC_CONFORMER_CTC_F16 transcription 1380198336 600M f16
-PARAKEET_INDIC_CONFORMER_CTC_Q4_0 transcription 391389696 600M q4_0
-PARAKEET_INDIC_CONFORMER_CTC_Q8_0 transcription 735323136 600M q8_0
-PARAKEET_SORTFORMER_4SPK_V1_F16 transcription 275697312 123M f16
-PARAKEET_SORTFORMER_4SPK_V1_Q4_0 transcription 79031136 123M q4_0
-PARAKEET_SORTFORMER_4SPK_V1_Q8_0 transcription 147436704 123M q8_0
-PARAKEET_SORTFORMER_4SPK_V2_1_F16 transcription 263080256 123M f16
-PARAKEET_SORTFORMER_4SPK_V2_1_Q4_0 transcription 75458048 123M q4_0
-PARAKEET_SORTFORMER_4SPK_V2_1_Q8_0 transcription 140717952 123M q8_0
-PARAKEET_TDT_0_6B_V3_F16 transcription 1407544256 0.6B f16
-PARAKEET_TDT_0_6B_V3_Q4_0 transcription 398735040 0.6B q4_0
-PARAKEET_TDT_0_6B_V3_Q8_0 transcription 749625216 0.6B q8_0
-PARAKEET_UNIFIED_0_6B_F16 transcription 1390644608 0.6B f16
-PARAKEET_UNIFIED_0_6B_Q4_0 transcription 395029120 0.6B q4_0
-PARAKEET_UNIFIED_0_6B_Q8_0 transcription 741330176 0.6B q8_0
-PI05_BASE_Q_AGGRESSIVE vla 3929675872 pi05-base q_aggressive
-QWEN3VL_2B_MULTIMODAL_Q4_K chat 1107409952 2B q4_k
-QWEN3_1_7B_INST_Q4 chat 1056782912 1.7B q4
-QWEN3_1_7B_INST_Q4_SHARD chat 1056783456 1.7B q4
-QWEN3_1_7B_INST_Q4_TENSORS chat 7067 1.7B q4
-QWEN3_4B_INST_Q4_K_M chat 2497280256 4B q4_K_M
-QWEN3_4B_INST_Q4_SHARD chat 2497280864 4B q4
-QWEN3_4B_INST_Q4_TENSORS chat 9107 4B q4
-QWEN3_4B_Q4_K_M chat 2497281312 4B q4_K_M
-QWEN3_5_0_8B_MULTIMODAL_Q4_K_M chat 532517120 0.8B q4_k_m
-QWEN3_5_0_8B_MULTIMODAL_Q6_K chat 639029504 0.8B q6_k
-QWEN3_5_0_8B_MULTIMODAL_Q8_0 chat 811843840 0.8B q8_0
-QWEN3_5_2B_MULTIMODAL_Q4_K_M chat 1280835840 2B q4_k_m
-QWEN3_5_2B_MULTIMODAL_Q6_K chat 1574961408 2B q6_k
-QWEN3_5_2B_MULTIMODAL_Q8_0 chat 2012012800 2B q8_0
-QWEN3_5_4B_MULTIMODAL_Q4_K_M chat 2740937888 4B q4_k_m
-QWEN3_5_4B_MULTIMODAL_Q6_K chat 3525956768 4B q6_k
-QWEN3_5_9B_MULTIMODAL_Q4_K_M chat 5680522464 9B q4_k_m
-QWEN3_5_9B_MULTIMODAL_Q6_K chat 7458301152 9B q6_k
-QWEN3_600M_INST_Q4 chat 382156480 600M q4
-QWEN3_6_27B_MULTIMODAL_Q4_K_XL chat 17612564704 27B q4_k_xl
-QWEN3_6_27B_MULTIMODAL_Q6_K_XL chat 25636485344 27B q6_k_xl
-QWEN3_6_35B_A3B_MULTIMODAL_Q4_K_M chat 22134528992 35B-A3B q4_k_m
-QWEN3_6_35B_A3B_MULTIMODAL_Q6_K_XL chat 31843777504 35B-A3B q6_k_xl
-QWEN3_8B_INST_Q4_K_M chat 5027783488 8B q4_k_m
-QWEN3_8_27B_MULTIMODAL_UD_Q4_K_XL chat 17923394624 27B UD-Q4_K_XL
-QWEN3_8_27B_MULTIMODAL_UD_Q8_K_XL chat 31457991680 27B UD-Q8_K_XL
-QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_UD_Q2_K_XL_SHARD chat 78869128864 177B UD-Q2_K_XL
-QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_UD_Q4_K_XL_SHARD chat 111334654784 177B UD-Q4_K_XL
-REALESRGAN_X4PLUS image 67040989 - -
-REALESRGAN_X4PLUS_ANIME_6B image 17938799 - -
-REALESRNET_X4PLUS image 67040989 - -
-SALAMANDRATA_2B_INST_Q4 chat 1517617504 2B q4
-SALAMANDRATA_2B_INST_Q4_SHARD chat 1517617856 2B q4
-SALAMANDRATA_2B_INST_Q4_TENSORS chat 4833 2B q4
-SALAMANDRATA_2B_INST_Q8 chat 2401075552 2B q8
-SALAMANDRATA_2B_INST_Q8_SHARD chat 2401076000 2B q8
-SDXL_BASE_1_0_3B_Q4_0 image 3940010720 3B Q4_0
-SDXL_BASE_1_0_3B_Q8_0 image 5040957760 3B Q8_0
-SD_V2_1_1B_Q4_0 image 2185459424 1B Q4_0
-SD_V2_1_1B_Q8_0 image 2322705024 1B Q8_0
-SMOLLM2_360M_INST_Q8 chat 386404992 360M q8
-SMOLVLA_LIBERO_VISION_Q8 vla 1981051936 smolvla-libero q8_0
-SMOLVLM2_500M_MULTIMODAL_F16 chat 820424704 500M f16
-SMOLVLM2_500M_MULTIMODAL_Q8_0 chat 436808704 500M q8_0
-TTS_CANGJIE_ZH_CHATTERBOX speech 1337109 - -
-TTS_CODEC_DECODER_AUDIO8_FP16 speech 262241216 0.6B fp16
-TTS_CODEC_DECODER_AUDIO8_Q8_0 speech 210631616 0.6B q8_0
-TTS_CODEC_ENCODER_AUDIO8_FP16 speech 416985952 0.6B fp16
-TTS_CODEC_ENCODER_AUDIO8_Q8_0 speech 263631712 0.6B q8_0
-TTS_COSYVOICE3_CAMPPLUS_COSYVOICE_FP32 speech 27530656 - fp32
-TTS_COSYVOICE3_FLOW_COSYVOICE_FP32 speech 1333857632 0.5B fp32
-TTS_COSYVOICE3_HIFT_COSYVOICE_FP32 speech 83087520 0.5B fp32
-TTS_COSYVOICE3_LLM_COSYVOICE_Q8_0 speech 973496000 0.5B q8_0
-TTS_COSYVOICE3_S3TOK_COSYVOICE_FP16 speech 496605536 - fp16
-TTS_COSYVOICE3_S3TOK_COSYVOICE_FP32 speech 968464736 - fp32
-TTS_COSYVOICE3_S3TOK_COSYVOICE_Q8_0 speech 275421536 - q8_0
-TTS_COSYVOICE3_TOKENIZER_COSYVOICE speech 1402109 - -
-TTS_COSYVOICE3_TOKENIZER_COSYVOICE_1 speech 2776833 - -
-TTS_COSYVOICE3_VOICE_COSYVOICE speech 179584 - -
-TTS_COSYVOICE3_VOICE_COSYVOICE_1 speech 223456 - -
-TTS_COSYVOICE3_VOICE_COSYVOICE_2 speech 57664 - -
-TTS_DENOISER_LAVASR_FP16 speech 505696 - fp16
-TTS_DENOISER_LAVASR_FP32 speech 722528 - fp32
-TTS_ENHANCER_LAVASR_FP16 speech 28051008 - fp16
-TTS_ENHANCER_LAVASR_FP32 speech 55946816 - fp32
-TTS_EN_SUPERTONIC_Q4_0 speech 131956256 - q4_0
-TTS_EN_SUPERTONIC_Q8_0 speech 251818336 - q8_0
-TTS_INDIC_MULTILINGUAL_PARLER_TTS_FP16 speech 2636192608 880M fp16
-TTS_INDIC_MULTILINGUAL_PARLER_TTS_FP32 speech 3667407712 880M fp32
-TTS_INDIC_MULTILINGUAL_PARLER_TTS_Q8_0 speech 1287330656 880M q8_0
-TTS_LARGE_V1_EN_PARLER_TTS_FP16 speech 7190761024 2.3B fp16
-TTS_LARGE_V1_EN_PARLER_TTS_FP32 speech 9243376192 2.3B fp32
-TTS_LARGE_V1_EN_PARLER_TTS_Q8_0 speech 2770947648 2.3B q8_0
-TTS_LM_MULTILINGUAL_AUDIO8_FP16 speech 1230479552 0.6B fp16
-TTS_LM_MULTILINGUAL_AUDIO8_Q8_0 speech 839106752 0.6B q8_0
-TTS_MECAB_IPADIC_CHATTERBOX speech 262496 - -
-TTS_MINI_V1_EN_PARLER_TTS_FP16 speech 2511459808 880M fp16
-TTS_MINI_V1_EN_PARLER_TTS_FP32 speech 3422690784 880M fp32
-TTS_MINI_V1_EN_PARLER_TTS_Q8_0 speech 1162597856 880M q8_0
-TTS_MULTILINGUAL_SUPERTONIC2_Q4_0 speech 132008192 - q4_0
-TTS_MULTILINGUAL_SUPERTONIC2_Q8_0 speech 251845952 - q8_0
-TTS_MULTILINGUAL_SUPERTONIC3_FP16 speech 206631232 - fp16
-TTS_MULTILINGUAL_SUPERTONIC3_FP32 speech 398497088 - fp32
-TTS_MULTILINGUAL_SUPERTONIC3_Q4_0 speech 84658368 - q4_0
-TTS_MULTILINGUAL_SUPERTONIC3_Q8_0 speech 126745792 - q8_0
-TTS_S3GEN_EN_CHATTERBOX speech 1064879936 - -
-TTS_S3GEN_EN_CHATTERBOX_Q4_0 speech 789672256 - q4_0
-TTS_S3GEN_EN_CHATTERBOX_Q5_0 speech 799679808 - q5_0
-TTS_S3GEN_EN_CHATTERBOX_Q8_0 speech 829702464 - q8_0
-TTS_S3GEN_MULTILINGUAL_CHATTERBOX speech 1056431360 - -
-TTS_S3GEN_MULTILINGUAL_CHATTERBOX_Q4_0 speech 788432672 - q4_0
-TTS_S3GEN_MULTILINGUAL_CHATTERBOX_Q5_0 speech 798178080 - q5_0
-TTS_S3GEN_MULTILINGUAL_CHATTERBOX_Q8_0 speech 827414304 - q8_0
-TTS_T3_MULTILINGUAL_CHATTERBOX_FP16 speech 1099495744 - fp16
-TTS_T3_MULTILINGUAL_CHATTERBOX_Q4_0 speech 344985408 - q4_0
-TTS_T3_MULTILINGUAL_CHATTERBOX_Q5_0 speech 409819968 - q5_0
-TTS_T3_MULTILINGUAL_CHATTERBOX_Q8_0 speech 604323648 - q8_0
-TTS_T3_TURBO_EN_CHATTERBOX_FP16 speech 777277440 - fp16
-TTS_T3_TURBO_EN_CHATTERBOX_Q4_0 speech 332605120 - q4_0
-TTS_T3_TURBO_EN_CHATTERBOX_Q5_0 speech 372095040 - q5_0
-TTS_T3_TURBO_EN_CHATTERBOX_Q8_0 speech 487091392 - q8_0
-UMT5_XXL_ENC_Q8_0 image 6035988320 - Q8_0
-UMT5_XXL_FP16 image 11366399385 - fp16
-VAD_SILERO_5_1_2 transcription 885098 - -
-VISIONPSY_NANO_460M_MULTIMODAL_Q4_K_M chat 303143488 460M q4_k_m
-VISIONPSY_NANO_460M_MULTIMODAL_Q4_K_M_1 chat 303143488 460M q4_k_m
-VISIONPSY_NANO_460M_MULTIMODAL_Q8_0 chat 436676000 460M q8_0
-VISIONPSY_NANO_460M_MULTIMODAL_Q8_0_1 chat 436676000 460M q8_0
-WAN2_1_I2V_14B_Q4_K_M image 11341184384 14B Q4_K_M
-WAN2_1_I2V_14B_Q4_K_M_1 image 11341184384 14B Q4_K_M
-WAN2_1_T2V_14B_Q8_0 image 15879461504 14B Q8_0
-WAN2_1_T2V_1_3B_FP16 image 2838303560 1.3B fp16
-WAN2_2_TI2V_5B_Q5_K_S image 3564739296 5B Q5_K_S
-WAN_2_1_COMFYUI_REPACKAGED_VAE image 253815318 - -
-WAN_2_2_COMFYUI_REPACKAGED_VAE image 1409400960 - -
-WHISPER_BASE_Q0F16 transcription 147951465 - q0f16
-WHISPER_BASE_Q8_0 transcription 81768585 - q8_0
-WHISPER_EN_BASE_Q0F16 transcription 147964211 - q0f16
-WHISPER_EN_BASE_Q8_0 transcription 81781811 - q8_0
-WHISPER_EN_SMALL_Q0F16 transcription 487614201 - q0f16
-WHISPER_EN_SMALL_Q8_0 transcription 264477561 - q8
-WHISPER_EN_TINY_Q0F16 transcription 77704715 - q0f16
-WHISPER_EN_TINY_Q8_0 transcription 43550795 - q8_0
-WHISPER_FRENCH_BASE_F16 transcription 147951482 - f16
-WHISPER_FRENCH_BASE_Q8_0 transcription 81768602 - q8_0
-WHISPER_FRENCH_TINY_F16 transcription 77691713 - f16
-WHISPER_FRENCH_TINY_Q8_0 transcription 43537433 - q8_0
-WHISPER_GERMAN_BASE_F16 transcription 147951465 - f16
-WHISPER_GERMAN_BASE_Q8_0 transcription 81768585 - q8_0
-WHISPER_GERMAN_TINY_F16 transcription 77691713 - f16
-WHISPER_GERMAN_TINY_Q8_0 transcription 43537433 - q8_0
-WHISPER_ITALIAN_BASE_F16 transcription 114252906 - f16
-WHISPER_ITALIAN_BASE_Q8_0 transcription 63798666 - q8_0
-WHISPER_ITALIAN_TINY_F16 transcription 77691713 - f16
-WHISPER_ITALIAN_TINY_Q8_0 transcription 43537433 - q8_0
-WHISPER_JAPANESE_BASE_F16 transcription 147951465 - f16
-WHISPER_JAPANESE_BASE_Q8_0 transcription 81768585 - q8_0
-WHISPER_JAPANESE_TINY_F16 transcription 77691713 - f16
-WHISPER_JAPANESE_TINY_Q8_0 transcription 43537433 - q8_0
-WHISPER_LARGE_V3_TURBO transcription 1624555275 - -
-WHISPER_NORWEGIAN_TINY transcription 77691730 - -
-WHISPER_PORTUGUESE_BASE_F16 transcription 147951482 - f16
-WHISPER_PORTUGUESE_BASE_Q8_0 transcription 81768602 - q8_0
-WHISPER_PORTUGUESE_TINY_F16 transcription 77691730 - f16
-WHISPER_PORTUGUESE_TINY_Q8_0 transcription 43537450 - q8_0
-WHISPER_Q8_0 transcription 43537450 - -
-WHISPER_Q8_0_1 transcription 43550795 - -
-WHISPER_RUSSIAN_BASE_F16 transcription 147951465 - f16
-WHISPER_RUSSIAN_BASE_Q8_0 transcription 81768585 - q8_0
-WHISPER_RUSSIAN_TINY_F16 transcription 77691713 - f16
-WHISPER_RUSSIAN_TINY_Q8_0 transcription 43537433 - q8_0
-WHISPER_SMALL_Q0F16 transcription 487601967 - q0f16
-WHISPER_SMALL_Q8_0 transcription 264464607 - q8_0
-WHISPER_SPANISH_TINY_F16 transcription 77691713 - f16
-WHISPER_SPANISH_TINY_Q8_0 transcription 43537433 - q8_0
-WHISPER_TINY transcription 77691713 - -
-WHISPER_TINY_Q8_0 transcription 43537433 - q8_0
+audiogen AUDIOGEN_ 337420928:VAE_BF16 709846656:ACESTEP_5HZ_LM_0_6B_Q8_0 784144960:QWEN3_EMBEDDING_0_6B_Q8_0
+audiogen AUDIOGEN_ 1445710272:ACESTEP_V15_TURBO_Q4_K_M 2549527936:ACESTEP_V15_SFT_Q8_0
+audiogen AUDIOGEN_ 2549528000:ACESTEP_V15_TURBO_Q8_0
+bci BCI_ 25028476:EMBEDDER 87756577:WINDOWED
+chat BITNET_ 217082208:0_7B_INST_TQ2_0 834553152:1B_INST_TQ2_0 1923554016:B1_58_3B_INST_TQ2_0
+chat DOLPHIN_MIXTRAL_2X7B_MOE_Q2_K_ 7791:TENSORS 4760823808:SHARD
+chat GEMMA4_ 3462678272:2B_MULTIMODAL_Q4_K_M 3898484480:2B_MULTIMODAL_Q6_K 4967495424:2B_MULTIMODAL_Q8_0
+chat GEMMA4_ 5405168384:4B_MULTIMODAL_Q4_K_M 6329953024:4B_MULTIMODAL_Q6_K 19598488192:31B_MULTIMODAL_Q4_K_M
+chat GEMMA4_ 26726720128:31B_MULTIMODAL_Q6_K
+chat GPT_OSS_ 16529:120B_INST_Q4_K_M_TENSORS 11624759488:20B_INST_Q4_K_M 62768723552:120B_INST_Q4_K_M_SHARD
+chat HEALTHCARE_ 888064192:1_7B_MEDICAL_IQ3_XXS 1029365952:1_7B_MEDICAL_IQ3_M 1175689408:1_7B_MEDICAL_IQ4_XS
+chat HEALTHCARE_ 1229453504:1_7B_MEDICAL_IQ4_NL 1282439360:1_7B_MEDICAL_Q4_K_M 1471805632:1_7B_MEDICAL_Q5_K_M
+chat HEALTHCARE_ 1837317920:4B_MEDICAL_IQ3_XXS 2130025760:4B_MEDICAL_IQ3_M 2165039040:1_7B_MEDICAL_Q8_0
+chat HEALTHCARE_ 2477384480:4B_MEDICAL_IQ4_XS 2600131360:4B_MEDICAL_IQ4_NL 2716068640:4B_MEDICAL_Q4_K_M
+chat HEALTHCARE_ 3156921120:4B_MEDICAL_Q5_K_M 4069679040:1_7B_MEDICAL_BF16 4693670944:4B_MEDICAL_Q8_0
+chat HEALTHCARE_ 8829197344:4B_MEDICAL_BF16
+chat LLAMA_ 3213:3_2_1B_INST_Q4_0_TENSORS 773025824:3_2_1B_INST_Q4_0 773026848:3_2_1B_INST_Q4_0_SHARD
+chat LLAMA_ 807691648:TOOL_CALLING_1B_INST_Q4_K
+chat MEDGEMMA_4B_IT_ 10685:Q4_1_TENSORS 2564052800:Q4_1 2564053312:Q4_1_SHARD 4130402880:Q8_0 4130403424:Q8_0_SHARD
+chat MMPROJ_ 108782144:VISIONPSY_NANO_460M_MULTIMODAL_Q8_0 VISIONPSY_NANO_460M_MULTIMODAL_Q8_0_1
+chat MMPROJ_ 108785184:SMOLVLM2_500M_MULTIMODAL_Q8_0 115923680:QWEN3_5_0_8B_MULTIMODAL_Q8_0
+chat MMPROJ_ 199470624:SMOLVLM2_500M_MULTIMODAL_F16 204987232:QWEN3_5_0_8B_MULTIMODAL_F16
+chat MMPROJ_ 207346528:QWEN3_5_0_8B_MULTIMODAL_BF16 364664384:QWEN3_5_2B_MULTIMODAL_Q8_0
+chat MMPROJ_ 366894656:QWEN3_5_4B_MULTIMODAL_Q8_0 445053216:QWEN3VL_2B_MULTIMODAL_Q4_K
+chat MMPROJ_ 461225856:OCR_3B_MULTIMODAL_Q8_0 557367776:GEMMA4_2B_MULTIMODAL_Q8_0 668227264:QWEN3_5_2B_MULTIMODAL_F16
+chat MMPROJ_ 671372992:QWEN3_5_2B_MULTIMODAL_BF16 672423616:QWEN3_5_4B_MULTIMODAL_F16
+chat MMPROJ_ 675569344:QWEN3_5_4B_MULTIMODAL_BF16 819313056:OCR_0_6B_MULTIMODAL_F16 825245568:OCR_3B_MULTIMODAL_F16
+chat MMPROJ_ 899283680:QWEN3_6_35B_A3B_MULTIMODAL_F16 902822624:QWEN3_6_35B_A3B_MULTIMODAL_BF16
+chat MMPROJ_ 904004000:QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_F16 918166080:QWEN3_5_9B_MULTIMODAL_F16
+chat MMPROJ_ 921705024:QWEN3_5_9B_MULTIMODAL_BF16 927607360:QWEN3_6_27B_MULTIMODAL_F16
+chat MMPROJ_ 927607488:QWEN3_8_27B_MULTIMODAL_F16 931146304:QWEN3_6_27B_MULTIMODAL_BF16
+chat MMPROJ_ 985653760:GEMMA4_2B_MULTIMODAL_F16 986833408:GEMMA4_2B_MULTIMODAL_BF16 990372352:GEMMA4_4B_MULTIMODAL_F16
+chat MMPROJ_ 991552000:GEMMA4_4B_MULTIMODAL_BF16 1198956736:GEMMA4_31B_MULTIMODAL_F16
+chat MMPROJ_ 1200726208:GEMMA4_31B_MULTIMODAL_BF16
+chat MOE_35B_INST_ 9778452896:IQ2_XXS 21391448480:Q4_K_M 36914690464:Q8_0
+chat OCR_ 396701664:0_6B_MULTIMODAL_Q4_K_M 1701896608:3B_MULTIMODAL_Q4_0
+chat QWEN3_ 7067:1_7B_INST_Q4_TENSORS 9107:4B_INST_Q4_TENSORS 382156480:600M_INST_Q4
+chat QWEN3_ 532517120:5_0_8B_MULTIMODAL_Q4_K_M 639029504:5_0_8B_MULTIMODAL_Q6_K 811843840:5_0_8B_MULTIMODAL_Q8_0
+chat QWEN3_ 1056782912:1_7B_INST_Q4 1056783456:1_7B_INST_Q4_SHARD 1280835840:5_2B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 1574961408:5_2B_MULTIMODAL_Q6_K 2012012800:5_2B_MULTIMODAL_Q8_0 2497280256:4B_INST_Q4_K_M
+chat QWEN3_ 2497280864:4B_INST_Q4_SHARD 2497281312:4B_Q4_K_M 2740937888:5_4B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 3525956768:5_4B_MULTIMODAL_Q6_K 5027783488:8B_INST_Q4_K_M 5680522464:5_9B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 7458301152:5_9B_MULTIMODAL_Q6_K 17612564704:6_27B_MULTIMODAL_Q4_K_XL
+chat QWEN3_ 17923394624:8_27B_MULTIMODAL_UD_Q4_K_XL 22134528992:6_35B_A3B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 25636485344:6_27B_MULTIMODAL_Q6_K_XL 31457991680:8_27B_MULTIMODAL_UD_Q8_K_XL
+chat QWEN3_ 31843777504:6_35B_A3B_MULTIMODAL_Q6_K_XL 78869128864:8_FLASH_NEXT_177B_MULTIMODAL_UD_Q2_K_XL_SHARD
+chat QWEN3_ 111334654784:8_FLASH_NEXT_177B_MULTIMODAL_UD_Q4_K_XL_SHARD
+chat SALAMANDRATA_2B_INST_ 4833:Q4_TENSORS 1517617504:Q4 1517617856:Q4_SHARD 2401075552:Q8 2401076000:Q8_SHARD
+chat SMOLVLM2_500M_MULTIMODAL_ 436808704:Q8_0 820424704:F16
+chat VISIONPSY_NANO_460M_MULTIMODAL_ 303143488:Q4_K_M Q4_K_M_1 436676000:Q8_0 Q8_0_1
+embedding EMBEDDINGGEMMA_300M_ 277852192:Q4_0 328577056:Q8_0 612429792:BF16 1217982432:F32
+embedding GTE_LARGE_ 8966:335M_FP16_TENSORS 669603712:FP16 669604320:335M_FP16_SHARD
+image ABOT_WORLD_0_5B_ 22844832:LF_VAE 1409493568:LF_VAE_F16 5885489920:Q8_0
+image FLUX_2_KLEIN_4B_ 168120878:VAE 2460394048:Q4_0 2604311104:Q4_K_M 3409273408:Q6_K 4300644928:Q8_0
+image LTX_2_3_ 364853140:VAE 1452256522:VAE_1 2312144712:22B_DISTILLED_EMBEDDINGS_CONNECTORS 12408656544:22B_Q2_K
+image LTX_2_3_ 19388448416:22B_Q5_K_M
+image REALESRGAN_ 17938799:X4PLUS_ANIME_6B 67040989:X4PLUS
+image SDXL_BASE_1_0_3B_ 3940010720:Q4_0 5040957760:Q8_0
+image SD_V2_1_1B_ 2185459424:Q4_0 2322705024:Q8_0
+image UMT5_XXL_ 6035988320:ENC_Q8_0 11366399385:FP16
+image WAN2_ 2838303560:1_T2V_1_3B_FP16 3564739296:2_TI2V_5B_Q5_K_S 11341184384:1_I2V_14B_Q4_K_M 1_I2V_14B_Q4_K_M_1
+image WAN2_ 15879461504:1_T2V_14B_Q8_0
+image WAN_2_ 253815318:1_COMFYUI_REPACKAGED_VAE 1409400960:2_COMFYUI_REPACKAGED_VAE
+ocr OCR_ 4198144:DOCTR 8352640:DOCTR_1 15396512:LATIN 83133856:CRAFT
+speech TTS_ 57664:COSYVOICE3_VOICE_COSYVOICE_2 179584:COSYVOICE3_VOICE_COSYVOICE 223456:COSYVOICE3_VOICE_COSYVOICE_1
+speech TTS_ 262496:MECAB_IPADIC_CHATTERBOX 505696:DENOISER_LAVASR_FP16 722528:DENOISER_LAVASR_FP32
+speech TTS_ 1337109:CANGJIE_ZH_CHATTERBOX 1402109:COSYVOICE3_TOKENIZER_COSYVOICE
+speech TTS_ 2776833:COSYVOICE3_TOKENIZER_COSYVOICE_1 27530656:COSYVOICE3_CAMPPLUS_COSYVOICE_FP32
+speech TTS_ 28051008:ENHANCER_LAVASR_FP16 55946816:ENHANCER_LAVASR_FP32 83087520:COSYVOICE3_HIFT_COSYVOICE_FP32
+speech TTS_ 84658368:MULTILINGUAL_SUPERTONIC3_Q4_0 126745792:MULTILINGUAL_SUPERTONIC3_Q8_0
+speech TTS_ 131956256:EN_SUPERTONIC_Q4_0 132008192:MULTILINGUAL_SUPERTONIC2_Q4_0
+speech TTS_ 206631232:MULTILINGUAL_SUPERTONIC3_FP16 210631616:CODEC_DECODER_AUDIO8_Q8_0 251818336:EN_SUPERTONIC_Q8_0
+speech TTS_ 251845952:MULTILINGUAL_SUPERTONIC2_Q8_0 262241216:CODEC_DECODER_AUDIO8_FP16
+speech TTS_ 263631712:CODEC_ENCODER_AUDIO8_Q8_0 275421536:COSYVOICE3_S3TOK_COSYVOICE_Q8_0
+speech TTS_ 332605120:T3_TURBO_EN_CHATTERBOX_Q4_0 344985408:T3_MULTILINGUAL_CHATTERBOX_Q4_0
+speech TTS_ 372095040:T3_TURBO_EN_CHATTERBOX_Q5_0 398497088:MULTILINGUAL_SUPERTONIC3_FP32
+speech TTS_ 409819968:T3_MULTILINGUAL_CHATTERBOX_Q5_0 416985952:CODEC_ENCODER_AUDIO8_FP16
+speech TTS_ 487091392:T3_TURBO_EN_CHATTERBOX_Q8_0 496605536:COSYVOICE3_S3TOK_COSYVOICE_FP16
+speech TTS_ 604323648:T3_MULTILINGUAL_CHATTERBOX_Q8_0 777277440:T3_TURBO_EN_CHATTERBOX_FP16
+speech TTS_ 788432672:S3GEN_MULTILINGUAL_CHATTERBOX_Q4_0 789672256:S3GEN_EN_CHATTERBOX_Q4_0
+speech TTS_ 798178080:S3GEN_MULTILINGUAL_CHATTERBOX_Q5_0 799679808:S3GEN_EN_CHATTERBOX_Q5_0
+speech TTS_ 827414304:S3GEN_MULTILINGUAL_CHATTERBOX_Q8_0 829702464:S3GEN_EN_CHATTERBOX_Q8_0
+speech TTS_ 839106752:LM_MULTILINGUAL_AUDIO8_Q8_0 968464736:COSYVOICE3_S3TOK_COSYVOICE_FP32
+speech TTS_ 973496000:COSYVOICE3_LLM_COSYVOICE_Q8_0 1056431360:S3GEN_MULTILINGUAL_CHATTERBOX
+speech TTS_ 1064879936:S3GEN_EN_CHATTERBOX 1099495744:T3_MULTILINGUAL_CHATTERBOX_FP16
+speech TTS_ 1162597856:MINI_V1_EN_PARLER_TTS_Q8_0 1230479552:LM_MULTILINGUAL_AUDIO8_FP16
+speech TTS_ 1287330656:INDIC_MULTILINGUAL_PARLER_TTS_Q8_0 1333857632:COSYVOICE3_FLOW_COSYVOICE_FP32
+speech TTS_ 2511459808:MINI_V1_EN_PARLER_TTS_FP16 2636192608:INDIC_MULTILINGUAL_PARLER_TTS_FP16
+speech TTS_ 2770947648:LARGE_V1_EN_PARLER_TTS_Q8_0 3422690784:MINI_V1_EN_PARLER_TTS_FP32
+speech TTS_ 3667407712:INDIC_MULTILINGUAL_PARLER_TTS_FP32 7190761024:LARGE_V1_EN_PARLER_TTS_FP16
+speech TTS_ 9243376192:LARGE_V1_EN_PARLER_TTS_FP32
+transcription PARAKEET_ 74110976:EOU_120M_V1_Q4_0 75458048:SORTFORMER_4SPK_V2_1_Q4_0 79031136:SORTFORMER_4SPK_V1_Q4_0
+transcription PARAKEET_ 138051456:EOU_120M_V1_Q8_0 140717952:SORTFORMER_4SPK_V2_1_Q8_0
+transcription PARAKEET_ 147436704:SORTFORMER_4SPK_V1_Q8_0 257939840:EOU_120M_V1_F16 263080256:SORTFORMER_4SPK_V2_1_F16
+transcription PARAKEET_ 275697312:SORTFORMER_4SPK_V1_F16 389648768:CTC_0_6B_Q4_0 391389696:INDIC_CONFORMER_CTC_Q4_0
+transcription PARAKEET_ 395029120:UNIFIED_0_6B_Q4_0 398735040:TDT_0_6B_V3_Q4_0 731222912:CTC_0_6B_Q8_0
+transcription PARAKEET_ 735323136:INDIC_CONFORMER_CTC_Q8_0 741330176:UNIFIED_0_6B_Q8_0 749625216:TDT_0_6B_V3_Q8_0
+transcription PARAKEET_ 1371674432:CTC_0_6B_F16 1380198336:INDIC_CONFORMER_CTC_F16 1390644608:UNIFIED_0_6B_F16
+transcription PARAKEET_ 1407544256:TDT_0_6B_V3_F16
+transcription WHISPER_ 43537433:FRENCH_TINY_Q8_0 GERMAN_TINY_Q8_0 ITALIAN_TINY_Q8_0 JAPANESE_TINY_Q8_0
+transcription WHISPER_ 43537433:RUSSIAN_TINY_Q8_0 SPANISH_TINY_Q8_0 TINY_Q8_0 43537450:PORTUGUESE_TINY_Q8_0 Q8_0
+transcription WHISPER_ 43550795:EN_TINY_Q8_0 Q8_0_1 63798666:ITALIAN_BASE_Q8_0 77691713:FRENCH_TINY_F16
+transcription WHISPER_ 77691713:GERMAN_TINY_F16 ITALIAN_TINY_F16 JAPANESE_TINY_F16 RUSSIAN_TINY_F16 SPANISH_TINY_F16
+transcription WHISPER_ 77691713:TINY 77691730:NORWEGIAN_TINY PORTUGUESE_TINY_F16 77704715:EN_TINY_Q0F16
+transcription WHISPER_ 81768585:BASE_Q8_0 GERMAN_BASE_Q8_0 JAPANESE_BASE_Q8_0 RUSSIAN_BASE_Q8_0
+transcription WHISPER_ 81768602:FRENCH_BASE_Q8_0 PORTUGUESE_BASE_Q8_0 81781811:EN_BASE_Q8_0 114252906:ITALIAN_BASE_F16
+transcription WHISPER_ 147951465:BASE_Q0F16 GERMAN_BASE_F16 JAPANESE_BASE_F16 RUSSIAN_BASE_F16
+transcription WHISPER_ 147951482:FRENCH_BASE_F16 PORTUGUESE_BASE_F16 147964211:EN_BASE_Q0F16 264464607:SMALL_Q8_0
+transcription WHISPER_ 264477561:EN_SMALL_Q8_0 487601967:SMALL_Q0F16 487614201:EN_SMALL_Q0F16
+transcription WHISPER_ 1624555275:LARGE_V3_TURBO
+translation MARIAN_ 126980520:HI_EN_INDIC_200M_Q4_0 127339617:EN_HI_INDIC_200M_Q4_0 193106987:HI_HI_INDIC_320M_Q4_0
+translation MARIAN_ 430985320:HI_EN_INDIC_200M_F16 431338529:EN_HI_INDIC_200M_F16 584815722:HI_EN_INDIC_1B_Q4_0
+translation MARIAN_ 637229091:EN_HI_INDIC_1B_Q4_0 653915115:HI_HI_INDIC_320M_F16 693697483:HI_HI_INDIC_1B_Q4_0
+translation MARIAN_ 2054322154:HI_EN_INDIC_1B_F16 2239757219:EN_HI_INDIC_1B_F16 2429270859:HI_HI_INDIC_1B_F16
+vla GROOT_ 2739467616:Q5_VF16 3045175648:MULTI_Q5_VF16 3759519072:Q8_VF16 4065227104:MULTI_Q8_VF16
+chat - 386404992:SMOLLM2_360M_INST_Q8 1107409952:QWEN3VL_2B_MULTIMODAL_Q4_K 2867473376:AFRICAN_4B_TRANSLATION_Q4_K_M
+chat - 4760823264:LASER_DOLPHIN_2X7B_INST_Q2_K 90926928288:DEEPSEEK_V4_304B_INST_UD_IQ2_M_SHARD
+image - 67040989:REALESRNET_X4PLUS 1264219396:CLIP_VISION_H 7432229216:GEMMA_3_12B_Q4_K_XL
+transcription - 885098:VAD_SILERO_5_1_2
+translation - 12980780:BERGAMOT_NB_EN BERGAMOT_NN_EN 17140836:BERGAMOT_MT_EN BERGAMOT_TR_EN 17140899:BERGAMOT_HU_EN
+translation - 17141051:BERGAMOT_AZ_EN BERGAMOT_BE_EN BERGAMOT_BN_EN BERGAMOT_BS_EN BERGAMOT_DA_EN BERGAMOT_EL_EN
+translation - 17141051:BERGAMOT_EN_AZ BERGAMOT_EN_BN BERGAMOT_EN_DA BERGAMOT_EN_EL BERGAMOT_EN_FA BERGAMOT_EN_GU
+translation - 17141051:BERGAMOT_EN_HE BERGAMOT_EN_HI BERGAMOT_EN_ID BERGAMOT_EN_KN BERGAMOT_EN_ML BERGAMOT_EN_MS
+translation - 17141051:BERGAMOT_EN_NB BERGAMOT_EN_NO BERGAMOT_EN_RO BERGAMOT_EN_SQ BERGAMOT_EN_SV BERGAMOT_EN_TA
+translation - 17141051:BERGAMOT_EN_TE BERGAMOT_EN_TR BERGAMOT_FA_EN BERGAMOT_GU_EN BERGAMOT_HE_EN BERGAMOT_HI_EN
+translation - 17141051:BERGAMOT_HR_EN BERGAMOT_ID_EN BERGAMOT_KN_EN BERGAMOT_LT_EN BERGAMOT_LV_EN BERGAMOT_ML_EN
+translation - 17141051:BERGAMOT_MS_EN BERGAMOT_NO_EN BERGAMOT_RO_EN BERGAMOT_RU_EN BERGAMOT_SK_EN BERGAMOT_SQ_EN
+translation - 17141051:BERGAMOT_SR_EN BERGAMOT_SV_EN BERGAMOT_TA_EN BERGAMOT_TE_EN BERGAMOT_UK_EN BERGAMOT_VI_EN
+translation - 31561787:BERGAMOT BERGAMOT_AR_EN BERGAMOT_BG_EN BERGAMOT_CA_EN BERGAMOT_CS_EN BERGAMOT_DE_EN
+translation - 31561787:BERGAMOT_EN_AR BERGAMOT_EN_BG BERGAMOT_EN_BS BERGAMOT_EN_CA BERGAMOT_EN_CS BERGAMOT_EN_DE
+translation - 31561787:BERGAMOT_EN_ES BERGAMOT_EN_ET BERGAMOT_EN_FI BERGAMOT_EN_FR BERGAMOT_EN_HR BERGAMOT_EN_HU
+translation - 31561787:BERGAMOT_EN_IS BERGAMOT_EN_IT BERGAMOT_EN_LT BERGAMOT_EN_LV BERGAMOT_EN_NL BERGAMOT_EN_PL
+translation - 31561787:BERGAMOT_EN_PT BERGAMOT_EN_RU BERGAMOT_EN_SK BERGAMOT_EN_SL BERGAMOT_EN_SR BERGAMOT_EN_TH
+translation - 31561787:BERGAMOT_EN_UK BERGAMOT_EN_VI BERGAMOT_ES_EN BERGAMOT_ET_EN BERGAMOT_FI_EN BERGAMOT_FR_EN
+translation - 31561787:BERGAMOT_IS_EN BERGAMOT_IT_EN BERGAMOT_NL_EN BERGAMOT_PL_EN BERGAMOT_PT_EN BERGAMOT_SL_EN
+translation - 31561787:BERGAMOT_TH_EN 43849787:BERGAMOT_EN_JA BERGAMOT_EN_KO BERGAMOT_EN_ZH 43977787:BERGAMOT_JA_EN
+translation - 43977787:BERGAMOT_KO_EN BERGAMOT_ZH_EN
+vla - 1981051936:SMOLVLA_LIBERO_VISION_Q8 3929675872:PI05_BASE_Q_AGGRESSIVE
 """
 # --- end of the model table ---
 
