@@ -11,49 +11,52 @@ stops it when nobody is left.
 
 Who is who; every `====` is the border of a process:
 
-    caller (your program)            runner (one per serve)             serve (`qvac serve`)
-    ====================  spawns  ===========================  spawns  =======================
-    create_qvac()         ------> this very file, re-executed  ------> HTTP on 127.0.0.1:PORT
-      marker, record, lock          writes and owns the record           its own process group,
-      open() ------------------------- HTTP, bearer key -------------->  with its `bare` worker
-    ====================          detached: outlives caller            ends with its runner
+    caller (your program)            runner (one per serve)               serve (`qvac serve`)
+    ====================  spawns  ==============================  spawns  ======================
+    create_qvac()         ------> this very file, re-executed     ------> HTTP on an inner port,
+      marker, record, lock          writes and owns the record            with an inner key; its
+      open() ---- HTTP, key ------> its front listens at HOST:PORT -----> own process group, with
+    ====================            and passes on; holds, wakes           its `bare` worker
+                                  detached: outlives the caller           ends with its runner
 
-A caller registers a marker, reads the record and attaches; if there is no live serve, it takes the
-spawn lock and starts a runner. The runner starts the serve, publishes the record, restarts a serve
-that dies in use, and reaps it once nobody has used it for the idle timeout. A second caller with
-the same models (from Python or from the JavaScript provider, npm @qvac/ai-sdk-provider) finds the
-record and shares the serve.
+A caller registers a marker, reads the record and asks the front for its status, which is health check and proof both ways in
+one request; if there is no live runner, it takes the spawn lock and starts one. The runner binds its front, publishes the
+record, and starts the serve; whoever comes waits at the front. It restarts a serve that dies in use, puts one to sleep that
+nobody has asked anything for long, wakes it with the next request, and reaps it once nobody has used it for the idle timeout.
+A second caller with the same models (from Python or from the JavaScript provider, npm @qvac/ai-sdk-provider) finds the record
+and shares the serve.
 
 File in ~/.qvac/managed-serves/     what it is                    who writes it    who deletes it
 ($QVAC_MANAGED_DIR)
-KEY.json                            record of a running serve     runner [1]       runner, a sweep, a stop
+KEY.json                            record of a running serve     runner           runner, a sweep, a stop
 KEY.consumers/PID.RAND              marker of a live consumer     the consumer     it; who finds it dead
 KEY.lock                            spawn lock                    spawner, runner  same; a stealer, a sweep
-KEY.error                           why the last start failed     runner           the next spawner [2]
-KEY.PID.RAND.runner-params.json     hand-off to the runner        spawner          runner, spawners, a sweep
-KEY.RAND.d/                         serve's config and key file   spawner, runner  runner, spawners, a sweep
-KEY.log                             output of serve and runner    serve, runner    a sweep, when old [3]
+KEY.error                           why the last start failed     runner           the next spawner; a sweep, when old
+KEY.RAND.d/                         config, key file, scratch     runner           runner, a sweep
+                                    folder, `alive` (locked)
+KEY.key                             API key of a shared serve     runner           stop --forget-key; a start that finds
+                                    on a pinned port                               another user on its port
+KEY.log                             output of serve and runner    serve, runner    a sweep, when old [1]
 KEY.*.tmp, KEY.*.stale              on its way in, or out         anybody          its maker, a sweep
+pycache/                            this file's bytecode          runner           nobody
 registry.guard                      held for short sections       anybody          nobody
-[1] A client that wants a longer idle timeout writes it into the record; the longest wish wins.
-[2] And who was told of the failure, if nobody else waits to read it; a sweep, when old.
-[3] A private serve's by its runner, unless it failed.
+[1] A private serve's by its runner, unless it failed.
 
-Index: create_qvac create_qvac_async Qvac ManagedQvac ManagedModel Progress ECHO
-       list_serves stop_serve sweep_serves serve_info ServeInfo find_cli
+Index: create_qvac create_qvac_async attach attach_async Qvac ManagedQvac ManagedModel Progress ECHO
+       list_serves find_serves stop_serve sleep_serve restart_serve sweep_serves serve_info ServeInfo find_cli
        QVAC_CATALOG find_catalog_entry is_catalog_id resolve_model_constant all_models
        catalog_entries_with_unknown_constant, the errors (section 3), main
 
 Sections: 1 header, 2 constants, 3 errors, 4 catalog and model specs, 5 serve config and fleet key,
-6 platform, 7 registry, 8 guard and spawn lock, 9 HTTP, 10 serve process, 11 runner, 12 clients and
-public verbs, 13 echo serve, 14 command line, 15 model table, 16 main guard. Each uses only what
-stands above it. Section 4 alone looks further, when it is called: into the generated model table,
-and with find_cli into the installed SDK for a constant that the table lacks. (The command that
-starts a runner, in section 6, names its entry in section 16, for another process.)
+6 platform, 7 registry, 8 guard and spawn lock, 9 HTTP, 10 serve process, 11 front, 12 runner, 13 clients and
+public verbs, 14 model table and the entry of the re-executed file, THE CUT, 15 echo serve, 16 command line, 17 main
+guard. Each uses only what stands above it. Section 4 alone looks further, when it is called: into the generated model
+table, and with find_cli into the installed SDK for a constant that the table lacks. What stands above the cut is the
+library: it needs nothing below.
 
-Names outside the index are internal even without an underscore: sections share them. Five are not used
-here (is_process_alive, remove_consumer, health_check, allocate_free_port, find_reusable_serve): they are
-the provider's names for what we do in another way, for whoever compares the two.
+Names outside the index are internal even without an underscore: sections share them. Seven are not used
+here (is_process_alive, remove_consumer, health_check, find_reusable_serve, decide_reap, parent_is_gone, read_all_records):
+they are the provider's names for what we do in another way, for whoever compares the two.
 
 Heavy modules (urllib, json, subprocess ...) are imported inside the functions that need them:
 importing this file has to stay cheap, and the runner, which lives long, has to stay small.
@@ -163,6 +166,7 @@ FOREIGN_LOCK_STALE = 60.0  # seconds after which another namespace's lock is dea
 FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
 LEFTOVER_STALE = 3600.0  # seconds after which folders, temp files and errors without owner are swept
+FOLDER_STALE = 60.0  # seconds a serve's folder is left alone though nobody holds the lock in it: it may be in the making
 LOG_STALE = 7 * 24 * 3600.0  # seconds a log outlives its serve
 CLOCK_SLACK = 2 * 3600.0  # seconds the wall clock may have been set by, when file times must do
 
@@ -4908,12 +4912,13 @@ def _started_thread(name: str, work: Callable[[], None]) -> Any:
 class ServeInfo:
     """What can be said of one serve on disk, at one moment. Unknown values are None.
 
-    `state`: ready, starting, restarting, hung (alive, no answer), orphaned (its runner is dead), dead,
-    or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not
-    answer they are what it was started with, in state "unknown". `connections` are open ones.
-    `idle_timeout_s` is None for one that stays until stopped, and for one that is starting.
-    `time_left_s` counts down while nobody uses it. `reused` is False only from serve_info(), for a client
-    that started its serve.
+    `state`: ready, asleep, loading, waking, restarting, stopping, hung (alive, no answer), orphaned (its runner is dead),
+    dead, or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not answer they
+    are what it was started with, in state "unknown"; `config` is the config's entry of each. `pid` is the runner's while
+    there is no serve. `consumers` are processes, `requests` those under way, `last_used_s` the seconds since the last one.
+    `idle_timeout_s` and `sleep_timeout_s` are None for never; `sleeps_in_s` and `ends_in_s` count down while nobody uses it.
+    `changed` are files that are not any more what it has loaded, `version` that of its runner. `reused` is False only from
+    serve_info(), for a client that started its serve.
     """
 
     FIELDS = ("fleet_key", "base_url", "host", "port", "pid", "runner_pid", "models", "reused", "private", "state",
@@ -5224,9 +5229,14 @@ def leftovers() -> List[str]:
             continue
         try:
             age = _heartbeat_age(os.lstat(os.path.join(folder, name)).st_mtime)
-            is_locked = key + ".lock" in names and _judge_lock(key) != DEAD
-            stale_after = _stale_after(name, rest, is_locked, key + ".json" in names)
-            if stale_after is not None and age > stale_after and not (rest == "consumers" and _live_markers(key)):
+            if is_serve_folder_name(name):
+                is_dead = age > FOLDER_STALE and alive_state(os.path.join(folder, name)) == DEAD
+                is_left = is_dead or (age > LEFTOVER_STALE and key + ".json" not in names)
+            else:
+                is_locked = key + ".lock" in names and _judge_lock(key) != DEAD
+                stale_after = _stale_after(rest, is_locked, key + ".json" in names)
+                is_left = stale_after is not None and age > stale_after
+            if is_left and not (rest == "consumers" and _live_markers(key)):
                 found.append(name)
         except (OSError, RegistryError):
             pass
@@ -5249,7 +5259,7 @@ def _clear_before_start(key: str) -> None:
                     remove_serve_folder(key, os.path.join(folder, name))
 
 
-def _stale_after(name: str, rest: str, is_locked: bool, has_record: bool) -> Optional[float]:
+def _stale_after(rest: str, is_locked: bool, has_record: bool) -> Optional[float]:
     """The age in seconds at which a file of the registry is swept; None: never, or only with its serve."""
     if rest.endswith(".runner-params.json"):
         return PARAMS_STALE
@@ -5263,7 +5273,7 @@ def _stale_after(name: str, rest: str, is_locked: bool, has_record: bool) -> Opt
         return None
     if rest == "log":
         return LOG_STALE
-    return LEFTOVER_STALE if rest in ("error", "consumers") or is_serve_folder_name(name) else None
+    return LEFTOVER_STALE if rest in ("error", "consumers") else None
 
 
 def find_reusable_serve(key: str) -> Optional[ServeRecord]:
