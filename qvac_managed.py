@@ -342,6 +342,11 @@ def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def clean_text(text: str) -> str:
+    """TEXT as a terminal may have it, whoever wrote it: what is not printable, an escape for instance, is a "?"."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t\xa0" else "?" for c in text)
+
+
 def _fits_into_a_header(text: Any) -> bool:
     """Whether http.client takes it; what it refuses, it shows in its error, a key for instance."""
     return isinstance(text, str) and all((" " <= c <= "\xff" and c != "\x7f") or c == "\t" for c in text)
@@ -1974,17 +1979,17 @@ def _registry_path(key: str, suffix: str) -> str:
     return os.path.join(managed_serves_dir(), key + suffix)
 
 
-_judged: Dict[Tuple[str, str], List[int]] = {}  # (registry, home): what the registry was when it was found safe
+_judged: Dict[Tuple[str, str], Optional[Tuple[int, ...]]] = {}  # (registry, home) that were safe: the facts of it
 
 
 def ensure_managed_serves_dir() -> str:
     """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours alone to use."""
     folder, home = managed_serves_dir(), os.path.dirname(models_folder())
-    if _folder_facts(folder) == _judged.get((folder, home), []):
+    if _folder_facts(folder) == _judged.get((folder, home), ()):
         return folder  # the same, and nobody else could change what is above it
     why = untrusted(os.path.dirname(home))
-    if why and is_ours(os.stat(os.sep)):  # what root makes in a home that it has kept, as sudo may, its owner cannot use
-        raise RegistryError("%s. You are root: type `sudo -H`, or run it as the user whose home it is." % clean_text(why))
+    if why and is_ours(os.stat(os.sep)):  # root, with the HOME of a user, who could not use what it makes there
+        raise RegistryError("%s. You are root: type `sudo -H`, or run it as the owner of HOME." % clean_text(why))
     for name in ("", "cli", "node") if home and not why else ():  # programs that are run lie there
         put_right(os.path.join(home, name), 0o755)
     ensure_own_folder(folder, "Set QVAC_MANAGED_DIR to a folder of your own")
@@ -1992,12 +1997,9 @@ def ensure_managed_serves_dir() -> str:
     return folder
 
 
-def _folder_facts(folder: str) -> Optional[List[int]]:
-    try:
-        status = os.lstat(folder)
-    except OSError:
-        return None
-    return [is_ours(status), status.st_mode, status.st_ino, status.st_dev]
+def _folder_facts(folder: str) -> Optional[Tuple[int, ...]]:
+    status = _lstat(folder)
+    return (is_ours(status), *status[:3]) if status else None  # mode, inode, device
 
 
 def ensure_own_folder(folder: str, advice: str) -> None:
@@ -2008,12 +2010,10 @@ def ensure_own_folder(folder: str, advice: str) -> None:
             _make_private_folders(folder)
             put_right(folder, 0o700)
             status = os.lstat(folder)
+            is_own = _is_directory(status) and is_ours(status)
+            why = exposure(folder) if is_own else "not a folder of your own: remove it"
             if status.st_mode & 0o1000 and status.st_mode & 0o022:  # as /tmp is
                 why = "for all users"
-            elif not _is_directory(status) or not is_ours(status):
-                why = "not a folder of your own: remove it"
-            else:
-                why = exposure(folder)
             why = why and "%s is %s (owner %d, mode %04o)" % (folder, why, status.st_uid, status.st_mode & 0o7777)
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
@@ -2026,18 +2026,16 @@ def put_right(folder: str, keep: int) -> None:
 
     By a descriptor, so that a link leads nowhere. Where that fails (no modes there) it is left: see untrusted().
     """
+    fd = -1
     try:
         fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | NOFOLLOW | CLOEXEC)
-    except OSError:
-        return
-    try:
         status = os.fstat(fd)
         mode = (status.st_mode | 0o700) & (0o6000 | keep)
         if is_ours(status) and mode != status.st_mode & 0o7777 and not status.st_mode & 0o1000:
             os.fchmod(fd, mode)
     except OSError:
         pass
-    finally:
+    if fd >= 0:
         os.close(fd)
 
 
@@ -2071,11 +2069,6 @@ def untrusted(path: str) -> Optional[str]:
         return None
     except OSError as error:
         return "%s cannot be looked at: %s" % (here, error.strerror)
-
-
-def clean_text(text: str) -> str:
-    """TEXT as a terminal may have it, whoever wrote it: what is not printable, an escape for instance, is a "?"."""
-    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t\xa0" else "?" for c in text)
 
 
 def _make_private_folders(path: str) -> None:
@@ -2164,9 +2157,14 @@ def _version(status: os.stat_result) -> Tuple[int, int, int]:
 
 def file_version(path: str) -> Optional[Tuple[int, int, int]]:
     """Tells one version of a file from another, by inode, time and size; None if there is no file."""
+    status = _lstat(path)
+    return _version(status) if status else None
+
+
+def _lstat(path: str) -> Optional[os.stat_result]:
     try:
-        return _version(os.lstat(path))
-    except OSError:
+        return os.lstat(path)
+    except (OSError, ValueError):
         return None
 
 
@@ -2254,7 +2252,8 @@ class ServeRecord:
         verdict = judge_process(pid, start, self.place)
         if verdict != FOREIGN:
             return verdict
-        lock = alive_state(self.folder) if self.place.split(":")[1:2] == place().split(":")[1:2] != [""] else FOREIGN
+        is_this_boot = self.place.split(":")[1:2] == place().split(":")[1:2] != [""]
+        lock = alive_state(self.folder) if is_this_boot and self.folder else FOREIGN
         is_stale = lock == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
         return DEAD if lock == DEAD or is_stale else FOREIGN
 
@@ -2410,11 +2409,8 @@ def _listdir_own(folder: str) -> List[str]:
 
 
 def _is_own_folder(path: str) -> bool:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return False
-    return _is_directory(status) and is_ours(status)
+    status = _lstat(path)
+    return status is not None and _is_directory(status) and is_ours(status)
 
 
 def is_serve_folder_name(name: str) -> bool:
