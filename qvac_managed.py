@@ -3691,7 +3691,7 @@ class Front:
     def __init__(self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()) -> None:
         self.api_key, self.wake, self.origins = api_key, wake, list(origins)
         self.log_once, self.logged_at = log, 0.0
-        self.state, self.port, self.serve_key = "loading", 0, ""
+        self.state, self.port, self.serve_key, self.serve_pid = "loading", 0, "", 0
         self.said: Dict[str, Any] = {}  # by the runner, for the status
         self.listing: List[Dict[str, Any]] = []  # of the models, as the serve has listed them last
         self.asked: List[Dict[str, str]] = []  # what clients with the key ask of the runner
@@ -3992,6 +3992,7 @@ class Front:
 
     def try_again(self, link: _Link) -> None:
         """Nothing was sent: it waits until the serve is there again."""
+        link.state = "held"
         self.close(link.serve)
         link.serve = None
         if link is self.question:
@@ -4000,8 +4001,11 @@ class Front:
         self.settle(link)
 
     def begin(self, link: _Link) -> None:
-        """The serve has taken the connection: from here on the request is never sent again."""
+        """The serve has taken the connection: from here on the request is never sent again. A process that is being killed
+        takes connections, too, until its memory is freed: it is looked at in between."""
         assert link.serve is not None
+        if process_start(self.serve_pid) is None:
+            return self.try_again(link)
         link.serve.is_connecting = False
         link.serve.out += link.head + b"\r\nAuthorization: Bearer " + self.serve_key.encode() + b"\r\n\r\n"
         link.state, link.reply = "busy", None
@@ -4141,10 +4145,11 @@ class Front:
             self.used_at += seconds
             self.deadlines = {link: deadline + seconds for link, deadline in self.deadlines.items()}
 
-    def pass_to(self, port: int, key: str) -> None:
+    def pass_to(self, port: int, key: str, pid: int) -> None:
         """The serve is there: what waits goes on. Idle time counts from now."""
         with self.lock:
-            self.state, self.port, self.serve_key, self.used_at = "ready", port, key, time.monotonic()
+            self.state, self.used_at = "ready", time.monotonic()
+            self.port, self.serve_key, self.serve_pid = port, key, pid
             self.let_go()
             self.ask_for_models()
         self.poke()
@@ -4319,7 +4324,9 @@ class _Runner:
         """State and what is seen -> what to do. Trouble with the folder (full, read-only) is no reason to end."""
         now = time.monotonic()
         if self.looked_at and now - self.looked_at > RUNNER_TICK + 5.0:
-            self.used_at += now - self.looked_at  # this process or the machine has been stopped: nobody could use it
+            # This process or the machine has been stopped: nobody could use it.
+            self.used_at += now - self.looked_at
+            self.front.skip(now - self.looked_at)
         self.looked_at = now
         try:
             self.hear()
@@ -4533,7 +4540,7 @@ class _Runner:
         self.ready_at = self.used_at = time.monotonic()
         self.port_attempts = 0
         self.enter("ready")
-        self.front.pass_to(self.inner_port, self.inner_key)
+        self.front.pass_to(self.inner_port, self.inner_key, self.serve.pid if self.serve else 0)
         self.say()
 
     def restart(self, is_wanted: bool) -> None:
