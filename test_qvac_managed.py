@@ -5171,8 +5171,7 @@ class LifeCase(Case):
 
     def tearDown(self) -> None:
         """Sooner than by idling; a test of the idling itself asserts that all is gone before."""
-        for client in list(q._open_clients.values()):
-            client.close()
+        q._detach_all()
         if self.processes():
             self.signal_all(signal.SIGCONT)
             for record in q.read_all_records():
