@@ -148,9 +148,9 @@ class Case(unittest.TestCase):
         return tagged_processes(self.tag)
 
     def files(self) -> List[str]:
-        """What lies in the registry, the guard and logs apart."""
+        """What lies in the registry, the guard, logs and compiled code apart."""
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        return sorted(name for name in names if name != "registry.guard" and not name.endswith(".log"))
+        return sorted(name for name in names if name not in ("registry.guard", "pycache") and not name.endswith(".log"))
 
     def assert_all_gone(self, timeout: float = PATIENCE) -> None:
         """Every process of this test ends, and the registry is empty but for guard and logs."""
