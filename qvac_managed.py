@@ -1403,22 +1403,28 @@ else:
             return "its mode is %04o: others can reach it" % (info.st_mode & 0o7777)
         return None
 
-    def exposure(path: str) -> Optional[str]:  # MERGE: the platform section's own takes this place
-        """Why others than this user and root can write to PATH, in words; None if they cannot. A link has no mode."""
+    def exposure(path: str) -> Optional[str]:
+        """Why others than this user and root can write to a file, or make and rename things in a folder; in words.
+
+        In a sticky folder, as the temporary one is, nobody can rename what is another's. OSError if there is none.
+        """
         info = os.lstat(path)
-        if info.st_uid not in (0, os.geteuid()) and not _is_roots_outside(path, info.st_uid):
+        kind = info.st_mode & 0o170000
+        if info.st_uid not in (os.geteuid(), 0) and not _is_roots_outside(path, info.st_uid):
             return "it belongs to user %d" % info.st_uid
-        is_link, is_sticky = info.st_mode & 0o170000 == 0o120000, info.st_mode & 0o171000 == 0o041000
-        is_shared = info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid))
-        return "its mode lets others write" if is_shared and not is_link and not is_sticky else None
+        if kind == 0o120000 or (kind == 0o040000 and info.st_mode & 0o1000):  # a link's mode means nothing
+            return None
+        if info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid)):
+            return "its mode is %04o: others can write" % (info.st_mode & 0o7777)
+        return None
 
     def _is_private_group(gid: int, uid: int) -> bool:
-        """A user's own group, as most systems make for each: his primary one, of his name, with nobody else in it."""
+        """Whether the group is the one of this user alone that many systems give each user."""
         try:
             user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
         except KeyError:
             return False
-        return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+        return user.pw_gid == gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
 
     def _is_roots_outside(path: str, uid: int) -> bool:
         """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
@@ -2010,11 +2016,12 @@ def ensure_own_folder(folder: str, advice: str) -> None:
             _make_private_folders(folder)
             put_right(folder, 0o700)
             status = os.lstat(folder)
-            is_own = _is_directory(status) and is_ours(status)
-            why = exposure(folder) if is_own else "not a folder of your own: remove it"
-            if status.st_mode & 0o1000 and status.st_mode & 0o022:  # as /tmp is
-                why = "for all users"
-            why = why and "%s is %s (owner %d, mode %04o)" % (folder, why, status.st_uid, status.st_mode & 0o7777)
+            is_for_all = status.st_mode & 0o1000 and status.st_mode & 0o022  # as /tmp is
+            if _is_directory(status) and is_ours(status) and not is_for_all:
+                why = untrusted(folder)  # for its mode, where none can be put right
+            else:
+                kind = "for all users" if is_for_all else "not a folder of your own: remove it"
+                why = "%s is %s (owner %d, mode %04o)" % (folder, kind, status.st_uid, status.st_mode & 0o7777)
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
     if why:
@@ -2444,7 +2451,7 @@ def alive_state(folder: str) -> str:
     fds: List[int] = []
     try:
         fds.append(_open_alive(folder))
-        if not wait_until(lambda: lock_fd(fds[0]), 0.005, 0.001):  # another that looks has it for an instant
+        if not wait_until(lambda: lock_fd(fds[0]), 0.05, 0.001):  # others that look have it for an instant
             return ALIVE
         fds.append(_open_alive(folder))
         state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
