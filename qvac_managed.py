@@ -2543,7 +2543,8 @@ def remove_dead_consumers(key: str) -> None:
 def live_consumers(key: str) -> List[int]:
     """The pids of the live consumers, one for each marker; markers of dead processes are removed.
 
-    A marker from another machine or pid namespace is neither counted nor removed.
+    A marker from another machine or pid namespace is not counted, and removed only once no serve of that place has
+    the key any more: who wrote it has died with it, or comes again when he makes a request.
     """
     return [int(name.partition(".")[0]) for name in _live_markers(key)]
 
@@ -2551,7 +2552,7 @@ def live_consumers(key: str) -> List[int]:
 def _live_markers(key: str) -> List[str]:
     live, folder = [], consumers_dir(key)
     for name in _listdir_own(folder):
-        verdict = _judge_marker(os.path.join(folder, name), name)
+        verdict = _judge_marker(key, os.path.join(folder, name), name)
         if verdict == ALIVE:
             live.append(name)
         elif verdict == DEAD:
@@ -2559,7 +2560,7 @@ def _live_markers(key: str) -> List[str]:
     return live
 
 
-def _judge_marker(path: str, name: str) -> str:
+def _judge_marker(key: str, path: str, name: str) -> str:
     digits = name.partition(".")[0]
     found = _read_registry_file(path)
     if not digits.isdigit() or len(digits) > 10 or found is None or not digits.isascii():
@@ -2567,7 +2568,11 @@ def _judge_marker(path: str, name: str) -> str:
         return DEAD if found is not None else FOREIGN
     words = found[0].decode("ascii", "replace").split()
     if len(words) == 2:
-        return judge_process(int(digits), words[0], words[1])
+        verdict = judge_process(int(digits), words[0], words[1])
+        if verdict == FOREIGN and _heartbeat_age(found[1].st_mtime) > FOREIGN_STALE:
+            record = _read_any_record(key)
+            return FOREIGN if record is not None and record.place == words[1] else DEAD
+        return verdict
     return judge_bare_pid(int(digits), found[1].st_mtime, found[1].st_uid)
 
 
