@@ -5536,7 +5536,7 @@ class IdleTest(LifeCase):
         serve = self.fake(preload_s=0.5)
         first = self.create(serve_bin_path=serve, serve_idle_timeout=0.2)
         os.kill(first.pid, signal.SIGKILL)
-        wait_until(lambda: self.record(first.fleet_key).is_restarting)
+        wait_until(lambda: self.record(first.fleet_key).is_resting)
         later = self.create(serve_bin_path=serve, serve_idle_timeout=600)
         self.assertEqual(600000, self.record(first.fleet_key).idle_timeout_ms)
         self.assertNotEqual(first.pid, later.pid)
@@ -5661,7 +5661,7 @@ class RestartTest(LifeCase):
     def test_it_comes_back_though_nobody_asks(self) -> None:
         client = self.create()
         os.kill(client.pid, signal.SIGKILL)
-        wait_until(lambda: self.starts() == 2 and not self.record(client.fleet_key).is_restarting)
+        wait_until(lambda: self.starts() == 2 and not self.record(client.fleet_key).is_resting)
         self.assertEqual("hi", self.raw(client))
 
     def test_threads_that_fail_together_share_one_recovery(self) -> None:
