@@ -1370,13 +1370,21 @@ else:
         """
         info = os.lstat(path)
         kind = info.st_mode & 0o170000
-        if info.st_uid not in (os.geteuid(), 0):
+        if info.st_uid not in (os.geteuid(), 0) and not _is_roots_outside(path, info.st_uid):
             return "it belongs to user %d" % info.st_uid
         if kind == 0o120000 or (kind == 0o040000 and info.st_mode & 0o1000):  # a link's mode means nothing
             return None
         if info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid)):
             return "its mode is %04o: others can write" % (info.st_mode & 0o7777)
         return None
+
+    def _is_roots_outside(path: str, uid: int) -> bool:
+        """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
+        folders above a home belong. Nothing else that shows so is trusted."""
+        if uid != 65534 or not (home_folder() + os.sep).startswith(path.rstrip(os.sep) + os.sep):
+            return False
+        ranges = [line.split() for line in _read_text("/proc/self/uid_map").splitlines()]
+        return bool(ranges) and not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
 
     def _is_private_group(gid: int, uid: int) -> bool:
         """Whether the group is the one of this user alone that many systems give each user."""
@@ -2220,11 +2228,12 @@ def ensure_own_folder(folder: str, advice: str) -> None:
             _make_private_folders(folder)
             put_right(folder, 0o700)
             status = os.lstat(folder)
-            is_own = _is_directory(status) and is_ours(status)
-            why = exposure(folder) if is_own else "not a folder of your own: remove it"
-            if status.st_mode & 0o1000 and status.st_mode & 0o022:  # as /tmp is
-                why = "for all users"
-            why = why and "%s is %s (owner %d, mode %04o)" % (folder, why, status.st_uid, status.st_mode & 0o7777)
+            is_for_all = status.st_mode & 0o1000 and status.st_mode & 0o022  # as /tmp is
+            if _is_directory(status) and is_ours(status) and not is_for_all:
+                why = untrusted(folder)  # for its mode, where none can be put right
+            else:
+                kind = "for all users" if is_for_all else "not a folder of your own: remove it"
+                why = "%s is %s (owner %d, mode %04o)" % (folder, kind, status.st_uid, status.st_mode & 0o7777)
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
     if why:
@@ -2654,7 +2663,7 @@ def alive_state(folder: str) -> str:
     fds: List[int] = []
     try:
         fds.append(_open_alive(folder))
-        if not wait_until(lambda: lock_fd(fds[0]), 0.005, 0.001):  # another that looks has it for an instant
+        if not wait_until(lambda: lock_fd(fds[0]), 0.05, 0.001):  # others that look have it for an instant
             return ALIVE
         fds.append(_open_alive(folder))
         state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
@@ -2746,7 +2755,8 @@ def remove_dead_consumers(key: str) -> None:
 def live_consumers(key: str) -> List[int]:
     """The pids of the live consumers, one for each marker; markers of dead processes are removed.
 
-    A marker from another machine or pid namespace is neither counted nor removed.
+    A marker from another machine or pid namespace is not counted, and removed only once no serve of that place has
+    the key any more: who wrote it has died with it, or comes again when he makes a request.
     """
     return [int(name.partition(".")[0]) for name in _live_markers(key)]
 
@@ -2754,7 +2764,7 @@ def live_consumers(key: str) -> List[int]:
 def _live_markers(key: str) -> List[str]:
     live, folder = [], consumers_dir(key)
     for name in _listdir_own(folder):
-        verdict = _judge_marker(os.path.join(folder, name), name)
+        verdict = _judge_marker(key, os.path.join(folder, name), name)
         if verdict == ALIVE:
             live.append(name)
         elif verdict == DEAD:
@@ -2762,7 +2772,7 @@ def _live_markers(key: str) -> List[str]:
     return live
 
 
-def _judge_marker(path: str, name: str) -> str:
+def _judge_marker(key: str, path: str, name: str) -> str:
     digits = name.partition(".")[0]
     found = _read_registry_file(path)
     if not digits.isdigit() or len(digits) > 10 or found is None or not digits.isascii():
@@ -2770,7 +2780,11 @@ def _judge_marker(path: str, name: str) -> str:
         return DEAD if found is not None else FOREIGN
     words = found[0].decode("ascii", "replace").split()
     if len(words) == 2:
-        return judge_process(int(digits), words[0], words[1])
+        verdict = judge_process(int(digits), words[0], words[1])
+        if verdict == FOREIGN and _heartbeat_age(found[1].st_mtime) > FOREIGN_STALE:
+            record = _read_any_record(key)
+            return FOREIGN if record is not None and record.place == words[1] else DEAD
+        return verdict
     return judge_bare_pid(int(digits), found[1].st_mtime, found[1].st_uid)
 
 
