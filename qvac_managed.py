@@ -5615,6 +5615,7 @@ class _Resolver:
         for path in changed:
             _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.", path, self.key, self.key)
         self._report(Progress("ready", time.monotonic() - self._began, None, None))
+        record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
         base_url = base_url_of(facts["address"], record.port)
         return _Target(base_url, record.api_key, record, reused=not self._starts)
 
@@ -5623,11 +5624,14 @@ class _Resolver:
 
     def _stop_if_unused(self) -> None:
         """What this resolution has started is stopped, ready or not, unless others wait for it. Its KEY.error goes
-        too: nobody is left to read it."""
+        too: nobody is left to read it. A runner that fails has told us before it is at its own end."""
         try:
             if not live_consumers(self.key):
                 stop_serve(self.key)
-                _unlink(error_path(self.key))
+                wait_until(lambda: not os.path.lexists(lock_path(self.key)) or live_consumers(self.key), STOP_GRACE)
+                if not os.path.lexists(lock_path(self.key)):
+                    _unlink(error_path(self.key))
+                    _rmdir(consumers_dir(self.key))
         except (OSError, RegistryError):
             pass
 
