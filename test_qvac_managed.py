@@ -10382,7 +10382,7 @@ class RealModelTest(RealCase):
         self.assert_all_gone()
 
     def test_what_the_cli_refuses_is_told_in_its_own_words(self) -> None:
-        with mock.patch.object(q, "_MODEL_TABLE", q._MODEL_TABLE + "A_MODEL_OF_TOMORROW chat - - -\n"):
+        with mock.patch.object(q, "_MODEL_TABLE", q._MODEL_TABLE + "chat - 1:A_MODEL_OF_TOMORROW\n"):
             with self.assertRaises(q.ServeExitedError) as caught:
                 self.real(["A_MODEL_OF_TOMORROW"])
         self.assertIn('unknown model constant "A_MODEL_OF_TOMORROW"', caught.exception.tail)
