@@ -174,7 +174,7 @@ FOLDER_STALE = 60.0  # seconds a serve's folder is left alone though nobody hold
 LOG_STALE = 7 * 24 * 3600.0  # seconds a log outlives its serve
 CLOCK_SLACK = 2 * 3600.0  # seconds the wall clock may have been set by, when file times must do
 
-RUNNER_TICK = 0.5  # seconds between looks at the consumers: bounds how late a reap can be
+RUNNER_TICK = 1.0  # seconds between looks at the consumers, at most: bounds how late a reap can be
 PARENT_TICK = 1.0  # seconds between looks at the parent for close_on_parent_exit
 STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL, the provider's own
 GROUP_GRACE = 1.0  # seconds the serve's worker gets to follow it; the real one needs 0.05
@@ -3220,7 +3220,10 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
     for address in _addresses_of(loopback_of(record.host)):
         nonce = os.urandom(16).hex()
         words = {"nonce": nonce, "proof": proof(record.api_key, "client", nonce, address, record.port), **query}
-        url = "%s%s?%s" % (base_url_of(address, record.port)[: -len("/v1")], STATUS_PATH, urllib.parse.urlencode(words))
+        if "by" in words:
+            words["by"] = str(words["by"]).encode("utf-8", "replace").hex()
+        url = "%s%s?%s" % (base_url_of(address, record.port)[: -len("/v1")], STATUS_PATH,
+                           "&".join("%s=%s" % pair for pair in words.items()))  # fmt: skip
         try:
             response = _openers()[0 if "wait" in query else 1].open(url, timeout=timeout)
         except urllib.error.HTTPError as error:
@@ -3249,8 +3252,8 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
 def prove_on(sock: Any, record: ServeRecord) -> None:
     """Ask for the proof on a connection that has just been made; ConnectionRefusedError if it is not given."""
     (host, port), nonce = sock.getpeername()[:2], os.urandom(16).hex()
-    words = {"nonce": nonce, "proof": proof(record.api_key, "client", nonce, host, port)}
-    sock.sendall(("GET %s?%s HTTP/1.1\r\nHost: qvac\r\n\r\n" % (STATUS_PATH, urllib.parse.urlencode(words))).encode())
+    sock.sendall(("GET %s?nonce=%s&proof=%s HTTP/1.1\r\nHost: qvac\r\n\r\n" % (
+        STATUS_PATH, nonce, proof(record.api_key, "client", nonce, host, port))).encode())  # fmt: skip
     response = http.client.HTTPResponse(sock)
     response.begin()
     facts = _strict_json(response.read(MAX_BODY_BYTES))
@@ -3567,7 +3570,7 @@ def stop_stray_group(pid: int, grace: float = STOP_GRACE) -> bool:
 
 def accepts_connections(host: str, port: int) -> bool:
     try:
-        socket.create_connection((host, port), timeout=HEALTH_TIMEOUT).close()
+        socket.create_connection((lookup_name(host), port), timeout=HEALTH_TIMEOUT).close()
     except OSError:
         return False
     return True
@@ -3616,6 +3619,7 @@ STRANGER_GRACE = 0.5  # seconds: those of a crowd have had no time to
 STRANGERS_LIMIT = 512  # and all of them together
 FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status request
 ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
+LIST_FRESH = 0.2  # seconds for which a list of models is told again without asking
 RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
 LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET and HEAD neither wake nor keep awake
 _UNAUTHORIZED = {"message": "Invalid or missing API key.", "type": "invalid_request_error", "code": "invalid_api_key"}
@@ -3847,6 +3851,8 @@ class Front:
         self.followers: List[_Link] = []
         self.askers: List[_Link] = []  # status requests that wait for the list of models
         self.question: Optional[_Link] = None  # our own request for it
+        self.verdict = ""  # what the last question has found: HEALTHY, BUSY or WRONG; "" while it is under way
+        self.detail, self.listed_at = "", 0.0  # in words; when the list came
         self.used_at = time.monotonic()
         self.follow_at = self.accept_at = self.reconnect_at = self.answer_by = 0.0
         self.poker, poked = socket.socketpair()
@@ -3865,7 +3871,7 @@ class Front:
                 sock.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bare != "::"))  # as Node.js
-                sock.bind((address[0], port, *address[2:]))
+                sock.bind((lookup_name(address[0]), port, *address[2:]))
                 sock.listen(511)
                 sock.setblocking(False)
                 port = sock.getsockname()[1]
@@ -4073,7 +4079,7 @@ class Front:
             if link in waiting:
                 waiting.remove(link)
         if link is self.question:
-            self.end_question(None)
+            self.end_question(b"")
 
     # -- requests
 
@@ -4106,7 +4112,8 @@ class Front:
                     "Qvac-Managed: stopping\r\n")  # fmt: skip
 
     def answer_look(self, link: _Link, path: str) -> None:
-        name = urllib.parse.unquote(path[len("/v1/models/") :]) if path.startswith("/v1/models/") else ""
+        name = path[len("/v1/models/") :] if path.startswith("/v1/models/") else ""
+        name = urllib.parse.unquote(name) if "%" in name else name  # an import that few need
         found = [model for model in self.models() if not name or model["id"] == name]
         if path == "/v1/models":
             link.answer(200, {"object": "list", "data": found})
@@ -4127,7 +4134,7 @@ class Front:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # nor does it leave a port in TIME_WAIT
         link.serve = _End(sock)
         link.serve.is_connecting = True
-        code = sock.connect_ex(("127.0.0.1", self.port))
+        code = sock.connect_ex((b"127.0.0.1", self.port))
         if code == 0:
             self.begin(link)
         elif code not in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
@@ -4182,7 +4189,7 @@ class Front:
     # -- status
 
     def answer_status(self, link: _Link, query: str) -> None:
-        asked = dict(urllib.parse.parse_qsl(query[:HEAD_LIMIT]))
+        asked = dict(part.partition("=")[::2] for part in query.split("&"))
         host, port = link.client.sock.getsockname()[:2]
         host = host[len("::ffff:") :] if host.startswith("::ffff:") else host
         nonce = asked.get("nonce", "")
@@ -4202,34 +4209,36 @@ class Front:
             if self.state not in ("ready", "asleep"):
                 return self.write_line(link)
         self.askers.append(link)
-        if self.state == "ready":
+        if self.state == "ready" and (not self.listed_at or time.monotonic() - self.listed_at > LIST_FRESH):
             self.ask_for_models()
         else:
-            self.end_question(None)
+            self.tell_askers(False)
 
     def ask_for_models(self) -> None:
         """One question of our own to the serve, for all who ask in the meantime; it has HEALTH_TIMEOUT to answer."""
         if self.question is None:
+            self.verdict = ""
             link = self.question = _Link(self, None)
             link.body, link.method, link.is_look, link.state = _Body("length"), "GET", True, "held"
             link.head = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close"
             self.answer_by = time.monotonic() + HEALTH_TIMEOUT
             self.guarded(link, lambda: (self.connect(link), self.settle(link)) and None)  # type: ignore[func-returns-value]
 
-    def end_question(self, answer: Optional[bytes]) -> None:
+    def end_question(self, answer: bytes) -> None:
         """All who have asked are told: the list, or the last one and that the serve does not answer."""
         question, self.question, self.answer_by = self.question, None, 0.0
         if question is not None:
-            self.close(question.client)
             self.close(question.serve)
-        value = _strict_json(unframed(answer)) if answer else None
-        data = value.get("data") if isinstance(value, dict) else None
-        is_list = isinstance(data, list) and all(isinstance(one, dict) and isinstance(one.get("id"), str) for one in data)
-        if is_list and isinstance(data, list):
-            self.listing = data
+        self.verdict, self.detail, listing = read_listing(answer)
+        if self.verdict == HEALTHY:
+            self.listing, self.listed_at = listing, time.monotonic()
+        self.wake()
+        self.tell_askers(self.state == "ready" and self.verdict != HEALTHY)
+
+    def tell_askers(self, is_silent: bool) -> None:
         askers, self.askers = self.askers, []
         for link in askers:
-            self.guarded(link, lambda link=link: self.end_status(link, self.state == "ready" and not is_list))  # type: ignore[misc]
+            self.guarded(link, lambda link=link: self.end_status(link, is_silent))  # type: ignore[misc]
 
     def end_status(self, link: _Link, is_silent: bool) -> None:
         if link in self.followers:
@@ -4288,13 +4297,19 @@ class Front:
             self.used_at += seconds
             self.deadlines = {link: deadline + seconds for link, deadline in self.deadlines.items()}
 
-    def pass_to(self, port: int, key: str, pid: int) -> None:
+    def probe(self, port: int, key: str, pid: int) -> None:
+        """A serve listens there: ask it for its models. `verdict` tells what came of it; nothing else is passed on yet."""
+        with self.lock:
+            self.port, self.serve_key, self.serve_pid = port, key, pid
+            self.ask_for_models()
+        self.poke()
+
+    def pass_on(self) -> None:
         """The serve is there: what waits goes on. Idle time counts from now."""
         with self.lock:
             self.state, self.used_at = "ready", time.monotonic()
-            self.port, self.serve_key, self.serve_pid = port, key, pid
             self.let_go()
-            self.ask_for_models()
+            self.follow_at = 0.0
         self.poke()
 
     def let_go(self) -> None:
@@ -4346,17 +4361,26 @@ class Front:
             pass
 
 
-def unframed(answer: bytes) -> bytes:
-    """The content of an answer of the serve's, head and chunks taken off."""
-    head, _, rest = answer.partition(b"\r\n\r\n")
-    if b"chunked" not in head.lower():
-        return rest
-    content = b""
-    while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        length = int(size.partition(b";")[0] or b"0", 16)
-        content, rest = content + rest[:length], rest[length + 2 :]
-    return content
+def read_listing(answer: bytes) -> Tuple[str, str, List[Dict[str, Any]]]:
+    """What a serve has answered to GET /v1/models: HEALTHY and its list, BUSY or WRONG and why."""
+    head, _, content = answer.partition(b"\r\n\r\n")
+    status = head.split(b" ", 2)[1:2]
+    if not status or not status[0].isdigit():
+        return BUSY, "it does not answer GET /v1/models", []
+    code = int(status[0])
+    if code != 200:
+        return BUSY if code >= 500 or code == 429 else WRONG, "it answers GET /v1/models with %d" % code, []
+    if b"chunked" in head.lower():
+        chunks, content = content, b""
+        while chunks:
+            size, _, chunks = chunks.partition(b"\r\n")
+            length = int(size.partition(b";")[0] or b"0", 16)
+            content, chunks = content + chunks[:length], chunks[length + 2 :]
+    value = _strict_json(content)
+    listing = value.get("data") if isinstance(value, dict) else None
+    if _listed_models(listing) is None:
+        return WRONG, "it answers GET /v1/models with something that is no model list", []
+    return HEALTHY, "", listing  # type: ignore[return-value]
 
 
 # ==================================================================================================
@@ -4459,7 +4483,7 @@ class _Runner:
         """Seconds until the next look, if nothing happens: a start is looked at often at first."""
         if self.state in STARTING:
             return min(0.05, 0.002 + (time.monotonic() - self.since) / 50)
-        return RUNNER_TICK
+        return min(RUNNER_TICK, max(0.05, min(self.idle_timeout, self.sleep_timeout) / 10))
 
     # -- the one place that decides
 
@@ -4498,7 +4522,8 @@ class _Runner:
                 if attribute == "idle_timeout" and self.record and self.idle_timeout_ms() != self.record.idle_timeout_ms:
                     self.record_version = None  # to be published again
             if "do" in query:
-                self.log("told to %s by %s" % (query["do"], _shorten(clean_text(query.get("by", "")), 100) or "a client"))
+                by = bytes.fromhex(query.get("by", "")).decode("utf-8", "replace")
+                self.log("told to %s by %s" % (clean_text(query["do"]), _shorten(clean_text(by), 100) or "a client"))
                 self.obey(query["do"])
         if was_asked_to_stop() and self.state != "stopping":
             self.log("told to stop by a signal")
@@ -4571,8 +4596,8 @@ class _Runner:
 
     def start_serve(self) -> None:
         """Start the serve on an inner port with an inner key, both new, out of a fresh folder. What fails goes to fail()."""
-        now = self.moved_at = time.monotonic()
-        self.since = now
+        now = self.since = self.moved_at = time.monotonic()
+        self.probed_at = 0.0
         self.sizes = self.first_sizes = model_files(models_folder())
         self.log_start = os.fstat(self.log_fd).st_size
         self.log("starting %s%s%s" % (self.command[-1], LOGGED_MODELS, json.dumps(list(self.wish.models))))
@@ -4627,12 +4652,8 @@ class _Runner:
             return
         if self.serve.ended() is not None:
             return self.fail(self.what_ended())
-        if accepts_connections("127.0.0.1", self.inner_port):
-            who = who_listens("127.0.0.1", self.inner_port, self.serve.pid)
-            if who != STRANGER:
-                return self.get_ready()
-            self.stop_serve()
-            return self.fail(ServeExitedError(None, None, "EADDRINUSE: another program listens on the port"))
+        if self.is_there(now):
+            return
         if now - self.looked_for_progress >= LOCK_REREAD:
             self.looked_for_progress = now
             self.note_progress(now)
@@ -4648,7 +4669,31 @@ class _Runner:
         elif self.state == "restarting" and not (is_wanted or self.stays or self.front.is_awaited()):
             self.state = "stopping"
 
-    looked_for_progress = 0.0
+    def is_there(self, now: float) -> bool:
+        """Whether the serve has come up, well or not: what listens is its, and its answer is a list of our models."""
+        if not self.probed_at and accepts_connections("127.0.0.1", self.inner_port):
+            assert self.serve is not None
+            if who_listens("127.0.0.1", self.inner_port, self.serve.pid) == STRANGER:
+                self.fail(ServeExitedError(None, None, "EADDRINUSE: another program listens on the port"))
+                return True
+            self.probed_at = now
+            self.front.probe(self.inner_port, self.inner_key, self.serve.pid)
+        verdict = self.front.verdict if self.probed_at else ""
+        states = {model["id"]: model.get("state") for model in self.front.listing}
+        missing = [alias for alias in self.wish.models if alias not in states]
+        if verdict == WRONG or (verdict == HEALTHY and missing):
+            self.fail(ServeSpawnFailedError("What was started is not the serve that was asked for: %s." % (
+                self.front.detail or "it lacks the model %s" % ", ".join(missing))))  # fmt: skip
+        elif verdict == HEALTHY and self.state == "waking" and set(states.values()) == {"error"}:
+            alias = next(iter(states))
+            self.fail(ModelLoadFailedError(alias, load_failure_reason(self.key, alias, self.inner_key)))
+        elif verdict == HEALTHY:
+            self.get_ready()
+        elif verdict == BUSY and now - self.probed_at >= LOCK_REREAD:
+            self.probed_at = 0.0  # ask again
+        return verdict in (WRONG, HEALTHY)
+
+    looked_for_progress = probed_at = 0.0
 
     def note_progress(self, now: float) -> None:
         """A model file that grows is progress: the serve prints none."""
@@ -4670,21 +4715,13 @@ class _Runner:
         return {"phase": phase, "bytes_done": done, "bytes_total": total, "still_s": round(now - self.moved_at, 2)}
 
     def get_ready(self) -> None:
-        """The serve listens. Of a wake whose models did not load, those who wait are told why, and it sleeps on."""
-        if self.state == "waking":
-            health = check_health(base_url_of("127.0.0.1", self.inner_port), self.inner_key)
-            failed = [model["id"] for model in health.models if model["state"] == "error"]
-            if failed and len(failed) == len(health.models):
-                reason = load_failure_reason(self.key, failed[0], self.inner_key)
-                self.stop_serve()
-                return self.fail(ModelLoadFailedError(failed[0], reason))
         if self.state == "waking":
             self.failures = 0
         self.ready_at = self.used_at = time.monotonic()
         self.port_attempts = 0
         self.enter("ready")
-        self.front.pass_to(self.inner_port, self.inner_key, self.serve.pid if self.serve else 0)
         self.say()
+        self.front.pass_on()
 
     def restart(self, is_wanted: bool) -> None:
         """It ended by itself. Held connections go on when it is there again; what it was working on is broken off."""
@@ -4946,7 +4983,10 @@ def remove_serve_folder(key: str, folder: str) -> None:
     """Remove this key's KEY.RAND.d: the known files, the serve's scratch folder, nothing else and no other place."""
     if is_serve_folder(key, folder) and _is_own_folder(folder):
         if _is_own_folder(scratch_of(folder)):
-            shutil.rmtree(scratch_of(folder), ignore_errors=True)  # follows no link
+            for place, folders, names in os.walk(scratch_of(folder), topdown=False):  # follows no link
+                for name in names + folders:
+                    _unlink(os.path.join(place, name)) or _rmdir(os.path.join(place, name))
+            _rmdir(scratch_of(folder))
         for inside in _listdir_own(folder):
             if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
                 _unlink(os.path.join(folder, inside))
@@ -4995,7 +5035,17 @@ def _error_from_text(data: bytes) -> QvacManagedModeError:
     return error
 
 
+def importable(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
 def _run_runner() -> int:
+    if importable("_sha2") or importable("_sha256"):
+        sys.modules["_hashlib"] = None  # type: ignore[assignment]  # OpenSSL: 4 MB, for what hashlib has of its own
     params, report_fd = report_channel()
     watch_signals()
     neutral_limits()
