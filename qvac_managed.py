@@ -160,7 +160,8 @@ HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means bu
 SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, and again for orphans to answer
 CLOSING_WAIT = 10.0  # seconds a provider's live serve may refuse connections (its end) before it is a miss
 WRONG_WAIT = 3.0  # seconds a live runner may take to publish a damaged record again, before it is said to be wrong
-CLIENT_MARGIN = 10.0  # seconds a client waits for a sign of its runner, and for that one to tell of a timeout first
+RUNNER_SIGN = 10.0  # seconds in which a runner gives a sign of life: an interpreter starts in 0.1, on a crowded machine
+CLIENT_MARGIN = 5.0  # seconds beyond its patience that a client gives the runner to tell of a timeout itself
 GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so its holder is stopped
 UNWATCHED_START = 30.0  # seconds a first start goes on for nobody: without a marker none can know of it
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
@@ -3797,7 +3798,8 @@ class _Link:
                 count = self.reply.take(data)
                 self.client.out += data if count == len(data) else data[:count]
                 data = data[count:]
-            if self.reply is not None and self.reply.is_over:
+            is_endless = self is self.front.question and len(self.client.out) >= FRONT_LIMIT  # that is no list of models
+            if self.reply is not None and (self.reply.is_over or is_endless):
                 return self.front.end_answer(self)
 
     def frame_answer(self, head: bytes) -> Optional[_Body]:
@@ -4712,7 +4714,8 @@ class _Runner:
         if growing and (now - self.moved_at < 3.0 or (total is not None and done is not None and done < total)):
             phase = "downloading"
         total = total if total is not None and done is not None and total >= done else None
-        return {"phase": phase, "bytes_done": done, "bytes_total": total, "still_s": round(now - self.moved_at, 2)}
+        return {"phase": phase, "bytes_done": done, "bytes_total": total, "still_s": round(now - self.moved_at, 2),
+                "detail": self.front.detail if self.state in STARTING else ""}  # fmt: skip
 
     def get_ready(self) -> None:
         if self.state == "waking":
@@ -4971,8 +4974,9 @@ def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None
 
 
 def start_timeout_text(facts: Mapping[str, Any], seconds: float, tail: str) -> str:
-    return "qvac serve was not ready after %g s without progress. Raise serve_start_timeout for a large model.%s" % (
-        seconds, _output(tail))  # fmt: skip
+    why = ": " + str(facts["detail"]) if facts.get("detail") else ""
+    return "qvac serve was not ready after %g s without progress%s. Raise serve_start_timeout for a large model.%s" % (
+        seconds, why, _output(tail))  # fmt: skip
 
 
 def _output(tail: str) -> str:
@@ -5706,7 +5710,7 @@ class _Resolver:
         self._starts += 1
         try:
             _openers()  # 30 ms of imports that the status request needs, in the runner's time
-            heard, ended, deadline = b"", False, time.monotonic() + CLIENT_MARGIN
+            heard, ended, deadline = b"", False, time.monotonic() + RUNNER_SIGN
             while b"\n" not in heard and not ended:
                 self._check_cancelled()
                 data, ended = channel.read(min(0.25, max(0.0, deadline - time.monotonic())))
