@@ -73,13 +73,14 @@ from collections import namedtuple
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
-    import asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
+    import asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
     import pwd, queue, re, select, shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, threading  # noqa: E401
     import types, urllib.error, urllib.parse, urllib.request  # noqa: E401
     from ctypes import wintypes
     from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Literal, Mapping, NamedTuple,
-                        Optional, Protocol, Sequence, Set, Tuple, Union, overload)  # fmt: skip
+                        Optional, Protocol, Sequence, Set, Tuple, TypeVar, Union, overload)  # fmt: skip
 
+    Client = TypeVar("Client", bound="Qvac")
     Models = Sequence[Union[str, Mapping[str, Any]]]
     Path = Union[str, os.PathLike[str], None]
     Prompt = Union[str, Mapping[str, Any], Sequence[Mapping[str, Any]], Iterator[Mapping[str, Any]]]
@@ -104,7 +105,7 @@ if not TYPE_CHECKING:
             return getattr(module, attribute)
 
     for _name in (
-        "asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
+        "asyncio atexit binascii ctypes difflib fnmatch functools hashlib http itertools json logging msvcrt "
         "pwd queue re select shlex shutil signal socket struct subprocess tempfile termios "
         "threading types urllib ctypes.wintypes"
     ).split():
@@ -127,7 +128,7 @@ if not TYPE_CHECKING:
 
             return self()[real(key)]
 
-    Models = OnProgress = Opener = Path = Prompt = object  # said better where checkers look
+    Client = Models = OnProgress = Opener = Path = Prompt = object  # said better where checkers look
     for _name in "Any Callable Dict Iterator List Literal Mapping NoReturn Optional Sequence Tuple Union".split():
         globals()[_name] = _TypingName(_name)
 
@@ -370,8 +371,8 @@ class ServeHTTPError(QvacManagedModeError):
 class AnswerCutShortError(QvacManagedModeError):
     """There is no answer, because a limit ended it before it began.
 
-    `limit` names what to raise: "ctx_size" (the model's context), "max_tokens" or "predict" (in its config). `answer`
-    is what there is: empty, but with `reasoning` and `usage`. Also for a prompt that does not fit the context.
+    `limit` names what to raise: "ctx_size" (the model's context) or "max_tokens". `answer` is what there is: empty,
+    but with `reasoning` and `usage`. Also for a prompt that does not fit the context.
     """
 
     code = "CUT_SHORT"
@@ -2719,38 +2720,36 @@ _under_way: Any = _thread._local()  # `.call`: the _Call of the request that thi
 
 
 class _Call:
-    """Notes the connection of the requests made under it (`with call:`), so that another thread can end them."""
+    """What is waited for under it (`with call:`), so that another thread can end the wait."""
 
     def __init__(self) -> None:
         self.ended = False
-        self._connection: Any = None
+        self._undo: Dict[str, Callable[[], Any]] = {}
 
     def __enter__(self) -> None:
         self._outer = getattr(_under_way, "call", None)
         _under_way.call = self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         _under_way.call = self._outer
 
-    def uses(self, connection: Any) -> None:
-        self._connection = connection
-        if self.ended:  # before there was anything to end
-            connection.close()
-            raise ConnectionAbortedError(errno.ECONNABORTED, "the request was called off")
-
     def end(self) -> None:
-        """Whoever waits on the connection sees it end; the serve stops its work for it. For good."""
+        """For good. Of a request the connection is closed, so that the serve stops its work for it."""
         self.ended = True
-        try:
-            self._connection.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):
-            pass  # there is none, or no longer
+        for undo in list(self._undo.values()):
+            try:
+                undo()
+            except OSError:
+                pass  # it is over
 
-
-def _note_connection(connection: Any) -> None:
-    call = getattr(_under_way, "call", None)
-    if call is not None:
-        call.uses(connection)
+    @staticmethod
+    def note(kind: str, undo: Callable[[], Any]) -> None:
+        """Tell the call of this thread, if any, how to end what it waits for now."""
+        call = getattr(_under_way, "call", None)
+        if call is not None:
+            call._undo[kind] = undo
+            if call.ended:  # before there was anything to end
+                call.end()
 
 
 def _make_openers() -> Tuple[Any, Any]:
@@ -2775,7 +2774,7 @@ def _make_openers() -> Tuple[Any, Any]:
         def connect(self) -> None:
             self.host = lookup_name(self.host)
             super().connect()
-            _note_connection(self.sock)
+            _Call.note("connection", functools.partial(self.sock.shutdown, socket.SHUT_RDWR))
 
     class DeadlineConnection(Connection):
         def connect(self) -> None:
@@ -2802,7 +2801,7 @@ def _make_openers() -> Tuple[Any, Any]:
             class SecureConnection(http.client.HTTPSConnection):
                 def connect(self) -> None:
                     super().connect()
-                    _note_connection(self.sock)
+                    _Call.note("connection", functools.partial(self.sock.shutdown, socket.SHUT_RDWR))
 
             return self.do_open(SecureConnection, request)
 
@@ -4040,10 +4039,10 @@ class Qvac:
         context; ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer
         that a limit ended in its middle has the `finish_reason` "length".
         """
-        body = self._chat_body("chat", prompt_or_messages, model, params)
-        reading = _Reading(self, body)
+        reading = _Reading(self, self._chat_body("chat", prompt_or_messages, model, params))
         try:
-            self._json("/chat/completions", body, timeout, lambda answer: (reading.take(answer), answer["choices"][0]))
+            self._json("/chat/completions", reading.body, timeout,
+                       lambda answer: (reading.take(answer), answer["choices"][0]))  # fmt: skip
         except ServeHTTPError as error:
             raise reading.reason(error) from None
         return reading.whole()
@@ -4059,7 +4058,8 @@ class Qvac:
     async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: object) -> Answer:  # fmt: skip
         """chat() in a thread of its own: the event loop goes on, and cancelling ends the request at the serve."""
-        answer: Answer = await _in_thread(lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params))
+        answer: Answer = await _Worker().do(
+            lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params), is_last=True)  # fmt: skip
         return answer
 
     def astream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
@@ -4071,7 +4071,8 @@ class Qvac:
     async def aembed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
                      timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
         """embed(), as achat() is chat()."""
-        vectors: List[List[float]] = await _in_thread(lambda: self.embed(texts, model, timeout=timeout))
+        vectors: List[List[float]] = await _Worker().do(
+            lambda: self.embed(texts, model, timeout=timeout), is_last=True)  # fmt: skip
         return vectors
 
     def embed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
@@ -4097,13 +4098,13 @@ class Qvac:
     def close(self) -> None:
         """Nothing to do for a client in external mode."""
 
-    def __enter__(self) -> Qvac:
+    def __enter__(self: Client) -> Client:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def __aenter__(self) -> Qvac:
+    async def __aenter__(self: Client) -> Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -4114,22 +4115,9 @@ class Qvac:
         return None
 
     def _chat_body(self, verb: str, prompt: Any, model: Optional[str], params: Mapping[str, Any]) -> Dict[str, Any]:
-        """The request for a chat; AnswerCutShortError if its prompt can by no means fit the model's context."""
-        for name in ("stream", "messages"):
-            if name in params:
-                raise InvalidManagedModelError("%s() takes no %s=: %s." % (
-                    verb, name, "stream_chat() streams, chat() does not" if name == "stream" else
-                    "the messages are its first argument"))  # fmt: skip
-        messages = _as_messages(prompt)
-        body = {"model": self._model(model), "messages": messages, **params}
-        context = self._context(body["model"])
-        # A token is never more than one word, in any tokenizer in use; how many a word has, only the serve knows.
-        words = sum(len(_text_of(message.get("content")).split()) for message in messages)
-        if context is not None and words > -(-context // CONTEXT_STEP) * CONTEXT_STEP:
-            raise AnswerCutShortError(Answer(), "ctx_size", (
-                f"The prompt has {words:,} words, each a token at least, and the context of {body['model']} is "
-                f"{context:,} tokens: {_RAISE_CONTEXT}"))  # fmt: skip
-        return body
+        if "stream" in params:
+            raise InvalidManagedModelError("%s() takes no `stream`: stream_chat() streams, chat() does not." % verb)
+        return {"model": self._model(model), "messages": _as_messages(prompt), **params}
 
     def _model(self, model: Optional[str]) -> str:
         if model is None and self._default_model is None:
@@ -4162,19 +4150,24 @@ class Qvac:
                 raise _broken_off() from None
             if len(data) < MAX_ANSWER_BYTES and getattr(response, "length", None):  # what is still to come never came
                 raise _broken_off()
-        try:
-            return pick(json.loads(data))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            data = data[:MAX_FILE_BYTES]
-            shown = _shorten(data.decode("utf-8", "replace"), 300)
-            raise ServeHTTPError(200, "this is no answer to %s: %s" % (path, shown), data) from None
+        return _picked(data, "answer to " + path, pick)
+
+
+def _picked(data: bytes, what: str, pick: Callable[[Any], Any]) -> Any:
+    """What `pick` takes out of the JSON; what is none, or of another shape, is a ServeHTTPError that shows it."""
+    try:
+        return pick(json.loads(data))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        data = data[:MAX_FILE_BYTES]
+        shown = _shorten(data.decode("utf-8", "replace"), 300)
+        raise ServeHTTPError(200, "this is no %s: %s" % (what, shown), data) from None
 
 
 def _broken_off() -> ConnectionResetError:
     return ConnectionResetError(errno.ECONNRESET, "the serve broke off its answer")
 
 
-_RAISE_CONTEXT = "shorten it, or give the model more, as in config={\"ctx_size\": 8192}."
+_MORE_CONTEXT = "config={\"ctx_size\": 8192}"
 
 
 def _as_messages(prompt: Any) -> List[Dict[str, Any]]:
@@ -4226,14 +4219,15 @@ class Answer(str):
 class _Reading:
     """An answer as it is read: out of the events of a stream, or of the one JSON object of an answer in one piece."""
 
-    def __init__(self, client: Qvac, body: Mapping[str, Any]) -> None:
-        self.client, self.body = client, body
+    def __init__(self, client: Qvac, body: Dict[str, Any]) -> None:
+        self.client, self.body, self.context = client, body, client._context(body["model"])
         self.content: List[str] = []
         self.reasoning: List[str] = []
-        self.refusal = ""
         self.finish_reason: Optional[str] = None
+        self.refusal = ""
         self.usage: Dict[str, Any] = {}
         self.tool_calls: Dict[int, Dict[str, Any]] = {}
+        self.check_fits()
 
     def take(self, event: Any) -> List[Piece]:
         """The pieces of text in an event; LookupError, TypeError ... for what is none, ServeHTTPError for an error."""
@@ -4252,15 +4246,14 @@ class _Reading:
         return pieces
 
     def _take_delta(self, delta: Any, pieces: List[Piece]) -> None:
-        thought = _text_of(delta.get("reasoning_content") or delta.get("reasoning"))
-        content = _text_of(delta.get("content"))
         self.refusal += delta.get("refusal") or ""
-        if thought:
-            self.reasoning.append(thought)
-            pieces.append(_Thought(thought))
-        if content:
-            self.content.append(content)
-            pieces.append(Piece(content))
+        for text, kept, kind in (
+            (delta.get("reasoning_content") or delta.get("reasoning"), self.reasoning, _Thought),
+            (delta.get("content"), self.content, Piece),
+        ):
+            if text:
+                kept.append(_text_of(text))
+                pieces.append(kind(kept[-1]))
         for call in delta.get("tool_calls") or ():
             index = call.get("index")
             if index is None:  # a new one has an id; what has none goes on with the last
@@ -4284,50 +4277,51 @@ class _Reading:
         answer = self.answer()
         if self.refusal:
             raise ServeHTTPError(200, "the model refuses to answer: %s" % self.refusal)
-        if not answer.strip() and not answer.tool_calls and self.finish_reason not in (None, "stop"):
-            if self.finish_reason != "length":
-                raise ServeHTTPError(200, "the answer is empty, for the reason %r" % self.finish_reason)
-            raise self._cut_short(answer)
-        return answer
+        if answer.strip() or answer.tool_calls or self.finish_reason in (None, "stop"):
+            return answer
+        if self.finish_reason != "length":
+            raise ServeHTTPError(200, "the answer is empty, for the reason %r" % self.finish_reason)
+        limit = self.limit()
+        raise AnswerCutShortError(answer, limit, "The answer was cut before it began by %s: %s. %s" % (
+            "max_tokens=%d" % self._most() if limit == "max_tokens" else self._named_context(),
+            "all of it went into thinking" if answer.reasoning else "nothing was left for it",
+            "Raise that." if limit == "max_tokens" else "Give it more, as in %s." % _MORE_CONTEXT))  # fmt: skip
 
     def limit(self) -> str:
-        """Which limit ended an answer with the finish_reason "length"; `predict` is one of a model's config."""
+        """Which limit ended an answer with the finish_reason "length"."""
         most, made = self._most(), _count(self.usage.get("completion_tokens"))
-        if most and (made >= most or not made):
-            return "max_tokens"
-        context, used = self.context(), tokens_used(self.usage)
-        return "predict" if context and used and used < context - 16 else "ctx_size"
+        return "max_tokens" if most and (made >= most or not made) else "ctx_size"
 
     def _most(self) -> int:
         return _count(self.body.get("max_completion_tokens") or self.body.get("max_tokens"))
 
-    def context(self) -> Optional[int]:
-        return self.client._context(self.body["model"])
+    def _named_context(self) -> str:
+        size = f"{self.context:,} tokens" if self.context else f"{DEFAULT_CONTEXT:,} tokens unless set"
+        return f"the context of {self.body['model']} ({size})"
 
-    def _cut_short(self, answer: Answer) -> AnswerCutShortError:
-        limit, context = self.limit(), self.context()
-        size = f" ({context:,} tokens)" if context else ""
-        what = {"max_tokens": f"max_tokens={self._most()}", "predict": f"`predict` in the config of {answer.model}",
-                "ctx_size": f"the context of {answer.model}{size}"}  # fmt: skip
-        went = "all of it went into thinking" if answer.reasoning else "nothing was left for it"
-        todo = "Raise that." if limit != "ctx_size" else "Give it more, as in config={\"ctx_size\": 8192}."
-        return AnswerCutShortError(
-            answer, limit, f"The answer was cut before it began by {what[limit]}: {went}. {todo}")  # fmt: skip
+    def check_fits(self) -> None:
+        """AnswerCutShortError if the prompt can by no means fit the context."""
+        # A token is never more than one word, in any tokenizer in use; how many a word has, only the serve knows.
+        words = sum(len(_text_of(message.get("content")).split()) for message in self.body["messages"])
+        if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
+            raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
 
     def may_overflow(self) -> bool:
         """Whether the prompt may be longer than the context. A token is a byte at least."""
         size = len(json.dumps(self.body, default=str)) + PROMPT_FRAME
-        return size > (self.context() or DEFAULT_CONTEXT // 2)
+        return size > (self.context or DEFAULT_CONTEXT // 2)
 
     def reason(self, error: ServeHTTPError) -> QvacManagedModeError:
         """The error that stands behind the serve's: CLI 0.13.1 says of an overflow that it is an internal error."""
         if error.status != 500 or "internal error" not in error.message.lower() or not self.may_overflow():
             return error
-        context, length = self.context(), sum(len(_text_of(one.get("content"))) for one in self.body["messages"])
-        return AnswerCutShortError(Answer(), "ctx_size", (
-            f"The serve failed ({error.message.rstrip('.')}), probably because the prompt ({length:,} characters) is "
-            f"longer than the context of {self.body['model']} ({context or DEFAULT_CONTEXT:,} tokens"
-            f"{'' if context else ' unless set'}): {_RAISE_CONTEXT}"))  # fmt: skip
+        length = sum(len(_text_of(message.get("content"))) for message in self.body["messages"])
+        return self._overflow(
+            f"The serve failed ({error.message}), probably as the prompt ({length:,} characters) is longer than")
+
+    def _overflow(self, what: str) -> AnswerCutShortError:
+        return AnswerCutShortError(Answer(), "ctx_size", "%s %s: shorten it, or give the model more, as in %s." % (
+            what, self._named_context(), _MORE_CONTEXT))  # fmt: skip
 
 
 def _count(value: Any) -> int:
@@ -4348,14 +4342,13 @@ def tokens_used(usage: Mapping[str, Any]) -> int:
 class Stream:
     """An answer as it comes: iterate over its pieces (strings with a `kind`, see Piece).
 
-    `answer` is the whole, once it is over; before, what has come so far. `close()`, or the end of a `with` block,
-    ends the request; so does dropping it. Raises what chat() raises, at the end too: an AnswerCutShortError if a limit
-    ended the answer before it began.
+    `answer` is the whole, once it is over; before, what has come so far. `close()`, the end of a `with` block, or
+    dropping it ends the request. Raises what chat() raises, at the end too: an AnswerCutShortError if a limit ended the
+    answer before it began.
     """
 
     def __init__(self, client: Qvac, body: Dict[str, Any], timeout: Optional[float], reasoning: bool) -> None:
         self._reading, self._reasoning, self._is_over = _Reading(client, body), reasoning, False
-        self._watch: Optional[_SilenceWatch] = None
         self._ready: List[Piece] = []
         call = getattr(_under_way, "call", None) or _Call()
         with call:
@@ -4364,8 +4357,7 @@ class Stream:
             except ServeHTTPError as error:
                 raise self._reading.reason(error) from None
         self._events = _events_of(self._response)
-        if self._reading.may_overflow():
-            self._watch = _SilenceWatch(self._reading, call)
+        self._watch = _SilenceWatch(self._reading, call) if self._reading.may_overflow() else None
 
     def __iter__(self) -> Stream:
         return self
@@ -4389,7 +4381,7 @@ class Stream:
         except OSError as error:
             broken = error
         if data is not None and data.strip() != b"[DONE]":
-            pieces = _taken(self._reading, data)
+            pieces = _picked(data, "part of an answer", self._reading.take)
             if pieces and self._watch is not None:
                 self._watch.end()
             self._ready = [piece for piece in pieces if self._reasoning or piece.kind == "content"]
@@ -4405,11 +4397,6 @@ class Stream:
     def answer(self) -> Answer:
         return self._reading.answer()
 
-    @property
-    def limit(self) -> str:
-        """Which limit ended an answer with the finish_reason "length": "max_tokens", "ctx_size" or "predict"."""
-        return self._reading.limit()
-
     def close(self) -> None:
         """End the request, if it is not over. Idempotent."""
         self._is_over = True
@@ -4424,16 +4411,16 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if self._watch is not None:
-            self._watch.end()
+        if getattr(self, "_watch", None) is not None:
+            self.close()
 
 
 class _SilenceWatch:
     """Finds out whether a stream without a word will ever have one.
 
     CLI 0.13.1 sends no event for a prompt longer than the context, for ever. So after some silence the same is asked
-    for not as a stream, one token of it: if the first is still being read by the model, this waits behind it, and is
-    called off with its first word; if the first has died, this is told so at once.
+    for in one piece, one token of it: while the model still reads the first, this waits behind it, and is called off
+    with its first word; if the first has died, this is told so at once.
     """
 
     def __init__(self, reading: _Reading, call: _Call) -> None:
@@ -4445,14 +4432,13 @@ class _SilenceWatch:
             pass  # no more threads here: then nobody watches
 
     def end(self) -> None:
-        if not self._is_over.is_set():
-            self._is_over.set()
-            self._own.end()
+        self._is_over.set()
+        self._own.end()
 
     def _run(self) -> None:
         client, body = self._reading.client, {**self._reading.body, "stream": False, "max_tokens": 1}
-        body.pop("stream_options", None)
-        body.pop("max_completion_tokens", None)
+        for name in ("stream_options", "max_completion_tokens"):
+            body.pop(name, None)
         while not self._is_over.wait(SILENT_STREAM):
             try:
                 with self._own:
@@ -4461,19 +4447,9 @@ class _SilenceWatch:
                 refusal = _serve_error(error)
                 if refusal.status == 500 and not self._is_over.is_set():
                     self.found = self._reading.reason(refusal)
-                    self._watched.end()
-                    return
+                    return self._watched.end()
             except (OSError, http.client.HTTPException):
-                return  # the stream will see for itself
-
-
-def _taken(reading: _Reading, data: bytes) -> List[Piece]:
-    """The pieces in the data of an event; ServeHTTPError for an error, and for what cannot be read."""
-    try:
-        return reading.take(json.loads(data.decode("utf-8", "replace")))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        shown = _shorten(data.decode("utf-8", "replace"), 300)
-        raise ServeHTTPError(200, "this is no part of an answer: %s" % shown, data[:MAX_FILE_BYTES]) from None
+                return None  # the stream will see for itself
 
 
 def _events_of(response: Any) -> Iterator[bytes]:
@@ -4532,12 +4508,11 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> Piece:
-        if not self._worker.ended:
-            piece: Optional[Piece] = await self._worker.do(self._next)
-            if piece is not None:
-                return piece
+        piece: Optional[Piece] = None if self._worker.call.ended else await self._worker.do(self._next)
+        if piece is None:
             self._worker.end()
-        raise StopAsyncIteration
+            raise StopAsyncIteration
+        return piece
 
     def _next(self) -> Optional[Piece]:
         if self._stream is None:
@@ -4562,44 +4537,36 @@ class AsyncStream:
         self._worker.end()
 
 
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    worker = _Worker()
-    try:
-        return await worker.do(function)
-    finally:
-        worker.end()
-
-
 class _Worker:
-    """A thread that does blocking requests for a coroutine. When that is cancelled, the request under way ends."""
+    """A thread that does what blocks for a coroutine. When that is cancelled, what the thread waits for is ended."""
 
     def __init__(self) -> None:
-        self._call = _Call()
+        self.call = _Call()
         self._jobs: Any = None
+        self.thread: Any = None
 
-    @property
-    def ended(self) -> bool:
-        return self._call.ended
-
-    async def do(self, function: Callable[[], Any]) -> Any:
+    async def do(self, function: Callable[[], Any], is_last: bool = False) -> Any:
         done = asyncio.get_running_loop().create_future()
-        if self._jobs is None:
+        if self.thread is None:
             self._jobs = queue.SimpleQueue()
-            _started_thread("qvac_managed request", self._work)
+            self.thread = _started_thread("qvac_managed request", self._work)
         self._jobs.put((done, function))
         try:
             return await done
         except BaseException:
-            self.end()
+            is_last = True
             raise
+        finally:
+            if is_last:
+                self.end()
 
     def end(self) -> None:
-        self._call.end()
+        self.call.end()
         if self._jobs is not None:
             self._jobs.put(None)
 
     def _work(self) -> None:
-        with self._call:
+        with self.call:
             for done, function in iter(self._jobs.get, None):
                 result, error = None, None
                 try:
@@ -4608,8 +4575,8 @@ class _Worker:
                     error = caught
                 try:
                     done.get_loop().call_soon_threadsafe(_settle, done, result, error)
-                except RuntimeError:
-                    pass  # the loop has been closed meanwhile
+                except RuntimeError:  # the loop has been closed meanwhile
+                    _settle(None, result, None)
                 del done, function, result, error
 
 
@@ -4730,18 +4697,6 @@ class ManagedQvac(Qvac):
         """Detach. Idempotent, quick, and final: nothing resolves, registers or spawns afterwards."""
         self._resolver.cancel()
         _open_clients.pop(id(self), None)
-
-    def __enter__(self) -> ManagedQvac:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    async def __aenter__(self) -> ManagedQvac:
-        return self
-
-    async def __aexit__(self, *_: Any) -> None:
-        self.close()
 
     def _context(self, model: str) -> Optional[int]:
         entry = self._resolver.config["serve"]["models"].get(model, {"config": {"ctx_size": None}})
@@ -5353,16 +5308,13 @@ def create_qvac(
     return _create(mode, locals())
 
 
-_DEFAULTS: Dict[str, Any] = create_qvac.__kwdefaults__ or {}
-
-
-def _create(mode: Any, options: Dict[str, Any], on_resolver: Callable[[_Resolver], Any] = lambda _: None) -> Qvac:
+def _create(mode: Any, options: Dict[str, Any]) -> Qvac:
     headers, opener = _checked_headers(options["headers"]), options["opener"]
     if opener is not None and not callable(getattr(opener, "open", None)):
         raise InvalidManagedModelError("An opener has a method open(), as urllib's have; %r has none." % (opener,))
     if mode not in ("external", "managed"):
         raise InvalidManagedModelError("The mode is 'external' or 'managed', not %r." % (mode,))
-    for name, default in _DEFAULTS.items():
+    for name, default in (create_qvac.__kwdefaults__ or {}).items():
         is_managed = name not in ("base_url", "api_key")
         if name not in ("headers", "opener") and is_managed != (mode == "managed") and options[name] is not default:
             raise InvalidManagedModelError("%s goes with %s." % (
@@ -5377,12 +5329,13 @@ def _create(mode: Any, options: Dict[str, Any], on_resolver: Callable[[_Resolver
         options["on_progress"] = show_progress
     resolver = _Resolver(options)
     _install_hooks()
-    on_resolver(resolver)
+    _Call.note("start", resolver.cancel)
     if options["close_on_parent_exit"]:
         _watch_parent(resolver)  # before resolving: a parent may die during a long first download
     try:
         client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
         _open_clients[id(client)] = client
+        _Call.note("start", lambda: None)  # it has begun: what ends the call no longer ends it
         return client
     except BaseException:
         resolver.cancel()  # and with it the watch on the parent
@@ -5475,40 +5428,13 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Qvac:
 
     The client it gives is the same; achat(), astream_chat() and aembed() never block the loop either.
     """
-    unknown = set(options) - set(_DEFAULTS)
-    if unknown:
-        raise TypeError("create_qvac_async() has no option %s" % ", ".join(sorted(unknown)))
-    options = {**_DEFAULTS, **options}
-    if mode != "managed":
-        return _create(mode, options)
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[ManagedQvac] = loop.create_future()
-    resolvers: List[_Resolver] = []
-
-    def keep(resolver: _Resolver) -> None:
-        resolvers.append(resolver)
-        if done.cancelled():  # before there was anything to cancel
-            resolver.cancel()
-
-    def work() -> None:
-        client, error = None, None
-        try:
-            client = _create("managed", options, keep)
-        except BaseException as caught:
-            error = caught
-        try:
-            loop.call_soon_threadsafe(_settle, done, client, error)
-        except RuntimeError:  # the loop has been closed meanwhile
-            _settle(None, client, None)
-
-    thread = _started_thread("qvac_managed start", work)
+    worker, create = _Worker(), functools.partial(create_qvac, mode, **options)
     try:
-        return await done
+        client: Qvac = await worker.do(create, is_last=True) if mode == "managed" else create()
+        return client
     except asyncio.CancelledError:
-        for resolver in resolvers:
-            resolver.cancel()
         deadline = time.monotonic() + STOP_GRACE
-        while thread.is_alive() and time.monotonic() < deadline:
+        while worker.thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.01)  # the program may end with its loop, and leave a runner that loads for nobody
         raise
 
@@ -7406,7 +7332,7 @@ def _answer(args: Any, client: Any, messages: List[Dict[str, str]]) -> Answer:
     if args.stats:
         _err(_stats_line(stats))
     if answer.finish_reason == "length":
-        flag = {"max_tokens": "--max-tokens", "ctx_size": "--ctx-size"}.get(stream.limit, "--set predict=N")
+        flag = "--max-tokens" if stream._reading.limit() == "max_tokens" else "--ctx-size"
         _note(args, f"(cut short: a higher {flag} lets the answer go on)")
     elif not answer.strip():
         _note(args, "(the model said nothing)")

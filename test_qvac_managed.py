@@ -8341,8 +8341,8 @@ class InterruptedClientTest(Case):
 import signal
 clients = []
 def leave(*_):
-    for resolver in clients:
-        resolver.cancel()
+    for cancel in clients:
+        cancel()
     os.write(1, b"closed")
     os._exit(0)
 signal.signal(signal.SIGTERM, leave)
@@ -8352,7 +8352,9 @@ def add_consumer(key, consumer_id):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
 q.add_consumer = add_consumer
-q._create("managed", {**q._DEFAULTS, "models": ["qwen3.5-2b"], "serve_bin_path": q.ECHO}, clients.append)
+note = q._Call.note
+q._Call.note = lambda kind, undo: clients.append(undo) if kind == "start" else note(kind, undo)
+q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO)
 """
         child = self.python(code)
         out, err = child.communicate(timeout=PATIENCE)
@@ -8360,19 +8362,19 @@ q._create("managed", {**q._DEFAULTS, "models": ["qwen3.5-2b"], "serve_bin_path":
         self.assert_all_gone()
 
     def test_close_does_not_wait_for_the_guard(self) -> None:
-        resolvers: List[Any] = []
+        call = q._Call()
 
         def start() -> None:
-            with self.assertRaises(q.QvacManagedModeError):
-                q._create("managed", {**q._DEFAULTS, "models": [MODEL], "serve_bin_path": q.ECHO}, resolvers.append)
+            with self.assertRaises(q.QvacManagedModeError), call:
+                self.create()
 
         thread = threading.Thread(target=start)
         with q.guard():
             thread.start()
-            wait_until(lambda: resolvers)
+            wait_until(lambda: "start" in call._undo)
             time.sleep(0.2)
             began = time.monotonic()
-            resolvers[0].cancel()
+            call._undo["start"]()
             self.assertLess(time.monotonic() - began, 1)
         thread.join()
         self.assertEqual([], self.files())
