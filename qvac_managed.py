@@ -42,7 +42,8 @@ pycache/                            this file's bytecode          runner        
 registry.guard                      held for short sections       anybody          nobody
 [1] A private serve's by its runner, unless it failed.
 
-Index: create_qvac create_qvac_async attach attach_async Qvac ManagedQvac ManagedModel Progress ECHO
+Index: create_qvac create_qvac_async attach attach_async Qvac ManagedQvac ManagedModel Progress show_progress ECHO
+       Answer Piece Stream AsyncStream
        list_serves find_serves stop_serve sleep_serve restart_serve sweep_serves serve_info ServeInfo find_cli
        QVAC_CATALOG find_catalog_entry is_catalog_id resolve_model_constant all_models
        catalog_entries_with_unknown_constant, the errors (section 3), main
@@ -75,13 +76,21 @@ from collections import namedtuple
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
-    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json  # noqa: E401
-    import logging, msvcrt, resource  # noqa: E401
-    import grp, hmac, pwd, queue, re, select, selectors, shlex, shutil, signal, socket, struct, subprocess  # noqa: E401
-    import tempfile, termios, threading, types, urllib.error, urllib.parse, urllib.request  # noqa: E401
+    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib, hmac  # noqa: E401
+    import http.client, itertools, json, logging, msvcrt, pwd, queue, re, resource, select, selectors  # noqa: E401
+    import shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, threading, types  # noqa: E401
+    import urllib.error, urllib.parse, urllib.request  # noqa: E401
     from ctypes import wintypes
-    from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple,
-                        Union)  # fmt: skip
+    from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Literal, Mapping, NamedTuple,
+                        Optional, Protocol, Sequence, Set, Tuple, TypeVar, Union, overload)  # fmt: skip
+
+    Client = TypeVar("Client", bound="Qvac")
+    Models = Sequence[Union[str, Mapping[str, Any]]]
+    Path = Union[str, os.PathLike[str], None]
+    Prompt = Union[str, Mapping[str, Any], Sequence[Mapping[str, Any]], Iterator[Mapping[str, Any]]]
+
+    class Opener(Protocol):
+        def open(self, fullurl: urllib.request.Request, /, *, timeout: Optional[float] = None) -> Any: ...
 
 if not TYPE_CHECKING:
 
@@ -100,17 +109,41 @@ if not TYPE_CHECKING:
             return getattr(module, attribute)
 
     for _name in (
-        "_winapi asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
-        "grp hmac pwd queue re select selectors shlex shutil signal socket struct subprocess tempfile termios resource "
+        "_winapi asyncio atexit binascii ctypes difflib fnmatch functools grp hashlib hmac http itertools json logging "
+        "msvcrt pwd queue re resource select selectors shlex shutil signal socket struct subprocess tempfile termios "
         "threading types urllib ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
+
+    class _TypingName:
+        """`Optional` and the like: `typing` is imported when somebody evaluates an annotation (get_type_hints)."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self) -> Any:
+            return getattr(__import__("typing"), self.name)
+
+        def __getitem__(self, key: Any) -> Any:
+            def real(part: Any) -> Any:
+                if isinstance(part, (tuple, list)):
+                    return type(part)(map(real, part))
+                return part() if isinstance(part, _TypingName) else part
+
+            return self()[real(key)]
+
+    Client = Models = OnProgress = Opener = Path = Prompt = object  # said better where checkers look
+    for _name in "Any Callable Dict Iterator List Literal Mapping NoReturn Optional Sequence Tuple Union".split():
+        globals()[_name] = _TypingName(_name)
 
 __version__ = "0.1.0"
 
 __all__ = [
     # starting and using
-    "create_qvac", "create_qvac_async", "attach", "attach_async", "Qvac", "ManagedQvac", "ManagedModel", "Progress", "ECHO",
+    "create_qvac", "create_qvac_async", "attach", "attach_async", "Qvac", "ManagedQvac", "ManagedModel", "Progress",
+    "show_progress", "ECHO",
+    # answers
+    "Answer", "Piece", "Stream", "AsyncStream",
     # looking after serves
     "list_serves", "find_serves", "stop_serve", "sleep_serve", "restart_serve", "sweep_serves", "serve_info", "ServeInfo",
     "find_cli",
@@ -122,6 +155,7 @@ __all__ = [
     "MultipleDefaultManagedModelsError", "InvalidManagedModelError", "CliNotFoundError",
     "ServeSpawnFailedError", "ServeStartTimeoutError", "ServeExitedError",
     "PortAllocationFailedError", "ModelLoadFailedError", "RegistryError", "ServeHTTPError", "ServeStoppedError",
+    "AnswerCutShortError",
     # the command line; for programs that are frozen (PyInstaller)
     "main", "freeze_support",
 ]  # fmt: skip
@@ -136,7 +170,11 @@ DEFAULT_API_KEY = "qvac"  # external mode: OpenAI-shaped clients want some key
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_START_TIMEOUT = 180.0  # seconds without progress: a cold model may load for minutes
 DEFAULT_IDLE_TIMEOUT = 300.0  # seconds a serve outlives its last user, so that the next finds it warm
-DEFAULT_SLEEP_TIMEOUT = 900.0  # seconds without a request after which models leave memory though somebody is there
+DEFAULT_SLEEP_TIMEOUT = 900.0  # seconds without a request after which a serve in use gives its memory back
+DEFAULT_CONTEXT = 1024  # tokens, when a model's config has no ctx_size: the CLI's own default
+CONTEXT_STEP = 256  # tokens: the engine rounds a context up to a multiple of this
+PROMPT_FRAME = 300  # tokens that a chat template may add to what is sent: a system prompt of its own, marks
+SILENT_STREAM = 3.0  # seconds without a word after which a stream is suspected to have died of its prompt's length
 ECHO = "qvac-managed:echo"  # as serve_bin_path: the built-in echo serve (section 13)
 
 FLEET_PROTOCOL_VERSION = 2  # the provider's; in every fleet key
@@ -150,6 +188,9 @@ MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no mode
 MAX_SDK_REGISTRY_BYTES = 64 * 1024 * 1024  # of the SDK's list of models; the real one is 1 MB
 LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
 READ_BYTES = 64 * 1024  # of an answer at once
+STILL_DOWNLOAD = 20.0  # seconds after which a download that does not grow is called that
+_PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot be drawn over
+_RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
@@ -354,6 +395,23 @@ class ServeStoppedError(QvacManagedModeError):
         return "The serve was stopped by %s." % self.by
 
 
+class AnswerCutShortError(QvacManagedModeError):
+    """There is no answer, because a limit ended it before it began.
+
+    `limit` names what to raise: "ctx_size" (the model's context) or "max_tokens". `answer` is what there is: empty,
+    but with `reasoning` and `usage`. Also for a prompt that does not fit the context.
+    """
+
+    code = "CUT_SHORT"
+
+    def __init__(self, answer: Answer, limit: str, message: str) -> None:
+        super().__init__(answer, limit, message)
+        self.answer, self.limit = answer, limit
+
+    def __str__(self) -> str:
+        return str(self.args[2])
+
+
 class _Cancelled(QvacManagedModeError):
     """close() or a cancelled task ended a resolution: never seen outside this module."""
 
@@ -512,15 +570,24 @@ def _in_installed_sdk(constant: str, serve_bin_path: Optional[str]) -> bool:
 
 def _normalize_model(model: Any) -> Dict[str, Any]:
     """A model in any accepted form as a dict of the given fields; raises InvalidManagedModelError."""
-    if isinstance(model, str):
-        return {"name": model}
+    if isinstance(model, (str, os.PathLike)):
+        name = os.fsdecode(model)
+        if name is not model or name.lower().endswith(".gguf") or "://" in name:
+            raise InvalidManagedModelError(
+                "%r is a model file, not a name: write {\"name\": %r, \"src\": os.path.abspath(%r)}."
+                % (name, os.path.splitext(os.path.basename(name))[0] or "mine", name))  # fmt: skip
+        return {"name": name}
     try:
         spec = {field: value for field, value in dict(model).items() if value is not None}
     except (TypeError, ValueError):
         raise InvalidManagedModelError(
             "A model is a name or a mapping with a `name`, not %s." % _shorten(repr(model), 80)) from None  # fmt: skip
+    if isinstance(spec.get("src"), os.PathLike):
+        spec["src"] = os.fsdecode(spec["src"])
     if not isinstance(spec.get("name"), str):
-        raise InvalidManagedModelError("A model spec needs a `name` (a string): %s." % _shorten(repr(model), 120))
+        raise InvalidManagedModelError(
+            "A model spec needs a `name`, the one the serve answers to (`model` only says what is behind a name of "
+            "your own): %s." % _shorten(repr(model), 120))  # fmt: skip
     _check_spec_fields(spec)
     return spec
 
@@ -531,7 +598,8 @@ def _check_spec_fields(spec: Mapping[str, Any]) -> None:
 
     unknown = [_shorten(repr(field), 40) for field in spec if field not in _SPEC_FIELDS]
     if unknown:
-        raise refuse("unknown field %s (a spec has %s)" % (", ".join(unknown), ", ".join(_SPEC_FIELDS)))
+        raise refuse("unknown field %s; a spec has %s, and what is for the engine, like ctx_size, stands in `config`, "
+                     "{\"config\": {\"ctx_size\": 8192}}" % (", ".join(unknown), ", ".join(_SPEC_FIELDS)))
     for field in ("preload", "default"):
         if not isinstance(spec.get(field, False), bool):
             raise refuse("`%s` is True or False" % field)
@@ -3033,6 +3101,40 @@ def _openers() -> Any:
 
 
 _opener_cache: Any = None
+_under_way: Any = _thread._local()  # `.call`: the _Call of the request that this thread makes
+
+
+class _Call:
+    """What is waited for under it (`with call:`), so that another thread can end the wait."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._undo: Dict[str, Callable[[], Any]] = {}
+
+    def __enter__(self) -> None:
+        self._outer = getattr(_under_way, "call", None)
+        _under_way.call = self
+
+    def __exit__(self, *_: object) -> None:
+        _under_way.call = self._outer
+
+    def end(self) -> None:
+        """For good. Of a request the connection is closed, so that the serve stops its work for it."""
+        self.ended = True
+        for undo in list(self._undo.values()):
+            try:
+                undo()
+            except OSError:
+                pass  # it is over
+
+    @staticmethod
+    def note(kind: str, undo: Callable[[], Any]) -> None:
+        """Tell the call of this thread, if any, how to end what it waits for now."""
+        call = getattr(_under_way, "call", None)
+        if call is not None:
+            call._undo[kind] = undo
+            if call.ended:  # before there was anything to end
+                call.end()
 
 
 def _make_openers() -> Tuple[Any, Any]:
@@ -3061,6 +3163,7 @@ def _make_openers() -> Tuple[Any, Any]:
         def connect(self) -> None:
             self.host = lookup_name(self.host)
             super().connect()
+            _Call.note("connection", functools.partial(self.sock.shutdown, socket.SHUT_RDWR))
             if self.check is not None:
                 self.check(self.sock)
 
@@ -3086,7 +3189,12 @@ def _make_openers() -> Tuple[Any, Any]:
         https_request = urllib.request.AbstractHTTPHandler.do_request_
 
         def https_open(self, request: Any) -> Any:
-            return self.do_open(http.client.HTTPSConnection, request)
+            class SecureConnection(http.client.HTTPSConnection):
+                def connect(self) -> None:
+                    super().connect()
+                    _Call.note("connection", functools.partial(self.sock.shutdown, socket.SHUT_RDWR))
+
+            return self.do_open(SecureConnection, request)
 
     def build(*handlers: Any) -> Any:
         opener = urllib.request.OpenerDirector()
@@ -5062,10 +5170,185 @@ def _run_runner() -> int:
 # 13. Clients and public verbs
 # ==================================================================================================
 
-Progress = namedtuple("Progress", ["phase", "elapsed_s", "bytes_done", "bytes_total"])
-Progress.__doc__ = """What on_progress gets. `phase`: starting, downloading, loading or ready. `elapsed_s`: seconds
-since the start (or recovery) was asked for. `bytes_done`: size of the model files that have grown since, None while
-none has. `bytes_total`: what the start has to download, None if unknown."""
+if TYPE_CHECKING:
+    OnProgress = Union[Literal["auto"], Callable[["Progress"], object], None]
+
+    class Progress(NamedTuple):
+        phase: str
+        elapsed_s: float
+        bytes_done: Optional[int] = None
+        bytes_total: Optional[int] = None
+        still_s: float = 0.0
+        models: Sequence[str] = ()
+
+else:
+    Progress = namedtuple(
+        "Progress", "phase elapsed_s bytes_done bytes_total still_s models", defaults=(None, None, 0.0, ()))
+    Progress.__doc__ = """What on_progress gets. `phase`: starting, downloading, loading or ready. `elapsed_s`: seconds
+    since the start (or recovery) was asked for. `bytes_done`: size of the model files that have grown since, None
+    while none has. `bytes_total`: what the start has to download, None if unknown. `still_s`: seconds since anything
+    moved. `models`: the names of those that are downloaded."""
+
+
+def progress_words(phase: str, bytes_done: Optional[int] = None, bytes_total: Optional[int] = None,
+                   still_s: float = 0.0, names: Sequence[str] = ()) -> str:  # fmt: skip
+    """What a start is doing, for lines and errors: its phase, unless that is a download that stands still."""
+    if phase != "downloading" or still_s < STILL_DOWNLOAD:
+        return phase
+    sizes = " of ".join(_size(count) for count in (bytes_done, bytes_total) if count)
+    what = "the download of %s%s" % (" and ".join(names) or "the model", " (%s)" % sizes if sizes else "")
+    return what + " does not move: is this machine online?"
+
+
+def last_words(output: str) -> str:
+    """The last line of a program's output that says something, which no bracket or stack trace does; else ""."""
+    for line in reversed(output.splitlines()):
+        if re.search(r"[^\W\d_]{3}", line) and not re.match(r"\s*(at .*[:(]|Node\.js v\d)", line):
+            return line.strip()
+    return ""
+
+
+def _err(text: str, end: str = "\n") -> None:
+    """Write to stderr, if there is one: a message is never worth another failure."""
+    try:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def _is_notebook(stream: Any) -> bool:
+    """Whether the stream is ipykernel's: no terminal, but what it shows can be drawn over."""
+    return type(stream).__module__.startswith("ipykernel.")
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+def _columns(stream: Any) -> int:
+    """The width of the terminal behind STREAM; 0, which is no limit, without one."""
+    return shutil.get_terminal_size().columns if _is_terminal(stream) else 0
+
+
+class _ProgressLine:
+    """What a start is doing, on stderr: one line drawn over on a terminal, else a plain line now and then."""
+
+    def __init__(self, quiet: bool = False, after: float = 0.0, plain: bool = True) -> None:
+        self.quiet, self.after = quiet, after  # `after`: seconds of a start of which nothing is said
+        self.live = not quiet and (_is_terminal(sys.stderr) or _is_notebook(sys.stderr))
+        self.plain = plain
+        self.elapsed = 0.0
+        self.samples: List[Tuple[float, int]] = []  # (elapsed seconds, bytes), for the rate
+        self.next_plain = _PLAIN_INTERVAL
+        self.drawn = 0  # characters of the line that stands on the terminal
+
+    def __call__(self, progress: Any) -> None:
+        if self.quiet or progress.elapsed_s < self.after:
+            return
+        self._sample(progress)
+        if self.live and progress.phase == "ready":
+            self.clear()
+        elif self.live:
+            self._draw(self._text(progress, max((_columns(sys.stderr) or 80) - 1, 20)))
+        elif self.plain and progress.elapsed_s >= self.next_plain:
+            self.next_plain = progress.elapsed_s + _PLAIN_INTERVAL
+            _err(self._text(progress, 0))
+
+    def clear(self) -> None:
+        """Take the line off the terminal, so that something else can be said."""
+        if self.drawn:
+            self.drawn += len("^C")  # what the terminal may have echoed behind it
+            self._draw("")
+            _err("\r", end="")
+
+    def _draw(self, text: str) -> None:
+        _err("\r" + text + " " * (self.drawn - len(text)), end="")
+        self.drawn = len(text)
+
+    def _text(self, progress: Any, width: int) -> str:
+        words = progress_words(
+            progress.phase, progress.bytes_done, progress.bytes_total, progress.still_s, progress.models)  # fmt: skip
+        head = f"{words:11} {_span(progress.elapsed_s):>5}"
+        if progress.bytes_done is None or words != progress.phase:
+            return head[:width] if width else head
+        facts = self._download_facts(progress)
+        room = width - len(head) - len(facts) - 6
+        if progress.bytes_total and room >= 5:
+            facts = f"{_bar(progress.bytes_done / progress.bytes_total, min(room, 30))}  {facts}"
+        text = head + "  " + facts
+        return text[:width] if width else text
+
+    def _sample(self, progress: Any) -> None:
+        if progress.bytes_done is None:
+            return
+        if self.samples and progress.bytes_done < self.samples[-1][1]:
+            self.samples = []  # the next file
+        self.samples.append((progress.elapsed_s, progress.bytes_done))
+        while len(self.samples) > 2 and self.samples[1][0] < progress.elapsed_s - _RATE_WINDOW:
+            del self.samples[0]
+
+    def _download_facts(self, progress: Any) -> str:
+        (begin, first), (end, last) = self.samples[0], self.samples[-1]
+        rate = (last - first) / (end - begin) if end > begin else 0.0
+        done, total = progress.bytes_done, progress.bytes_total
+        parts = [_size(done)]
+        if total:
+            parts = [f"{min(100 * done // total, 100):3}%", f"{_size(done)} of {_size(total)}"]
+        if rate > 0:
+            parts.append(_size(rate) + "/s")
+            if total and total > done:
+                parts.append(_span((total - done) / rate) + " left")
+        return "  ".join(parts)
+
+
+def _bar(part: float, width: int) -> str:
+    full, empty = "█", "░"
+    try:
+        (full + empty).encode(getattr(sys.stderr, "encoding", None) or "ascii")
+    except UnicodeError:
+        full, empty = "#", "-"
+    filled = int(min(max(part, 0.0), 1.0) * width)
+    return full * filled + empty * (width - filled)
+
+
+def _size(count: Optional[float]) -> str:
+    """Bytes as people say them: 812 MB, 2.6 GB."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.1f} {unit}" if count < 10 and unit in ("MB", "GB") else f"{count:.0f} {unit}"
+        count /= 1000.0
+    return f"{count:.1f} TB"
+
+
+def _span(seconds: Optional[float]) -> str:
+    """Seconds as people say them: 42s, 4m12s, 2h05m, 3d04h."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    for unit, size, small, small_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // small_size
+            return f"{whole // size}{unit}" + (f"{rest:02}{small}" if rest else "")
+    return f"{whole}s"
+
+
+def show_progress(progress: Progress) -> None:
+    """For on_progress: one live line on stderr if that is a terminal or a notebook, once a start takes longer than a
+    second. "auto" is this."""
+    global _shown_progress
+    if _shown_progress is None or progress.elapsed_s < _shown_progress.elapsed:
+        _shown_progress = _ProgressLine(after=1.0, plain=False)  # a new start, and perhaps another stderr
+    _shown_progress(progress)
+    _shown_progress.elapsed = progress.elapsed_s
+
+
+_shown_progress: Any = None
 
 
 class _Target:
@@ -5122,7 +5405,9 @@ class Qvac:
     def __reduce__(self) -> Any:
         raise TypeError("a %s holds an API key and cannot be pickled: create one in each process" % type(self).__name__)
 
-    def open(self, target: Any, data: Any = None, timeout: Optional[float] = None) -> Any:
+    def open(
+        self, target: Union[str, urllib.request.Request], data: Union[bytes, Dict[str, Any], List[Any], None] = None,
+        timeout: Optional[float] = None) -> http.client.HTTPResponse:  # fmt: skip
         """urllib.request.urlopen, aimed at this serve: returns its response, raises its errors.
 
         `target` is a path, joined to base_url (`open("/models")`), a URL, or a urllib.request.Request;
@@ -5132,11 +5417,12 @@ class Qvac:
         """
         return self._send(self._target, target, data, timeout)
 
-    def _send(self, aim: _Target, target: Any, data: Any, timeout: Optional[float]) -> Any:
+    def _send(self, aim: _Target, target: Any, data: Any, timeout: Optional[float]) -> http.client.HTTPResponse:
         request = _aimed_request(aim, target, data, self.headers)
         request.check = aim.check
-        opener = self._opener if self._opener is not None else _openers()[0]
-        return opener.open(request, timeout=timeout)
+        opener: Any = self._opener if self._opener is not None else _openers()[0]
+        response: http.client.HTTPResponse = opener.open(request, timeout=timeout)
+        return response
 
     def models(self) -> List[Dict[str, Any]]:
         """The serve's models as it lists them: dicts with `id` and, on a QVAC serve, `state`."""
@@ -5144,33 +5430,53 @@ class Qvac:
             {**model, "id": str(model["id"])} for model in answer["data"]])  # fmt: skip
         return models
 
-    def chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
-             **params: Any) -> str:  # fmt: skip
-        """The answer to a prompt (a string) or to OpenAI-style messages; `params` go into the request.
+    def chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+             **params: object) -> Answer:  # fmt: skip
+        """The answer to a prompt (a string), to one OpenAI-style message, or to a list of them; `params` go into the
+        request (temperature, max_tokens, tools ...).
 
-        Raises ServeHTTPError with the serve's own message, and urllib's errors when it cannot be reached.
+        Raises AnswerCutShortError if a limit ended the answer before it began, or the prompt does not fit the model's
+        context; ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer
+        that a limit ended in its middle has the `finish_reason` "length".
         """
-        body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params}
-        message = self._json("/chat/completions", body, timeout, lambda answer: {**answer["choices"][0]["message"]})
-        return str(message.get("content") or "")
+        reading = _Reading(self, self._chat_body("chat", prompt_or_messages, model, params))
+        try:
+            self._json("/chat/completions", reading.body, timeout,
+                       lambda answer: (reading.take(answer), answer["choices"][0]))  # fmt: skip
+        except ServeHTTPError as error:
+            raise reading.reason(error) from None
+        return reading.whole()
 
-    def stream_chat(self, prompt_or_messages: Any, model: Optional[str] = None, *, timeout: Optional[float] = None,
-                    **params: Any) -> Iterator[str]:  # fmt: skip
-        """chat(), piece by piece, each as soon as the serve sends it. Closing the iterator ends the request.
-
-        An answer that breaks off is a ConnectionResetError, never a short answer.
+    def stream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+                    reasoning: bool = False, **params: object) -> Stream:  # fmt: skip
+        """chat(), piece by piece, each as soon as the serve sends it: see Stream. With `reasoning`, what the model
+        thinks comes too. An answer that breaks off is a ConnectionResetError, never a short answer.
         """
-        body = {"model": self._model(model), "messages": _as_messages(prompt_or_messages), **params, "stream": True}
-        ended = False
-        with self._open_json("/chat/completions", body, timeout) as response:
-            for line in _lines_of(response):
-                pieces, is_last = _stream_event(line)
-                ended = ended or is_last
-                yield from pieces
-        if not ended:  # http.client takes the end of a broken chunked answer for its end
-            raise _broken_off()
+        body = self._chat_body("stream_chat", prompt_or_messages, model, params)
+        return Stream(self, {"stream_options": {"include_usage": True}, **body, "stream": True}, timeout, reasoning)
 
-    def embed(self, texts: Any, model: Optional[str] = None, *, timeout: Optional[float] = None) -> List[List[float]]:
+    async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+                    **params: object) -> Answer:  # fmt: skip
+        """chat() in a thread of its own: the event loop goes on, and cancelling ends the request at the serve."""
+        answer: Answer = await _Worker().do(
+            lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params), is_last=True)  # fmt: skip
+        return answer
+
+    def astream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+                     reasoning: bool = False, **params: object) -> AsyncStream:  # fmt: skip
+        """stream_chat() for `async for`, without `await` before it; the request is made with the first step."""
+        return AsyncStream(lambda: self.stream_chat(
+            prompt_or_messages, model, timeout=timeout, reasoning=reasoning, **params))  # fmt: skip
+
+    async def aembed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
+                     timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
+        """embed(), as achat() is chat()."""
+        vectors: List[List[float]] = await _Worker().do(
+            lambda: self.embed(texts, model, timeout=timeout), is_last=True)  # fmt: skip
+        return vectors
+
+    def embed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
+              timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
         """One vector for each text; a single string gives a list with one vector."""
         inputs = [texts] if isinstance(texts, str) else list(texts)
         body = {"model": self._model(model), "input": inputs}
@@ -5189,6 +5495,30 @@ class Qvac:
         names = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "QVAC_BASE_URL")
         return {**dict.fromkeys(names, self.base_url), "OPENAI_API_KEY": self.api_key, "QVAC_API_KEY": self.api_key}
 
+    def close(self) -> None:
+        """Nothing to do for a client in external mode."""
+
+    def __enter__(self: Client) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self: Client) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def _context(self, _model: str) -> Optional[int]:
+        """The model's context in tokens, None where that is not known."""
+        return None
+
+    def _chat_body(self, verb: str, prompt: Any, model: Optional[str], params: Mapping[str, Any]) -> Dict[str, Any]:
+        if "stream" in params:
+            raise InvalidManagedModelError("%s() takes no `stream`: stream_chat() streams, chat() does not." % verb)
+        return {"model": self._model(model), "messages": _as_messages(prompt), **params}
+
     def _model(self, model: Optional[str]) -> str:
         if model is None and self._default_model is None:
             listed = self.models()
@@ -5201,7 +5531,11 @@ class Qvac:
         try:
             return self.open(path, body, timeout)
         except urllib.error.HTTPError as error:
-            raise _serve_error(error) from None
+            refusal = _serve_error(error)
+            if refusal.status == 404 and not self.base_url.endswith("/v1"):
+                refusal = ServeHTTPError(404, "%s (base_url ends in /v1 as a rule; %s does not)" % (
+                    refusal.message, self.base_url), refusal.body)  # fmt: skip
+            raise refusal from None
         except http.client.HTTPException as error:
             raise error if isinstance(error, OSError) else _broken_off() from None
 
@@ -5216,52 +5550,434 @@ class Qvac:
                 raise _broken_off() from None
             if len(data) < MAX_ANSWER_BYTES and getattr(response, "length", None):  # what is still to come never came
                 raise _broken_off()
-        try:
-            return pick(json.loads(data))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            data = data[:MAX_FILE_BYTES]
-            shown = _shorten(data.decode("utf-8", "replace"), 300)
-            raise ServeHTTPError(200, "this is no answer to %s: %s" % (path, shown), data) from None
+        return _picked(data, "answer to " + path, pick)
+
+
+def _picked(data: bytes, what: str, pick: Callable[[Any], Any]) -> Any:
+    """What `pick` takes out of the JSON; what is none, or of another shape, is a ServeHTTPError that shows it."""
+    try:
+        return pick(json.loads(data))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        data = data[:MAX_FILE_BYTES]
+        shown = _shorten(data.decode("utf-8", "replace"), 300)
+        raise ServeHTTPError(200, "this is no %s: %s" % (what, shown), data) from None
 
 
 def _broken_off() -> ConnectionResetError:
     return ConnectionResetError(errno.ECONNRESET, "the serve broke off its answer")
 
 
+_MORE_CONTEXT = "config={\"ctx_size\": 8192}"
+
+
+def _as_messages(prompt: Any) -> List[Dict[str, Any]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    try:
+        messages = [prompt] if hasattr(prompt, "keys") else [dict(message) for message in prompt]
+    except (TypeError, ValueError):
+        messages = []
+    if not messages or not all("role" in message for message in messages):
+        raise InvalidManagedModelError(
+            "A prompt is a string, a message such as {\"role\": \"user\", \"content\": \"hi\"}, or a list of messages: "
+            "not %s." % _shorten(repr(prompt), 80))  # fmt: skip
+    return messages
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content, which is a string or a list of parts; TypeError if neither."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(str(part.get("text") or "") for part in content)
+
+
+class Piece(str):
+    """A piece of a streamed answer; `kind` is "content" or "reasoning"."""
+
+    kind: str = "content"
+
+
+class _Thought(Piece):
+    kind = "reasoning"
+
+
+class Answer(str):
+    """What a model answered: a string, with what came beside it.
+
+    `reasoning` is what the model thought before ("" if nothing), `finish_reason` why it ended ("stop", "length",
+    "tool_calls"), `usage` the serve's count of tokens, `tool_calls` what it wants called, as OpenAI writes them,
+    `model` the name it answered to.
+    """
+
+    reasoning: str = ""
+    finish_reason: Optional[str] = None
+    usage: Mapping[str, Any] = {}
+    tool_calls: Sequence[Dict[str, Any]] = ()
+    model: str = ""
+
+
+class _Reading:
+    """An answer as it is read: out of the events of a stream, or of the one JSON object of an answer in one piece."""
+
+    def __init__(self, client: Qvac, body: Dict[str, Any]) -> None:
+        self.client, self.body, self.context = client, body, client._context(body["model"])
+        self.content: List[str] = []
+        self.reasoning: List[str] = []
+        self.finish_reason: Optional[str] = None
+        self.refusal = ""
+        self.usage: Dict[str, Any] = {}
+        self.tool_calls: Dict[int, Dict[str, Any]] = {}
+        self.check_fits()
+
+    def take(self, event: Any) -> List[Piece]:
+        """The pieces of text in an event; LookupError, TypeError ... for what is none, ServeHTTPError for an error."""
+        error = event.get("error") or (event if event.get("object") == "error" or "detail" in event else None)
+        if error:
+            message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
+            raise ServeHTTPError(200, str(message or error), json.dumps(event).encode())
+        if "choices" not in event and "usage" not in event:
+            raise LookupError
+        self.usage = event.get("usage") or self.usage
+        pieces: List[Piece] = []
+        for choice in event.get("choices") or ():
+            if (choice.get("index") or 0) == 0:  # of several answers the first
+                self.finish_reason = choice.get("finish_reason") or self.finish_reason
+                self._take_delta(choice.get("delta") or choice.get("message") or {}, pieces)
+        return pieces
+
+    def _take_delta(self, delta: Any, pieces: List[Piece]) -> None:
+        self.refusal += delta.get("refusal") or ""
+        for text, kept, kind in (
+            (delta.get("reasoning_content") or delta.get("reasoning"), self.reasoning, _Thought),
+            (delta.get("content"), self.content, Piece),
+        ):
+            if text:
+                kept.append(_text_of(text))
+                pieces.append(kind(kept[-1]))
+        for call in delta.get("tool_calls") or ():
+            index = call.get("index")
+            if index is None:  # a new one has an id; what has none goes on with the last
+                index = len(self.tool_calls) - (0 if call.get("id") or not self.tool_calls else 1)
+            whole = self.tool_calls.setdefault(
+                index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})  # fmt: skip
+            whole["id"] = call.get("id") or whole["id"]
+            for name, text in (call.get("function") or {}).items():
+                whole["function"][name] = whole["function"].get(name, "") + (text or "")
+
+    def answer(self) -> Answer:
+        """What has come so far."""
+        answer = Answer("".join(self.content))
+        answer.reasoning, answer.model = "".join(self.reasoning), str(self.body["model"])
+        answer.finish_reason, answer.usage = self.finish_reason, self.usage
+        answer.tool_calls = [self.tool_calls[index] for index in sorted(self.tool_calls)]
+        return answer
+
+    def whole(self) -> Answer:
+        """answer(), once it is over; an error if there is none and somebody is to blame."""
+        answer = self.answer()
+        if self.refusal:
+            raise ServeHTTPError(200, "the model refuses to answer: %s" % self.refusal)
+        if answer.strip() or answer.tool_calls or self.finish_reason in (None, "stop"):
+            return answer
+        if self.finish_reason != "length":
+            raise ServeHTTPError(200, "the answer is empty, for the reason %r" % self.finish_reason)
+        limit = self.limit()
+        raise AnswerCutShortError(answer, limit, "The answer was cut before it began by %s: %s. %s" % (
+            "max_tokens=%d" % self._most() if limit == "max_tokens" else self._named_context(),
+            "all of it went into thinking" if answer.reasoning else "nothing was left for it",
+            "Raise that." if limit == "max_tokens" else "Give it more, as in %s." % _MORE_CONTEXT))  # fmt: skip
+
+    def limit(self) -> str:
+        """Which limit ended an answer with the finish_reason "length"."""
+        most, made = self._most(), _count(self.usage.get("completion_tokens"))
+        return "max_tokens" if most and (made >= most or not made) else "ctx_size"
+
+    def _most(self) -> int:
+        return _count(self.body.get("max_completion_tokens") or self.body.get("max_tokens"))
+
+    def _named_context(self) -> str:
+        size = f"{self.context:,} tokens" if self.context else f"{DEFAULT_CONTEXT:,} tokens unless set"
+        return f"the context of {self.body['model']} ({size})"
+
+    def check_fits(self) -> None:
+        """AnswerCutShortError if the prompt can by no means fit the context."""
+        # A token is never more than one word, in any tokenizer in use; how many a word has, only the serve knows.
+        words = sum(len(_text_of(message.get("content")).split()) for message in self.body["messages"])
+        if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
+            raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
+
+    def may_overflow(self) -> bool:
+        """Whether the prompt may be longer than the context. A token is a byte at least."""
+        size = len(json.dumps(self.body, default=str)) + PROMPT_FRAME
+        return size > (self.context or DEFAULT_CONTEXT // 2)
+
+    def reason(self, error: ServeHTTPError) -> QvacManagedModeError:
+        """The error that stands behind the serve's: CLI 0.13.1 says of an overflow that it is an internal error."""
+        if error.status != 500 or "internal error" not in error.message.lower() or not self.may_overflow():
+            return error
+        length = sum(len(_text_of(message.get("content"))) for message in self.body["messages"])
+        return self._overflow(
+            f"The serve failed ({error.message}), probably as the prompt ({length:,} characters) is longer than")
+
+    def _overflow(self, what: str) -> AnswerCutShortError:
+        return AnswerCutShortError(Answer(), "ctx_size", "%s %s: shorten it, or give the model more, as in %s." % (
+            what, self._named_context(), _MORE_CONTEXT))  # fmt: skip
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
+
+
+def tokens_used(usage: Mapping[str, Any]) -> int:
+    """How much of the context an answer and all before it take, 0 if the serve does not say.
+
+    CLI 0.13.1 counts as prompt_tokens only what it has not read before, and as cached_tokens all that stands in the
+    context after the answer; elsewhere cached_tokens are a part of prompt_tokens.
+    """
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
+    return max(cached, _count(usage.get("prompt_tokens")) + _count(usage.get("completion_tokens")))
+
+
+class Stream:
+    """An answer as it comes: iterate over its pieces (strings with a `kind`, see Piece).
+
+    `answer` is the whole, once it is over; before, what has come so far. `close()`, the end of a `with` block, or
+    dropping it ends the request. Raises what chat() raises, at the end too: an AnswerCutShortError if a limit ended the
+    answer before it began.
+    """
+
+    def __init__(self, client: Qvac, body: Dict[str, Any], timeout: Optional[float], reasoning: bool) -> None:
+        self._reading, self._reasoning, self._is_over = _Reading(client, body), reasoning, False
+        self._ready: List[Piece] = []
+        call = getattr(_under_way, "call", None) or _Call()
+        with call:
+            try:
+                self._response = client._open_json("/chat/completions", body, timeout)
+            except ServeHTTPError as error:
+                raise self._reading.reason(error) from None
+        self._events = _events_of(self._response)
+        self._watch = _SilenceWatch(self._reading, call) if self._reading.may_overflow() else None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Piece:
+        while not self._ready:
+            if self._is_over:
+                raise StopIteration
+            try:
+                self._advance()
+            except BaseException:
+                self.close()
+                raise
+        return self._ready.pop(0)
+
+    def _advance(self) -> None:
+        data: Optional[bytes] = None
+        broken: OSError = _broken_off()
+        try:
+            data = next(self._events, None)
+        except OSError as error:
+            broken = error
+        if data is not None and data.strip() != b"[DONE]":
+            pieces = _picked(data, "part of an answer", self._reading.take)
+            if pieces and self._watch is not None:
+                self._watch.end()
+            self._ready = [piece for piece in pieces if self._reasoning or piece.kind == "content"]
+            return
+        self.close()
+        if self._watch is not None and self._watch.found is not None:  # then the watch has ended it
+            raise self._watch.found
+        if data is None and not self._reading.finish_reason:  # of a broken chunked answer http.client sees no end
+            raise broken
+        self._reading.whole()
+
+    @property
+    def answer(self) -> Answer:
+        return self._reading.answer()
+
+    def close(self) -> None:
+        """End the request, if it is not over. Idempotent."""
+        self._is_over = True
+        if self._watch is not None:
+            self._watch.end()
+        self._response.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_watch", None) is not None:
+            self.close()
+
+
+class _SilenceWatch:
+    """Finds out whether a stream without a word will ever have one.
+
+    CLI 0.13.1 sends no event for a prompt longer than the context, for ever. So after some silence the same is asked
+    for in one piece, one token of it: while the model still reads the first, this waits behind it, and is called off
+    with its first word; if the first has died, this is told so at once.
+    """
+
+    def __init__(self, reading: _Reading, call: _Call) -> None:
+        self.found: Optional[QvacManagedModeError] = None
+        self._reading, self._watched, self._own, self._is_over = reading, call, _Call(), threading.Event()
+        try:
+            _started_thread("qvac_managed silence", self._run)
+        except ServeSpawnFailedError:
+            pass  # no more threads here: then nobody watches
+
+    def end(self) -> None:
+        self._is_over.set()
+        self._own.end()
+
+    def _run(self) -> None:
+        client, body = self._reading.client, {**self._reading.body, "stream": False, "max_tokens": 1}
+        for name in ("stream_options", "max_completion_tokens"):
+            body.pop(name, None)
+        while not self._is_over.wait(SILENT_STREAM):
+            try:
+                with self._own:
+                    client._send(client._target, "/chat/completions", body, None).close()
+            except urllib.error.HTTPError as error:
+                refusal = _serve_error(error)
+                if refusal.status == 500 and not self._is_over.is_set():
+                    self.found = self._reading.reason(refusal)
+                    return self._watched.end()
+            except (OSError, http.client.HTTPException):
+                return None  # the stream will see for itself
+
+
+def _events_of(response: Any) -> Iterator[bytes]:
+    """The data of each event of an event stream, read as its standard says, and of one that lacks its end."""
+    data: List[bytes] = []
+    for number, line in enumerate(_lines_of(response)):
+        if number == 0 and line.startswith(b"\xef\xbb\xbf"):
+            line = line[3:]
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value[1:] if value.startswith(b" ") else value)
+        elif not line:
+            if any(data):
+                yield b"\n".join(data)
+            data = []
+    if any(data):
+        yield b"\n".join(data)
+
+
 def _lines_of(response: Any) -> Iterator[bytes]:
-    """The lines of an answer as they come; ConnectionResetError where it is broken."""
+    """The lines of an answer as they come, ended by CR, LF or both; ConnectionResetError where it is broken."""
+    begun: List[bytes] = []
+    read, size, after_cr = getattr(response, "read1", response.read), 0, False
     while True:
         try:
-            line = response.readline(MAX_ANSWER_BYTES)
+            data = read(READ_BYTES)
         except (http.client.HTTPException, ValueError):
             raise _broken_off() from None
-        if not line:
-            return
-        yield line
+        if not data:
+            break
+        if after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        after_cr = data.endswith(b"\r")
+        *ended, rest = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        for line in ended:
+            yield b"".join([*begun, line])
+            begun, size = [], 0
+        begun.append(rest)
+        size += len(rest)
+        if size > MAX_ANSWER_BYTES:
+            raise ServeHTTPError(200, "this is no part of an answer: a line without end")
+    yield b"".join(begun)
 
 
-def _stream_event(line: bytes) -> Tuple[List[str], bool]:
-    """The pieces of text in a line of a streamed answer, and whether it tells the end; ServeHTTPError if an error."""
-    data = line[len(b"data:") :].strip()
-    event = _strict_json(data) if line.startswith(b"data:") else None
-    if not isinstance(event, dict):
-        return [], line.startswith(b"data:") and data == b"[DONE]"
-    error = event.get("error")
-    if error:
-        raise ServeHTTPError(200, str(error.get("message") if isinstance(error, dict) else error), line)
-    try:
-        choices = event.get("choices") or []
-        pieces = [(choice.get("delta") or {}).get("content") for choice in choices]
-        return [str(piece) for piece in pieces if piece], any(choice.get("finish_reason") for choice in choices)
-    except (AttributeError, TypeError):
-        shown = _shorten(data.decode("utf-8", "replace"), 300)
-        raise ServeHTTPError(200, "this is no part of an answer: %s" % shown, line) from None
+# -- asynchronous requests
 
 
-def _as_messages(prompt_or_messages: Any) -> List[Any]:
-    if isinstance(prompt_or_messages, str):
-        return [{"role": "user", "content": prompt_or_messages}]
-    return list(prompt_or_messages)
+class AsyncStream:
+    """Stream for `async for` and `async with`. Cancelling the task that reads it, or aclose(), ends the request."""
+
+    def __init__(self, start: Callable[[], Stream]) -> None:
+        self._start, self._worker = start, _Worker()
+        self._stream: Optional[Stream] = None
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Piece:
+        piece: Optional[Piece] = None if self._worker.call.ended else await self._worker.do(self._next)
+        if piece is None:
+            self._worker.end()
+            raise StopAsyncIteration
+        return piece
+
+    def _next(self) -> Optional[Piece]:
+        if self._stream is None:
+            self._stream = self._start()
+        return next(self._stream, None)
+
+    @property
+    def answer(self) -> Answer:
+        return self._stream.answer if self._stream is not None else Answer()
+
+    async def aclose(self) -> None:
+        """End the request, if it is not over. Idempotent."""
+        self._worker.end()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._worker.end()
+
+    def __del__(self) -> None:
+        self._worker.end()
+
+
+class _Worker:
+    """A thread that does what blocks for a coroutine. When that is cancelled, what the thread waits for is ended."""
+
+    def __init__(self) -> None:
+        self.call = _Call()
+        self._jobs: Any = None
+        self.thread: Any = None
+
+    async def do(self, function: Callable[[], Any], is_last: bool = False) -> Any:
+        done = asyncio.get_running_loop().create_future()
+        if self.thread is None:
+            self._jobs = queue.SimpleQueue()
+            self.thread = _started_thread("qvac_managed request", self._work)
+        self._jobs.put((done, function))
+        try:
+            return await done
+        except BaseException:
+            is_last = True
+            raise
+        finally:
+            if is_last:
+                self.end()
+
+    def end(self) -> None:
+        self.call.end()
+        if self._jobs is not None:
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        with self.call:
+            for done, function in iter(self._jobs.get, None):
+                result, error = None, None
+                try:
+                    result = function()
+                except BaseException as caught:
+                    error = caught
+                try:
+                    done.get_loop().call_soon_threadsafe(_settle, done, result, error)
+                except RuntimeError:  # the loop has been closed meanwhile
+                    _settle(None, result, None)
+                del done, function, result, error
 
 
 def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, str]) -> Any:
@@ -5338,7 +6054,9 @@ class ManagedQvac(Qvac):
     closed = property(lambda self: self._resolver.cancelled, doc="True after close().")
     notes = property(lambda self: list(self._resolver.notes), doc="What a person should know of the start, in words.")
 
-    def open(self, target: Any, data: Any = None, timeout: Optional[float] = None) -> Any:
+    def open(
+        self, target: Union[str, urllib.request.Request], data: Union[bytes, Dict[str, Any], List[Any], None] = None,
+        timeout: Optional[float] = None) -> http.client.HTTPResponse:  # fmt: skip
         """As Qvac.open. If the serve is gone, it is brought back (or another started) and the request sent.
 
         Only what has not reached a serve is sent again, once: a refused connection, or a front that says that it ends.
@@ -5399,17 +6117,11 @@ class ManagedQvac(Qvac):
         self._resolver.cancel()
         _open_clients.pop(id(self), None)
 
-    def __enter__(self) -> ManagedQvac:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    async def __aenter__(self) -> ManagedQvac:
-        return self
-
-    async def __aexit__(self, *_: Any) -> None:
-        self.close()
+    def _context(self, model: str) -> Optional[int]:
+        entry = self._resolver.wish.models.get(model, {"config": {"ctx_size": None}})
+        default = None if self._resolver.wish.bin == ECHO else DEFAULT_CONTEXT  # the echo serve has no limit
+        size = entry.get("config", {}).get("ctx_size", default)
+        return size if type(size) is int and size > 0 else None
 
 
 def _refused_error() -> OSError:
@@ -5857,76 +6569,93 @@ def _after_fork() -> None:
         client._recovery_lock, client._is_recovering = _thread.RLock(), False
 
 
+if TYPE_CHECKING:
+
+    @overload
+    def create_qvac(mode: Literal["external"] = ..., *, base_url: Optional[str] = ..., api_key: Optional[str] = ...,
+                    headers: Optional[Mapping[str, str]] = ..., opener: Optional[Opener] = ...) -> Qvac: ...
+
+    @overload
+    def create_qvac(mode: Literal["managed"], *, models: Models, serve_host: str = ..., serve_port: Optional[int] = ...,
+                    serve_bin_path: Path = ..., serve_args: Sequence[str] = ...,
+                    serve_start_timeout: float = ..., serve_idle_timeout: Optional[float] = ...,
+                    serve_sleep_timeout: Optional[float] = ..., reuse: Optional[bool] = ...,
+                    close_on_parent_exit: bool = ..., require_ready: bool = ...,
+                    headers: Optional[Mapping[str, str]] = ..., opener: Optional[Opener] = ...,
+                    on_progress: OnProgress = ...) -> ManagedQvac: ...  # fmt: skip
+
+
 def create_qvac(
     mode: str = "external",
     *,
     base_url: Optional[str] = None,
     api_key: Optional[str] = None,
-    headers: Optional[Mapping[str, str]] = None,
-    opener: Any = None,
-    models: Optional[Sequence[Any]] = None,
+    models: Optional[Models] = None,
     serve_host: str = DEFAULT_HOST,
     serve_port: Optional[int] = None,
-    serve_bin_path: Optional[str] = None,
+    serve_bin_path: Path = None,
+    serve_args: Sequence[str] = (),
     serve_start_timeout: float = DEFAULT_START_TIMEOUT,
     serve_idle_timeout: Optional[float] = DEFAULT_IDLE_TIMEOUT,
-    serve_args: Sequence[str] = (),
     serve_sleep_timeout: Optional[float] = DEFAULT_SLEEP_TIMEOUT,
     reuse: Optional[bool] = None,
     close_on_parent_exit: bool = False,
     require_ready: bool = True,
-    on_progress: Optional[Callable[[Progress], Any]] = None,
-    _on_resolver: Optional[Callable[[_Resolver], Any]] = None,
-) -> Any:
+    headers: Optional[Mapping[str, str]] = None,
+    opener: Optional[Opener] = None,
+    on_progress: OnProgress = "auto",
+) -> Qvac:
     """A client of a QVAC serve: a `Qvac` in external mode, a `ManagedQvac` in managed mode.
 
     External: you run the serve; nothing is started and no request is made. `base_url` defaults to
     $QVAC_BASE_URL or http://127.0.0.1:11434/v1, `api_key` to $QVAC_API_KEY or "qvac".
 
     Managed: attaches to a live serve with the same models and config, host, binary and pinned port,
-    or starts one; returns when it is ready. Its address and key are chosen for it: base_url and api_key are
-    ignored. Times are seconds.
+    or starts one; returns when it is ready. Its address and key are chosen for it. Times are seconds.
       models               names (catalog ids or constants) or specs, see ManagedModel
       serve_host, _port    where it listens; a pinned port makes the serve private unless reuse=True
       serve_bin_path       the `qvac` command; ECHO for the built-in echo serve
+      serve_args           more arguments for `qvac serve`
       serve_start_timeout  how long a start may take while nothing moves (a growing download moves)
       serve_idle_timeout   how long the serve stays after its last use; None: until stopped. With
                            several consumers the longest wish wins
+      serve_sleep_timeout  how long without a request until the models leave memory, though the serve is
+                           still wanted; the next request wakes it. None: never. The longest wish wins
       reuse                share the serve (default), or False for a private one that ends with us
       close_on_parent_exit close, and end this process, when its parent has gone
       require_ready        raise ModelLoadFailedError if the default model failed to load
       headers, opener      for requests; an opener is an object like urllib's OpenerDirector
-      on_progress          called with a Progress some four times a second while a start is waited for
+      on_progress          called with a Progress some four times a second while a start is waited for;
+                           "auto": show_progress, None: nothing
 
-    Raises the errors of this module (base: QvacManagedModeError); then nothing is left behind.
+    An option of the other mode is an InvalidManagedModelError. Raises the errors of this module (base:
+    QvacManagedModeError); then nothing is left behind.
     """
-    headers = _checked_headers(headers)
+    return _create(mode, locals())
+
+
+def _create(mode: Any, options: Dict[str, Any]) -> Qvac:
+    headers, opener = _checked_headers(options["headers"]), options["opener"]
     if opener is not None and not callable(getattr(opener, "open", None)):
         raise InvalidManagedModelError("An opener has a method open(), as urllib's have; %r has none." % (opener,))
-    if mode == "external":
-        if models is not None or serve_bin_path is not None or serve_port is not None:
-            raise InvalidManagedModelError("models and serve_... go with create_qvac(\"managed\", ...).")
-        url = base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL
-        if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
-            raise InvalidManagedModelError("base_url begins with http:// or https://, unlike %r." % (url,))
-        key = api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY
-        if not _fits_into_a_header(key):
-            raise InvalidManagedModelError("api_key is a string of characters that a header can carry: no line breaks.")
-        return Qvac(url, key, headers, opener)
-    if mode != "managed":
+    if mode not in ("external", "managed"):
         raise InvalidManagedModelError("The mode is 'external' or 'managed', not %r." % (mode,))
-    options = {
-        "models": models if models is not None else [], "serve_host": serve_host, "serve_port": serve_port,
-        "serve_bin_path": os.fsdecode(serve_bin_path) if isinstance(serve_bin_path, os.PathLike) else serve_bin_path,
-        "serve_start_timeout": serve_start_timeout, "serve_idle_timeout": serve_idle_timeout, "reuse": reuse,
-        "serve_args": serve_args, "serve_sleep_timeout": serve_sleep_timeout,
-        "require_ready": require_ready, "close_on_parent_exit": close_on_parent_exit, "on_progress": on_progress,
-    }  # fmt: skip
+    for name, default in (create_qvac.__kwdefaults__ or {}).items():
+        is_managed = name not in ("base_url", "api_key")
+        if name not in ("headers", "opener") and is_managed != (mode == "managed") and options[name] is not default:
+            raise InvalidManagedModelError("%s goes with %s." % (
+                name, 'create_qvac("managed", ...)' if is_managed else "external mode; a managed serve has its own"))
+    if mode == "external":
+        return Qvac(*_checked_address(options["base_url"], options["api_key"]), headers, opener)
+    options = {**options, "models": options["models"] if options["models"] is not None else []}
+    if isinstance(options["serve_bin_path"], os.PathLike):
+        options["serve_bin_path"] = os.fsdecode(options["serve_bin_path"])
     _check_options(options)
+    if options["on_progress"] == "auto":
+        options["on_progress"] = show_progress
     resolver = _resolver_of(options)
-    if _on_resolver is not None:  # create_qvac_async keeps it, to cancel what it does
-        _on_resolver(resolver)
-    if close_on_parent_exit:
+    _Call.note("start", resolver.cancel)
+    if options["close_on_parent_exit"]:
         _watch_parent(resolver)  # before resolving: a parent may die during a long first download
     return _open_client(resolver, headers, opener)
 
@@ -5950,14 +6679,30 @@ def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], open
     try:
         client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
         _open_clients[id(client)] = _weakref.ref(client)
+        _Call.note("start", lambda: None)  # it has begun: what ends the call no longer ends it
         return client
     except BaseException:
         resolver.cancel()  # and with it the watch on the parent
         raise
+    finally:
+        if resolver.on_progress is show_progress and _shown_progress is not None:
+            _shown_progress.clear()
+
+
+def _checked_address(base_url: Any, api_key: Any) -> Tuple[str, str]:
+    url = base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL
+    if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
+        raise InvalidManagedModelError("base_url begins with http:// or https://, unlike %r." % (url,))
+    if not url.isprintable() or " " in url:
+        raise InvalidManagedModelError("base_url has a character that no URL has, a line break perhaps: %r." % (url,))
+    key = api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY
+    if not _fits_into_a_header(key):
+        raise InvalidManagedModelError("api_key is a string of characters that a header can carry: no line breaks.")
+    return url, key
 
 
 def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, opener: Any = None,
-           on_progress: Any = "auto", _on_resolver: Optional[Callable[[_Resolver], Any]] = None) -> ManagedQvac:  # fmt: skip
+           on_progress: OnProgress = "auto") -> ManagedQvac:  # fmt: skip
     """A client of a serve that runs already, by an alias of its or by its ID (four letters or more will do).
 
     It keeps that serve's config, so it recovers like any other client. Raises UnknownManagedModelError, naming what runs, if
@@ -5974,9 +6719,9 @@ def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, open
     record = read_record((plain or found)[0].fleet_key if len(found) > 1 else found[0].fleet_key)
     if record is None:
         raise ServeSpawnFailedError("The serve %s has just ended." % found[0].fleet_key)
-    resolver = _Resolver(wish_of(record), record.fleet_key, True, on_progress)
-    if _on_resolver is not None:
-        _on_resolver(resolver)
+    shown: Any = show_progress if on_progress == "auto" else on_progress
+    resolver = _Resolver(wish_of(record), record.fleet_key, True, shown)
+    _Call.note("start", resolver.cancel)
     return _open_client(resolver, checked, opener)
 
 
@@ -6019,11 +6764,19 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise InvalidManagedModelError("serve_port is a port number from 1 to 65535, not %r." % (port,))
     if not isinstance(host, str) or not 0 < len(host) < 254 or not all(c.isalnum() or c in ".:-_" for c in host):
         raise InvalidManagedModelError("serve_host is an address or a host name, not %s." % _shorten(repr(host), 80))
-    start, idle = options["serve_start_timeout"], options["serve_idle_timeout"]
+    start, args = options["serve_start_timeout"], options["serve_args"]
     if not is_number(start) or not 0 < start <= 1e7:
         raise InvalidManagedModelError("serve_start_timeout is a number of seconds above 0, not %r." % (start,))
-    if idle is not None and (not is_number(idle) or not 0 <= idle <= 1e9):
-        raise InvalidManagedModelError("serve_idle_timeout is None or a number of seconds from 0: not %r." % (idle,))
+    for name in ("serve_idle_timeout", "serve_sleep_timeout"):
+        seconds = options[name]
+        if seconds is not None and (not is_number(seconds) or not 0 <= seconds <= 1e9):
+            raise InvalidManagedModelError("%s is None or a number of seconds from 0: not %r." % (name, seconds))
+    if not isinstance(args, (list, tuple)) or not all(isinstance(arg, str) and "\0" not in arg for arg in args):
+        raise InvalidManagedModelError("serve_args is a list of strings, one for each argument: not %r." % (args,))
+    _check_other_options(options)
+
+
+def _check_other_options(options: Mapping[str, Any]) -> None:
     path = options["serve_bin_path"]
     if path is not None and (not isinstance(path, str) or not path):
         raise InvalidManagedModelError("serve_bin_path is a path, or left out to search for `qvac`: not %r." % (path,))
@@ -6032,72 +6785,63 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise InvalidManagedModelError("%s is True or False, not %r." % (name, options[name]))
     if not isinstance(options["reuse"], (bool, type(None))):
         raise InvalidManagedModelError("reuse is True, False, or None for the default, not %r." % (options["reuse"],))
-    if options["on_progress"] is not None and not callable(options["on_progress"]):
-        raise InvalidManagedModelError("on_progress is a function, not %r." % (options["on_progress"],))
+    if options["on_progress"] not in (None, "auto") and not callable(options["on_progress"]):
+        raise InvalidManagedModelError("on_progress is a function, 'auto' or None: not %r." % (options["on_progress"],))
 
 
-async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
+if TYPE_CHECKING:
+
+    @overload
+    async def create_qvac_async(
+        mode: Literal["external"] = ..., *, base_url: Optional[str] = ..., api_key: Optional[str] = ...,
+        headers: Optional[Mapping[str, str]] = ..., opener: Optional[Opener] = ...) -> Qvac: ...  # fmt: skip
+
+    @overload
+    async def create_qvac_async(
+        mode: Literal["managed"], *, models: Models, serve_host: str = ..., serve_port: Optional[int] = ...,
+        serve_bin_path: Path = ..., serve_args: Sequence[str] = ...,
+        serve_start_timeout: float = ..., serve_idle_timeout: Optional[float] = ...,
+        serve_sleep_timeout: Optional[float] = ..., reuse: Optional[bool] = ...,
+        close_on_parent_exit: bool = ..., require_ready: bool = ..., headers: Optional[Mapping[str, str]] = ...,
+        opener: Optional[Opener] = ..., on_progress: OnProgress = ...) -> ManagedQvac: ...  # fmt: skip
+
+
+async def create_qvac_async(mode: str = "external", **options: Any) -> Qvac:
     """create_qvac() that never blocks the event loop. Cancelling it calls the start off and leaves nothing.
 
-    The client it gives is the same: use achat(), astream_chat() and aembed() of it, or its other requests in threads.
+    The client it gives is the same; achat(), astream_chat() and aembed() never block the loop either.
     """
-    if mode != "managed":
-        return create_qvac(mode, **options)
-    return await _in_a_thread(lambda keep: create_qvac("managed", **options, _on_resolver=keep))
+    create = functools.partial(create_qvac, mode, **options)
+    return await _opened_in_thread(create) if mode == "managed" else create()
 
 
 async def attach_async(name_or_id: str, **options: Any) -> ManagedQvac:
     """attach() that never blocks the event loop."""
-    client: ManagedQvac = await _in_a_thread(lambda keep: attach(name_or_id, **options, _on_resolver=keep))
+    client: ManagedQvac = await _opened_in_thread(functools.partial(attach, name_or_id, **options))
     return client
 
 
-async def _in_a_thread(open_client: Callable[[Callable[[_Resolver], None]], Any]) -> Any:
-    """The client that `open_client` gives, called in a thread; cancelling cancels the resolver that it says it uses."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[ManagedQvac] = loop.create_future()
-    resolvers: List[_Resolver] = []
-
-    def keep(resolver: _Resolver) -> None:
-        resolvers.append(resolver)
-        if done.cancelled():  # before there was anything to cancel
-            resolver.cancel()
-
-    def work() -> None:
-        client, error = None, None
-        try:
-            client = open_client(keep)
-        except BaseException as caught:
-            error = caught
-        try:
-            loop.call_soon_threadsafe(_settle, done, client, error)
-        except RuntimeError:  # the loop has been closed meanwhile
-            _settle(None, client, None)
-
-    thread = _started_thread("qvac_managed start", work)
+async def _opened_in_thread(open_client: Callable[[], Any]) -> Any:
+    worker = _Worker()
     try:
-        return await done
+        return await worker.do(open_client, is_last=True)
     except asyncio.CancelledError:
-        for resolver in resolvers:
-            resolver.cancel()
         deadline = time.monotonic() + STOP_GRACE
-        while thread.is_alive() and time.monotonic() < deadline:
+        while worker.thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.01)  # the program may end with its loop, and leave a runner that loads for nobody
         raise
 
 
-def _settle(
-    done: Optional[asyncio.Future[Any]], client: Optional[ManagedQvac], error: Optional[BaseException]
-) -> None:
+def _settle(done: Optional[asyncio.Future[Any]], result: Any, error: Optional[BaseException]) -> None:
     if done is None or done.done():
-        if client is not None:
-            client.close()  # cancelled in the moment in which it succeeded
+        if isinstance(result, ManagedQvac):
+            result.close()  # cancelled in the moment in which it succeeded
     elif isinstance(error, StopIteration):  # out of on_progress: a future takes any exception but this one
         done.set_exception(RuntimeError("on_progress raised StopIteration"))
     elif error is not None:
         done.set_exception(error)
     else:
-        done.set_result(client)
+        done.set_result(result)
 
 
 def _watch_parent(resolver: _Resolver) -> None:
@@ -6690,6 +7434,11 @@ def run_echo_serve(argv: List[str]) -> int:
     - `echo_load_seconds`: how long it takes to load
     - `echo_token_seconds`: the pause between two pieces of a streamed answer
     - `echo_fail`: why it cannot be loaded; every attempt fails with this reason
+    - `ctx_size`: the longest prompt in words. For a longer one it does what the real serve does: an internal
+      error, or, streamed, silence
+
+    What follows `<think>` at the beginning of a prompt, up to `</think>`, is thought (`reasoning_content`), and
+    `max_tokens` words end an answer.
 
     Must run in the main thread, whose SIGTERM and SIGINT it takes.
     """
@@ -6744,6 +7493,7 @@ class _EchoModel:
         self.load_seconds, self.token_seconds = (
             float(config.get("echo_%s_seconds" % name, 0)) for name in ("load", "token"))  # fmt: skip
         self.fail = config.get("echo_fail")
+        self.context = config["ctx_size"] if type(config.get("ctx_size")) is int else 0  # in words; 0: no limit
 
     def listing(self) -> Dict[str, Any]:
         return {"id": self.alias, "object": "model", "created": self.created, "owned_by": "qvac", "state": self.state}
@@ -6825,6 +7575,17 @@ def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
 def _echo_words(text: str) -> List[str]:
     """The text in pieces of one word each that add up to it."""
     return re.findall(r"\s*\S+|\s+", text)
+
+
+def _echo_thinking(text: str, most: Any) -> Tuple[List[str], List[str], str]:
+    """`(thoughts, words, finish_reason)`: what follows <think> is thought, up to a </think>; no more than max_tokens."""
+    thought, content = "", text
+    if text.startswith("<think>"):
+        thought, _, content = text[len("<think>") :].partition("</think>")
+    thoughts, words = _echo_words(thought), _echo_words(content)
+    if type(most) is not int or most < 1 or len(thoughts) + len(words) <= most:
+        return thoughts, words, "stop"
+    return thoughts[:most], words[: max(most - len(thoughts), 0)], "length"
 
 
 def _echo_usage(asked: List[str], answered: List[str]) -> Dict[str, int]:
@@ -6950,7 +7711,8 @@ class _EchoServe:
             raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")
         _echo_log(f"→ {request.method} {request.path}")
         request.read_body(stream)
-        posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.complete, "/v1/embeddings": self.embed}
+        posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.complete, "/v1/embeddings": self.embed,
+                 "/v1/responses": self.respond}  # fmt: skip
         if request.method == "POST" and request.path in posts:
             return posts[request.path](request.json())
         if request.method in ("GET", "HEAD") and request.path == "/v1/models":
@@ -6970,6 +7732,9 @@ class _EchoServe:
         head += "Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
         client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         for event in answer:
+            if event is None:  # the real serve says no more of a prompt that is longer than the context
+                select.select([client, self.stop], [], [])
+                return
             if event is not answer[0]:
                 self.pause(self.models[event["model"]].token_seconds)
             data = f"data: {json.dumps(event)}\n\n".encode()
@@ -6997,19 +7762,57 @@ class _EchoServe:
             raise _EchoError(400, "missing_messages", '"messages" must be a list.')
         model = self.ready_model(body)
         users = [one for one in messages if isinstance(one, dict) and one.get("role") == "user"]
-        text = _echo_text(users[-1]) if users else ""
-        usage = _echo_usage([_echo_text(one) for one in messages], [text])
+        most = body.get("max_completion_tokens") or body.get("max_tokens")
+        thoughts, words, finish = _echo_thinking(_echo_text(users[-1]) if users else "", most)
+        usage = _echo_usage([_echo_text(one) for one in messages], thoughts + words)
+        overflows = 0 < model.context <= usage["prompt_tokens"]
         if not body.get("stream"):
-            choice = {"index": 0, "message": {"role": "assistant", "content": text or None}, "finish_reason": "stop"}
+            if overflows:
+                raise _EchoError(500, "internal_error", "An internal error occurred.")
+            message = {"role": "assistant", "content": "".join(words) or None}
+            if thoughts:
+                message["reasoning_content"] = "".join(thoughts)
+            choice = {"index": 0, "message": message, "finish_reason": finish}
             return dict(model.facts("chatcmpl", "chat.completion"), choices=[choice], usage=usage)
         facts = model.facts("chatcmpl", "chat.completion.chunk")
-        deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in _echo_words(text)), {}]
+        deltas = [{"role": "assistant", "content": ""}, *({"reasoning_content": word} for word in thoughts),
+                  *({"content": word} for word in words), {}]  # fmt: skip
         events: List[Any] = [dict(facts, choices=[{"index": 0, "delta": d, "finish_reason": None}]) for d in deltas]
-        events[-1]["choices"][0]["finish_reason"] = "stop"
+        events[-1]["choices"][0]["finish_reason"] = finish
+        if overflows:
+            return [events[0], None]
         options = body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage") is True:
             events.append(dict(facts, choices=[], usage=usage))
         return events
+
+    def respond(self, body: Dict[str, Any]) -> Any:
+        """The Responses API, whose `input` is a string or a list of messages. No reasoning, as in the real serve."""
+        asked = body.get("input")
+        if not isinstance(asked, (str, list)):
+            raise _EchoError(400, "missing_input", '"input" must be a string or a list of messages.')
+        model, text = self.ready_model(body), asked if isinstance(asked, str) else _echo_text((asked or [None])[-1])
+        count = len(text.split())
+        item: Dict[str, Any] = {"type": "message", "id": f"msg_{os.urandom(5).hex()}", "role": "assistant"}
+        part: Dict[str, Any] = {"type": "output_text", "text": "", "annotations": []}
+        begun = {**item, "status": "in_progress", "content": []}
+        facts = model.facts("resp", "response")
+        facts.update(created_at=facts.pop("created"), parallel_tool_calls=True, tool_choice="auto", tools=[])
+        done = {**facts, "status": "completed", "output_text": text,
+                "usage": {"input_tokens": count, "output_tokens": count, "total_tokens": 2 * count},
+                "output": [{**item, "status": "completed", "content": [{**part, "text": text}]}]}  # fmt: skip
+        if not body.get("stream"):
+            return done
+        place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        events: List[Dict[str, Any]] = [
+            {"type": "response.created", "response": {**facts, "status": "in_progress", "output": []}},
+            {"type": "response.output_item.added", "output_index": 0, "item": begun},
+            {"type": "response.content_part.added", "part": part, **place},
+            *({"type": "response.output_text.delta", "delta": word, **place} for word in _echo_words(text)),
+            {"type": "response.output_text.done", "text": text, **place},
+            {"type": "response.completed", "response": done},
+        ]
+        return [{**event, "sequence_number": number, "model": model.alias} for number, event in enumerate(events)]
 
     def complete(self, body: Dict[str, Any]) -> Any:
         prompts = _echo_strings(body, "prompt", "invalid_prompt")
@@ -7054,13 +7857,9 @@ EXIT_INTERRUPTED = 130
 _HOLD_INTERVAL = 1.0  # seconds between two looks of a holder at its serve: a restart is repaired this soon
 _WATCH_INTERVAL = 2.0  # seconds between two pictures of `ps --watch`
 _FOLLOW_INTERVAL = 0.25  # seconds between two looks of `logs -f` at the file
-_PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot be drawn over
-_RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
 _TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
 _MIN_NODE = MIN_NODE
 _SHORT_KEY = 8  # hex digits of a fleet key in a narrow table; more where that is ambiguous
-_SILENCE = 30.0  # seconds without a first word after which `chat` says what may be the matter
-_SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is longer than its context (--ctx-size)"
 _LOG_LINES = 100  # shown by `logs` unless told otherwise
 _AGENT_CONFIG = {"ctx_size": 32768, "tools": True}
 _LOW_DISK, _LITTLE_DISK = 2 * 10**9, 12 * 10**9  # bytes: room for a small model; for a middling one
@@ -7145,6 +7944,7 @@ def _in_words_of_the_command_line(text: str) -> str:
     for api, typed in (
         ("python -m qvac_managed", _program()), ("serve_bin_path", "--bin"), ("serve_port", "--port"),
         ("serve_host", "--host"), ("serve_start_timeout", "--start-timeout"), ("serve_idle_timeout", "--idle-timeout"),
+        ('config={"ctx_size": 8192}', "--ctx-size 8192"), ("max_tokens", "--max-tokens"),
         ("give one a custom `name`", "give one an alias, as in ALIAS=NAME"),
     ):  # fmt: skip
         text = re.sub(r"(?<![\w/.-])%s(?![\w/-])" % re.escape(api), typed.replace("\\", r"\\"), text)
@@ -7154,7 +7954,8 @@ def _in_words_of_the_command_line(text: str) -> str:
 def _one_line(text: str) -> str:
     """An error with the output of a serve behind it, cut down to that output's last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["failed"]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} Its last words: {_shorten(lines[-1], 200)}"
+    said = last_words("\n".join(lines[1:]))
+    return f"{lines[0]} Its last words: {_shorten(said, 200)}" if said else lines[0]
 
 
 def _dispatch(words: List[str]) -> int:
@@ -7228,15 +8029,6 @@ def _discard_stdout() -> None:
         pass
 
 
-def _err(text: str, end: str = "\n") -> None:
-    """Write to stderr, if there is one: a message is never worth another failure."""
-    try:
-        sys.stderr.write(text + end)
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
-        pass
-
-
 def _complain(message: str) -> None:
     _err(_paint("qvac-managed:", "red", sys.stderr) + " " + " ".join(message.split()))
 
@@ -7257,18 +8049,6 @@ def _paint(text: str, colour: str, stream: Any) -> str:
     if os.environ.get("NO_COLOR") or not _is_terminal(stream):
         return text
     return f"\033[{_COLOURS[colour]}m{text}\033[0m" if enable_ansi(stream) else text
-
-
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):
-        return False
-
-
-def _columns(stream: Any) -> int:
-    """The width of the terminal behind STREAM; 0, which is no limit, without one."""
-    return shutil.get_terminal_size().columns if _is_terminal(stream) else 0
 
 
 def _install_stop_handlers(previous: List[Tuple[int, Any]]) -> None:
@@ -7303,6 +8083,16 @@ def _number(what: str, least: int, most: int = 10**9) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10:
+        raise ValueError("give a number from 0, such as 0.7")
+    return value
 
 
 def _seconds(text: str) -> float:
@@ -7392,6 +8182,9 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
     "system": ("--system", "TEXT", None, None, "the system message"),
+    "temperature": ("--temperature", "T", _temperature, None, "how freely to choose words: 0 always the likeliest"),
+    "max_tokens": ("--max-tokens", "N", _number("a whole number above 0", 1), None, "the longest answer, with what it thinks"),
+    "no_think": ("--no-think", "", None, False, "do not show what the model thinks"),
     "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
     "fix": ("--fix", "", None, False, "remove what is stale, put file modes right"),
     "version": ("--version", "V", _package_version, "latest", "which version (default latest)"),
@@ -7556,105 +8349,7 @@ def _refuse_private(args: Any) -> None:
         raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
 
 
-# -- progress and tables
-
-
-class _ProgressLine:
-    """What a start is doing, on stderr: one line drawn over on a terminal, else a plain line now and then."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.live = not quiet and _is_terminal(sys.stderr)
-        self.samples: List[Tuple[float, int]] = []  # (elapsed seconds, bytes), for the rate
-        self.next_plain = _PLAIN_INTERVAL
-        self.drawn = 0  # characters of the line that stands on the terminal
-
-    def __call__(self, progress: Any) -> None:
-        if self.quiet:
-            return
-        self._sample(progress)
-        if self.live:
-            self._draw(self._text(progress, max(_columns(sys.stderr) - 1, 20)))
-        elif progress.elapsed_s >= self.next_plain:
-            self.next_plain = progress.elapsed_s + _PLAIN_INTERVAL
-            _err(self._text(progress, 0))
-
-    def clear(self) -> None:
-        """Take the line off the terminal, so that something else can be said."""
-        if self.drawn:
-            self.drawn += len("^C")  # what the terminal may have echoed behind it
-            self._draw("")
-            _err("\r", end="")
-
-    def _draw(self, text: str) -> None:
-        _err("\r" + text + " " * (self.drawn - len(text)), end="")
-        self.drawn = len(text)
-
-    def _text(self, progress: Any, width: int) -> str:
-        head = f"{progress.phase:11} {_span(progress.elapsed_s):>5}"
-        if progress.bytes_done is None:
-            return head[:width] if width else head
-        facts = self._download_facts(progress)
-        room = width - len(head) - len(facts) - 6
-        if progress.bytes_total and room >= 5:
-            facts = f"{_bar(progress.bytes_done / progress.bytes_total, min(room, 30))}  {facts}"
-        text = head + "  " + facts
-        return text[:width] if width else text
-
-    def _sample(self, progress: Any) -> None:
-        if progress.bytes_done is None:
-            return
-        if self.samples and progress.bytes_done < self.samples[-1][1]:
-            self.samples = []  # the next file
-        self.samples.append((progress.elapsed_s, progress.bytes_done))
-        while len(self.samples) > 2 and self.samples[1][0] < progress.elapsed_s - _RATE_WINDOW:
-            del self.samples[0]
-
-    def _download_facts(self, progress: Any) -> str:
-        (begin, first), (end, last) = self.samples[0], self.samples[-1]
-        rate = (last - first) / (end - begin) if end > begin else 0.0
-        done, total = progress.bytes_done, progress.bytes_total
-        parts = [_size(done)]
-        if total:
-            parts = [f"{min(100 * done // total, 100):3}%", f"{_size(done)} of {_size(total)}"]
-        if rate > 0:
-            parts.append(_size(rate) + "/s")
-            if total and total > done:
-                parts.append(_span((total - done) / rate) + " left")
-        return "  ".join(parts)
-
-
-def _bar(part: float, width: int) -> str:
-    full, empty = "█", "░"
-    try:
-        (full + empty).encode(getattr(sys.stderr, "encoding", None) or "ascii")
-    except UnicodeError:
-        full, empty = "#", "-"
-    filled = int(min(max(part, 0.0), 1.0) * width)
-    return full * filled + empty * (width - filled)
-
-
-def _size(count: Optional[float]) -> str:
-    """Bytes as people say them: 812 MB, 2.6 GB."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.1f} {unit}" if count < 10 and unit in ("MB", "GB") else f"{count:.0f} {unit}"
-        count /= 1000.0
-    return f"{count:.1f} TB"
-
-
-def _span(seconds: Optional[float]) -> str:
-    """Seconds as people say them: 42s, 4m12s, 2h05m, 3d04h."""
-    if seconds is None:
-        return "-"
-    whole = int(seconds)
-    for unit, size, small, small_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if whole >= size:
-            rest = whole % size // small_size
-            return f"{whole // size}{unit}" + (f"{rest:02}{small}" if rest else "")
-    return f"{whole}s"
+# -- tables
 
 
 def _table(rows: List[List[str]], flexible: int, width: int, right: Sequence[int] = ()) -> List[str]:
@@ -8150,68 +8845,107 @@ def _print_models(rows: List[Dict[str, Any]]) -> None:
 
 
 @_command(
-    "MODEL [PROMPT]", None, "system stats " + _START + "json quiet",
+    "MODEL [PROMPT]", None, "system temperature max_tokens no_think stats " + _START + "json quiet",
     "Answer one prompt, or hold a conversation.\n"
-    "PROMPT - is read from stdin. In a conversation /bye or Ctrl-D ends.",
-    "chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b -")  # fmt: skip
+    "Text on standard input is the prompt, or is added to PROMPT. In a conversation /help lists the commands.\n"
+    "A PROMPT stands in the list of processes, where other users can read it; standard input does not.",
+    "chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b 'Review this.'")  # fmt: skip
 def _do_chat(args: Any) -> int:
     words = list(args.words)
     models = [] if args.spec else words[:1]
-    prompt = " ".join(words[len(models) :]) if len(words) > len(models) else None
-    if prompt == "-":
-        prompt = sys.stdin.read() if sys.stdin else ""
-    if prompt is not None and not prompt.strip():
+    prompt = " ".join(word for word in words[len(models) :] if word != "-")
+    is_asked = len(words) > len(models) or not _is_terminal(sys.stdin)
+    if "-" in words[len(models) :] or not _is_terminal(sys.stdin):
+        prompt = "\n\n".join(text for text in (prompt, _read_stdin(args)) if text.strip())
+    if is_asked and not prompt.strip():
         raise _usage_error("chat: the prompt is empty")
-    if prompt is None and args.json:
+    if not is_asked and args.json:
         raise _usage_error("chat: --json is for one PROMPT, not for a conversation")
-    messages = [{"role": "system", "content": args.system}] if args.system else []
     with _attach(args, models) as client:
-        if prompt is None:
-            return _converse(args, client, messages)
-        _answer(args, client, [*messages, {"role": "user", "content": prompt}])
+        conversation = _Conversation(args, client)
+        if not is_asked:
+            return conversation.hold()
+        _answer(args, client, [*conversation.system, {"role": "user", "content": prompt}])
     return EXIT_DONE
 
 
-def _answer(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> str:
-    """Stream one answer to stdout and return it; Ctrl-C ends it early, in a conversation only."""
-    began, first, pieces = time.monotonic(), None, []
-    stream: Any = client.stream_chat(messages)
-    waiting = threading.Timer(_SILENCE, _note, (args, _SILENCE_NOTE))
+def _read_stdin(args: Any) -> str:
+    """All of it. Whoever has given a pipe that nobody ends is told what is waited for."""
+    waiting = threading.Timer(3.0, _note, (args, "waiting for the end of standard input (</dev/null if there is none)"))
     waiting.daemon = True
+    waiting.start()
     try:
-        start_without_signals(waiting.start)
-    except RuntimeError:
-        pass  # no more threads here: then nothing is said
-    try:
-        for piece in stream:
-            waiting.cancel()
-            first = first or time.monotonic()
-            pieces.append(piece)
-            if not args.json:
-                _out(_printable(piece), end="")
+        return sys.stdin.read() if sys.stdin else ""
     finally:
         waiting.cancel()
-        stream.close()
-        if pieces and not args.json and not pieces[-1].endswith("\n"):
-            _out("")
-    content = "".join(pieces)
-    stats = _answer_stats(len(pieces), began, first or began)
+
+
+def _answer(args: Any, client: Any, messages: List[Dict[str, str]]) -> Answer:
+    """Stream one answer to stdout and return it; Ctrl-C ends it early, in a conversation only."""
+    began, first, pieces = time.monotonic(), 0.0, 0
+    asked = {name: getattr(args, name) for name in ("temperature", "max_tokens") if getattr(args, name) is not None}
+    thoughts = _Thoughts(args)
+    last = "\n"
+    with client.stream_chat(messages, reasoning=True, **asked) as stream:
+        try:
+            for piece in stream:
+                first, pieces = first or time.monotonic(), pieces + 1
+                if piece.kind == "reasoning":
+                    thoughts.show(piece)
+                    continue
+                thoughts.end()
+                if not args.json:
+                    last = piece
+                    _out(_printable(piece, sys.stdout), end="")
+        finally:
+            thoughts.end()
+            if not last.endswith("\n"):
+                _out("")
+    answer: Answer = stream.answer
+    stats = _answer_stats(answer.usage.get("completion_tokens") or pieces, began, first or began)
     if args.json:
-        _print_json(dict(content=content, **stats))
+        _print_json({"content": answer, "reasoning": answer.reasoning, "finish_reason": answer.finish_reason,
+                     "model": answer.model, "usage": answer.usage, **stats})  # fmt: skip
     if args.stats:
         _err(_stats_line(stats))
-    return content
+    if answer.finish_reason == "length":
+        flag = "--max-tokens" if stream._reading.limit() == "max_tokens" else "--ctx-size"
+        _note(args, f"(cut short: a higher {flag} lets the answer go on)")
+    elif not answer.strip():
+        _note(args, "(the model said nothing)")
+    return answer
 
 
-def _printable(text: str) -> str:
+class _Thoughts:
+    """What a model thinks, on stderr: dim where there are colours, else how long it took."""
+
+    def __init__(self, args: Any) -> None:
+        self.shown = not (args.no_think or args.quiet or args.json)
+        self.dim = _paint("x", "dim", sys.stderr) != "x"
+        self.began = 0.0
+
+    def show(self, piece: str) -> None:
+        if self.shown and not self.began and not self.dim:
+            _err("thinking", end="")
+        self.began = self.began or time.monotonic()
+        if self.shown and self.dim:
+            _err(_paint(_printable(piece, sys.stderr), "dim", sys.stderr), end="")
+
+    def end(self) -> None:
+        if self.shown and self.began:
+            _err("" if self.dim else f" {time.monotonic() - self.began:.0f} s")
+        self.began = 0.0
+
+
+def _printable(text: str, stream: Any) -> str:
     """TEXT without what a terminal would take for a command: a model may say anything."""
-    if not _is_terminal(sys.stdout):
+    if not _is_terminal(stream):
         return text
     return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c < "\xa0"))
 
 
 def _answer_stats(tokens: int, began: float, first: float) -> Dict[str, Any]:
-    # A piece of the stream is a token; the first has waited for the whole prompt, so the rate leaves it out.
+    # The first token has waited for the whole prompt, so the rate leaves it out.
     spent = time.monotonic() - first
     rate = (tokens - 1) / spent if tokens > 1 and spent > 0 else None
     first_s = round(first - began, 3)
@@ -8223,54 +8957,135 @@ def _stats_line(stats: Dict[str, Any]) -> str:
     return f"{stats['tokens']} tokens, the first after {stats['first_token_s']:.2f} s, {rate} tokens/s"
 
 
-def _converse(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> int:
-    if _is_terminal(sys.stdin):
-        _note(args, "/bye or Ctrl-D ends, /clear forgets what was said, Ctrl-C cuts an answer short")
-    system = list(messages)
-    while True:
-        try:
-            line = _read_line()
-        except KeyboardInterrupt:
-            if not _is_terminal(sys.stdin):
+_CHAT_HELP = """\
+/clear         forget what was said
+/system TEXT   the system message from now on; without TEXT, none
+/stats         say tokens per second after each answer, or stop saying it
+/bye           leave; so do exit, quit and Ctrl-D
+\"""            begins and ends a prompt of several lines; a paste is one prompt anyway
+Ctrl-C cuts an answer short."""
+
+
+class _Conversation:
+    """The turns of a conversation, each with what it takes of the context; the oldest go when that is full."""
+
+    def __init__(self, args: Any, client: Any) -> None:
+        self.args, self.client = args, client
+        self.system = [{"role": "system", "content": args.system}] if args.system else []
+        self.turns: List[Tuple[Dict[str, str], Dict[str, str], int]] = []  # (prompt, answer, tokens)
+        self.context: Optional[int] = None
+
+    def hold(self) -> int:
+        model = self.client._model(None)
+        self.context = self.client._context(model)
+        size = f", {self.context:,} tokens of context (--ctx-size)" if self.context else ""
+        _note(self.args, f"{model}{size}; /help lists the commands")
+        while True:
+            try:
+                prompt = _read_prompt()
+            except _Stopped:
                 raise
-            _err("\n(/bye or Ctrl-D ends)")
-            continue
-        if line is None or line.strip() == "/bye":
-            return EXIT_DONE
-        if line.strip() == "/clear":
-            messages = list(system)
-        elif line.strip():
-            messages.append({"role": "user", "content": line})
-            _take_turn(args, client, messages)
+            except KeyboardInterrupt:
+                _err("\n(/bye or Ctrl-D ends)")
+                continue
+            if prompt is None or prompt.strip() in ("/bye", "exit", "quit"):
+                return EXIT_DONE
+            if re.match(r"/\w+(\s|$)", prompt):
+                self.obey(*(prompt.split(None, 1) + [""])[:2])
+            elif prompt.strip():
+                self.take_turn(prompt)
+
+    def obey(self, command: str, text: str) -> None:
+        if command == "/clear":
+            self.turns = []
+        elif command == "/system":
+            self.system = [{"role": "system", "content": text.strip()}] if text.strip() else []
+        elif command == "/stats":
+            self.args.stats = not self.args.stats
+        else:
+            _err(_CHAT_HELP if command == "/help" else f"there is no {command}; /help lists the commands")
+
+    def take_turn(self, prompt: str) -> None:
+        asked = {"role": "user", "content": prompt}
+        self.make_room(prompt)
+        while True:
+            messages = [*self.system, *(message for turn in self.turns for message in turn[:2]), asked]
+            try:
+                answer = _answer(self.args, self.client, messages)
+            except _Stopped:
+                raise
+            except KeyboardInterrupt:
+                return _err("(cut short)")
+            except AnswerCutShortError as error:
+                if error.limit != "ctx_size" or not self.turns:
+                    return _complain(str(_expected_failure(error)))
+                self.leave_out((len(self.turns) + 1) // 2)  # the count was wrong: be quick about it
+                continue
+            except (QvacManagedModeError, OSError) as error:  # the serve may be back for the next one
+                return _complain(str(_expected_failure(error)))
+            before = sum(tokens for _, _, tokens in self.turns)
+            tokens = tokens_used(answer.usage) - before if answer.usage else _guessed_tokens(prompt + answer)
+            self.turns.append((asked, {"role": "assistant", "content": str(answer)}, max(tokens, 0)))
+            return None
+
+    def make_room(self, prompt: str) -> None:
+        """Leave out so many of the oldest turns that the prompt fits, with a quarter of the context for the answer."""
+        if self.context:
+            room = self.context * 3 // 4 - _guessed_tokens(prompt)
+            kept = len(self.turns)
+            while kept and sum(tokens for _, _, tokens in self.turns[-kept:]) > room:
+                kept -= 1
+            self.leave_out(len(self.turns) - kept)
+
+    def leave_out(self, count: int) -> None:
+        if count:
+            del self.turns[:count]
+            what = "the oldest turn is" if count == 1 else f"the {count} oldest turns are"
+            _note(self.args, f"(the context is full: {what} left out; a higher --ctx-size keeps more)")
 
 
-def _take_turn(args: Any, client: ManagedQvac, messages: List[Dict[str, str]]) -> None:
+def _guessed_tokens(text: str) -> int:
+    return len(text.encode("utf-8", "replace")) // 3 + 16
+
+
+def _read_prompt() -> Optional[str]:
+    """What a person has typed or pasted next; None at the end of the input."""
+    text = _read_line(">>> ")
+    if text is None or not text.lstrip().startswith('"""'):
+        return text
+    text = text.lstrip()[3:]
+    while not text.rstrip().endswith('"""'):
+        line = _read_line("... ")
+        if line is None:
+            return text
+        text += "\n" + line
+    return text.rstrip()[:-3].strip("\n")
+
+
+def _read_line(prompt: str) -> Optional[str]:
+    """One line, or a whole paste: the terminal is asked to mark where one begins and ends."""
+    begin, end = "\033[200~", "\033[201~"
     try:
-        messages.append({"role": "assistant", "content": _answer(args, client, messages)})
-    except _Stopped:
-        raise
-    except KeyboardInterrupt:
-        _err("(cut short)")
-        messages.pop()
-    except (ServeHTTPError, OSError) as error:  # the serve may be back for the next one
-        _complain(str(_expected_failure(error)))
-        messages.pop()
+        import readline
 
-
-def _read_line() -> Optional[str]:
-    """The next line a person or a pipe has to say; None at its end."""
-    if not _is_terminal(sys.stdin):
-        line = sys.stdin.readline() if sys.stdin else ""
-        return line.rstrip("\n") if line else None
-    try:
-        import readline  # noqa: F401  line editing and history for input(), where the system has it
+        if "libedit" not in (readline.__doc__ or ""):
+            readline.parse_and_bind("set enable-bracketed-paste on")  # it then gives a paste as one line
+        own_marks = False
     except ImportError:
-        pass
+        own_marks = _is_terminal(sys.stdout)
     try:
-        return input(">>> ")
+        if own_marks:
+            _out("\033[?2004h", end="")
+        text = input(prompt)
+        while begin in text and end not in text:
+            text += "\n" + input()
+        return text.replace(begin, "").replace(end, "").replace("\r", "\n")
     except EOFError:
         _out("")
         return None
+    finally:
+        if own_marks:
+            _out("\033[?2004l", end="")
 
 
 # -- explain, doctor

@@ -1739,6 +1739,8 @@ class ErrorsTest(unittest.TestCase):
         (q.RegistryError("folder"), "REGISTRY", {}, ("folder",)),
         (q.ServeHTTPError(503, "busy", b"{}"), "SERVE_HTTP", {"status": 503, "message": "busy", "body": b"{}"},
          ("503", "busy")),
+        (q.AnswerCutShortError(q.Answer(), "ctx_size", "too long"), "CUT_SHORT", {"answer": "", "limit": "ctx_size"},
+         ("too long",)),
     )  # fmt: skip
 
     def test_every_error_has_its_code_its_facts_and_a_text(self) -> None:
@@ -3182,7 +3184,7 @@ class ClientUnitTest(Unit):
         events = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}, {"choices": [{"delta": {"content": "a"}}]},
                   {"choices": []}, {"choices": [{"delta": None}]}, {"usage": {}}, {"choices": [{"delta": {"content": "ü b"}}]}]  # fmt: skip
         lines = b": a comment\n\nevent: x\n" + b"".join(b"data: %b\r\n\r\n" % json.dumps(e).encode() for e in events)
-        client = self.client(lines + b"data:{broken\n\ndata: [DONE]\n\n")
+        client = self.client(lines + b"data: [DONE]\n\n")
         self.assertEqual(["a", "ü b"], list(client.stream_chat("hi", "m", temperature=1)))
         self.assertEqual((True, 1), (self.opener.body()["stream"], self.opener.body()["temperature"]))
         client = self.client(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: {"error":{"message":"oops"}}\n\n')
@@ -8047,7 +8049,6 @@ class RequestTest(HostileCase):
                 (lambda: client.chat("x", model="none"), 404, 'Model "none" is not available.'),
                 (lambda: list(client.stream_chat("x", model="none")), 404, 'Model "none" is not available.'),
                 (lambda: client.embed("x"), 404, "Unknown endpoint: POST /v1/embeddings"),
-                (lambda: client.chat([]), 400, "Request body must be valid JSON."),
             ):
                 with self.assertRaises(q.ServeHTTPError) as caught:
                     call()
@@ -8540,8 +8541,8 @@ class InterruptedClientTest(Case):
 import signal
 clients = []
 def leave(*_):
-    for resolver in clients:
-        resolver.cancel()
+    for cancel in clients:
+        cancel()
     os.write(1, b"closed")
     os._exit(0)
 signal.signal(signal.SIGTERM, leave)
@@ -8551,7 +8552,9 @@ def add_consumer(key, consumer_id):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
 q.add_consumer = add_consumer
-q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, _on_resolver=clients.append)
+note = q._Call.note
+q._Call.note = lambda kind, undo: clients.append(undo) if kind == "start" else note(kind, undo)
+q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO)
 """
         child = self.python(code)
         out, err = child.communicate(timeout=PATIENCE)
@@ -8559,19 +8562,19 @@ q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, _on_resol
         self.assert_all_gone()
 
     def test_close_does_not_wait_for_the_guard(self) -> None:
-        resolvers: List[Any] = []
+        call = q._Call()
 
         def start() -> None:
-            with self.assertRaises(q.QvacManagedModeError):
-                self.create(_on_resolver=resolvers.append)
+            with self.assertRaises(q.QvacManagedModeError), call:
+                self.create()
 
         thread = threading.Thread(target=start)
         with q.guard():
             thread.start()
-            wait_until(lambda: resolvers)
+            wait_until(lambda: "start" in call._undo)
             time.sleep(0.2)
             began = time.monotonic()
-            resolvers[0].cancel()
+            call._undo["start"]()
             self.assertLess(time.monotonic() - began, 1)
         thread.join()
         self.assertEqual([], self.files())
@@ -9756,6 +9759,29 @@ class ModelsTest(CommandLineCase):
         self.assertTrue(all("Q4" in row["constant"].upper() for row in chosen))
 
 
+class FakeChatter:
+    """In the place of a client: a model of CONTEXT that answers "answer"; each turn takes TOKENS of it."""
+
+    def __init__(self, context=None, tokens=0):
+        self.context, self.tokens, self.seen, self.fail = context, tokens, [], lambda: None
+
+    def _model(self, _model):
+        return MODEL
+
+    def _context(self, _model):
+        return self.context
+
+    def stream_chat(self, messages, reasoning, **params):
+        self.seen.append([message["content"] for message in messages])
+        failure = self.fail()
+        if failure:
+            raise failure
+        used = {"prompt_tokens": self.tokens // 2, "prompt_tokens_details": {"cached_tokens": len(messages[1::2]) * self.tokens + self.tokens}}
+        events = [{"choices": [{"delta": {"content": "ans"}}]}, {"choices": [{"delta": {"content": "wer"}, "finish_reason": "stop"}]}]
+        opener = FakeOpener(b"".join(b"data: %b\n\n" % json.dumps(e).encode() for e in [*events, {"usage": used}]))
+        return q.create_qvac(base_url="http://127.0.0.1:1/v1", opener=opener).stream_chat("x", "m")
+
+
 class ChatTest(CommandLineCase):
     def chat(self, *args, **options):
         return self.assert_done("chat", "--echo", "--quiet", "--idle-timeout", "60", *args, **options)
@@ -9770,56 +9796,72 @@ class ChatTest(CommandLineCase):
         done = self.chat(MODEL, "one two three", "--stats")
         self.assertRegex(done.stderr, r"^\d+ tokens, the first after [\d.]+ s, [\d.-]+ tokens/s\n$")
         answer = json.loads(self.chat(MODEL, "one two three", "--json").stdout)
-        self.assertEqual(set(answer), {"content", "tokens", "first_token_s", "tokens_per_s"})
+        self.assertEqual(set(answer), {"content", "reasoning", "finish_reason", "model", "usage", "tokens",
+                                       "first_token_s", "tokens_per_s"})  # fmt: skip
         self.assertIn("one two three", answer["content"])
 
-    def test_conversation(self):
-        done = self.chat(MODEL, input="first\n\nsecond\n/bye\nnever said\n")
-        self.assertEqual(len(done.stdout.splitlines()), 2, done.stdout)
-        self.assertIn("second", done.stdout)
-        self.assertNotIn("never", done.stdout)
-        self.assertIn("first", self.chat(MODEL, input="first\n").stdout)  # ends with its input
+    def test_standard_input_is_the_prompt_or_added_to_it(self):
+        self.assertEqual("one\ntwo\n\nthree\n", self.chat(MODEL, input="one\ntwo\n\nthree\n").stdout)
+        self.assertEqual("sum up\n\nthe body\n", self.chat(MODEL, "sum up", input="the body\n").stdout)
+        self.assertEqual(2, self.run_here("chat", "--echo", MODEL).returncode)
+
+    def test_thinking_is_kept_apart_and_a_cut_answer_says_by_what(self):
+        prompt = "<think>one two</think>three four"
+        done = self.run_here("chat", "--echo", "--idle-timeout", "60", MODEL, prompt)
+        self.assertEqual(("three four\n", 0), (done.stdout, done.returncode))
+        self.assertRegex(done.stderr, r"(?m)^thinking \d+ s$")
+        self.assertNotIn("thinking", self.run_here("chat", "--echo", "--no-think", MODEL, prompt).stderr)
+        done = self.run_here("chat", "--echo", MODEL, prompt, "--max-tokens", "3")
+        self.assertEqual(("three\n", 0), (done.stdout, done.returncode))
+        self.assertIn("a higher --max-tokens", done.stderr)
+        done = self.run_here("chat", "--echo", MODEL, prompt, "--max-tokens", "2")
+        self.assertEqual(("", 1), (done.stdout, done.returncode))
+        self.assertRegex(done.stderr, "(?m)^qvac-managed: The answer was cut before it began by --max-tokens=2: .*thinking")
+        answer = json.loads(self.chat(MODEL, prompt, "--json", "--temperature", "0.5").stdout)
+        self.assertEqual(("three four", "one two", "stop"),
+                         tuple(answer[name] for name in ("content", "reasoning", "finish_reason")))  # fmt: skip
+
+    def converse(self, client, *typed, **options):
+        """A conversation in which this is typed; what stood on stdout and stderr."""
+        lines = iter(typed)
+        args = type("Args", (), {"quiet": False, "json": False, "stats": False, "no_think": False, "system": None,
+                                 "temperature": None, "max_tokens": None, **options})()  # fmt: skip
+        streams = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+        with unittest.mock.patch.multiple(sys, **streams), unittest.mock.patch.object(
+                q, "_read_line", lambda _: next(lines, None)):  # fmt: skip
+            self.assertEqual(0, q._Conversation(args, client).hold())
+        return streams["stdout"].getvalue(), streams["stderr"].getvalue()
 
     def test_a_turn_that_fails_is_not_the_end_of_a_conversation(self):
         failures = [q.ServeHTTPError(500, "too long"), ConnectionResetError(104, "the serve broke off its answer")]
+        client = FakeChatter()
+        client.fail = lambda: failures and failures.pop(0)
+        stdout, stderr = self.converse(client, "a", "b", "c")
+        self.assertEqual((["c"], "answer\n"), (client.seen[-1], stdout))
+        self.assertRegex(stderr, "too long\n.*broke off")
 
-        class Client:
-            def stream_chat(self, messages):
-                self.messages = [message["content"] for message in messages]
-                return self.pieces()
+    def test_history_is_sent_along_and_commands_are_obeyed(self):
+        client = FakeChatter()
+        stdout, stderr = self.converse(
+            client, "a", "b", "/clear", '"""c', 'd"""', "/system t", "/etc/x is what?", "/nonsense", "/help", "exit", "never",
+            system="s")  # fmt: skip
+        self.assertEqual([["s", "a"], ["s", "a", "answer", "b"], ["s", "c\nd"], ["t", "c\nd", "answer", "/etc/x is what?"]],
+                         client.seen)  # fmt: skip
+        self.assertRegex(stderr, r"\A" + MODEL + "; /help lists")
+        self.assertRegex(stderr, r"(?s)there is no /nonsense.*begins and ends a prompt of several lines")
 
-            def pieces(self):
-                if failures:
-                    raise failures.pop(0)
-                yield "answer"
-
-        args, client = type("Args", (), {"quiet": True, "json": False, "stats": False})(), Client()
-        streams = {"stdin": io.StringIO("a\nb\nc\n"), "stdout": io.StringIO(), "stderr": io.StringIO()}
-        with unittest.mock.patch.multiple(sys, **streams):
-            self.assertEqual(q._converse(args, client, []), 0)
-        self.assertEqual((client.messages, streams["stdout"].getvalue()), (["c"], "answer\n"))
-        self.assertRegex(streams["stderr"].getvalue(), "too long\n.*broke off")
-
-    def test_a_long_silence_is_explained(self):
-        with unittest.mock.patch.object(q, "_SILENCE", 0.1):
-            done = self.run_here("chat", "--echo", MODEL, "--idle-timeout", "0", "--set", "echo_token_seconds=0.5", "a b c")
-        self.assertIn("--ctx-size", done.stderr)
-        self.assertEqual((done.returncode, done.stdout.strip()), (0, "a b c"))
-
-    def test_history_is_sent_along(self):
-        seen = []
-
-        class Client:
-            def stream_chat(self, messages):
-                seen.append([dict(message) for message in messages])
-                return (piece for piece in ["an", "swer"])
-
-        args = type("Args", (), {"quiet": True, "json": False, "stats": False})()
-        stdin, stdout = io.StringIO("a\nb\n/clear\nc\n"), io.StringIO()
-        with unittest.mock.patch.multiple(sys, stdin=stdin, stdout=stdout):
-            q._converse(args, Client(), [{"role": "system", "content": "s"}])
-        self.assertEqual([[m["content"] for m in turn] for turn in seen],
-                         [["s", "a"], ["s", "a", "answer", "b"], ["s", "c"]])  # fmt: skip
+    def test_the_oldest_turns_are_left_out_before_the_context_is_full(self):
+        client = FakeChatter(context=1000, tokens=200)
+        _, stderr = self.converse(client, *"abcdef")
+        self.assertIn("1,000 tokens of context (--ctx-size)", stderr)
+        self.assertEqual([1, 3, 5, 7, 7, 7], [len(messages) for messages in client.seen])
+        self.assertEqual(2, stderr.count("the oldest turn is left out"))
+        self.assertEqual(["c", "answer", "d", "answer", "e", "answer", "f"], client.seen[-1])
+        client = FakeChatter(context=1000, tokens=20)  # the count is too low: the serve knows better
+        client.fail = lambda: len(client.seen[-1]) > 3 and q.AnswerCutShortError(q.Answer(), "ctx_size", "no room")
+        stdout, stderr = self.converse(client, *"abcd")
+        self.assertEqual("answer\n" * 4, stdout)
+        self.assertEqual(2, stderr.count("left out"))
 
     @unittest.skipUnless(POSIX, "a terminal")
     def test_conversation_on_a_terminal(self):
@@ -10034,7 +10076,7 @@ def qvac_managed_cli(case):
 
 class ProgressTest(CommandLineCase):
     def progress(self, phase, elapsed, done=None, total=None):
-        return type("Progress", (), dict(phase=phase, elapsed_s=elapsed, bytes_done=done, bytes_total=total))()
+        return q.Progress(phase, elapsed, done, total)
 
     def test_line_of_a_download(self):
         line = q._ProgressLine(quiet=False)
