@@ -7889,6 +7889,8 @@ _EVAL = {
 def _shell_line(shell: str, which: int, name: str = "", value: str = "") -> str:
     """A line that sets a variable to exactly VALUE in SHELL, or takes it away, or fails: WHICH of them."""
     lines = _SHELL_LINES.get(shell, _SHELL_LINES["sh"])
+    if shell == "cmd" and any(c in value for c in '"%\r\n'):  # it has no way to quote these
+        raise _CommandError(f"{name} cannot be set in cmd; use another --shell")
     for plain, quoted in lines[3].items():
         value = value.replace(plain, quoted)
     return str(lines[which]).format(name=name, value=value)
@@ -8599,6 +8601,8 @@ def _check_programs(_args: Any) -> Iterator[_Finding]:
         ctypes.c_int  # noqa: B018  imports it
     except ImportError as error:
         yield "warn", "ctypes", f"this Python lacks it: {error}", "use a Python that was built with libffi"
+    if getattr(sys, "frozen", False):
+        yield "ok", "frozen", "this program calls freeze_support() first, or no runner starts", ""
     if os.path.isdir("/proc") and process_start(os.getpid()) is None:
         yield "warn", "proc", "it tells nothing of this process: who is alive cannot be told", "mount /proc"
 

@@ -9731,12 +9731,14 @@ class EnvTest(Transcripts):
         for shell, value, line in (("sh", "it's $x", "export A='it'\\''s $x'"), ("fish", "it's \\", "set -gx A 'it\\'s \\\\'"),
                                    ("powershell", "it's", "$env:A = 'it''s'"), ("cmd", "it's", 'set "A=it\'s"')):  # fmt: skip
             self.assertEqual(q._shell_line(shell, 0, "A", value), line)
+        self.assertRaises(q._CommandError, q._shell_line, "cmd", 0, "A", '" & calc & "')
 
     def test_json(self):
-        variables = json.loads(self.typed(f"env --echo --json -q {MODEL}"))
+        variables = json.loads(self.typed(f"env --echo --json -q {MODEL}", {"no_proxy": "example.org", "NO_PROXY": None}))
         self.assertEqual(variables["OPENAI_BASE_URL"], variables["QVAC_BASE_URL"])
         self.assertTrue(variables["OPENAI_API_KEY"])
-        self.assertIn("127.0.0.1", variables["NO_PROXY"])
+        self.assertEqual({variables[name] for name in q._NO_PROXY}, {"example.org,127.0.0.1,localhost,::1"})
+        self.assertEqual(json.loads(self.typed(f"env --echo --json -q {MODEL}", {"no_proxy": "*"}))["NO_PROXY"], "*")
 
 
 class PsTest(Transcripts):
