@@ -80,7 +80,8 @@ if sys.version_info < (3, 8):
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
-    import asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json, logging, msvcrt  # noqa: E401
+    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, hashlib, http.client, itertools, json  # noqa: E401
+    import logging, msvcrt, resource  # noqa: E401
     import grp, hmac, pwd, queue, re, select, selectors, shlex, shutil, signal, socket, struct, subprocess  # noqa: E401
     import tempfile, termios, textwrap, threading, types, urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
     from ctypes import wintypes
@@ -104,8 +105,8 @@ if not TYPE_CHECKING:
             return getattr(module, attribute)
 
     for _name in (
-        "asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
-        "grp hmac pwd queue re select selectors shlex shutil signal socket struct subprocess tempfile termios "
+        "_winapi asyncio atexit binascii ctypes difflib fnmatch hashlib http itertools json logging msvcrt "
+        "grp hmac pwd queue re select selectors shlex shutil signal socket struct subprocess tempfile termios resource "
         "textwrap threading types urllib zipfile ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
@@ -126,8 +127,8 @@ __all__ = [
     "MultipleDefaultManagedModelsError", "InvalidManagedModelError", "CliNotFoundError",
     "ServeSpawnFailedError", "ServeStartTimeoutError", "ServeExitedError",
     "PortAllocationFailedError", "ModelLoadFailedError", "RegistryError", "ServeHTTPError", "ServeStoppedError",
-    # the command line
-    "main",
+    # the command line; for programs that are frozen (PyInstaller)
+    "main", "freeze_support",
 ]  # fmt: skip
 
 
@@ -780,19 +781,83 @@ def _js_number(number: float) -> str:
 # 6. Platform: all that differs between systems. Same names in every bank; nothing below asks which.
 # ==================================================================================================
 
-OURS, STRANGER, NOBODY, UNKNOWN = "ours", "stranger", "nobody", "unknown"  # who listens on a port
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)
-BINARY = getattr(os, "O_BINARY", 0)
+# Exported by both banks, Windows and POSIX (which has two banks inside, Linux and macOS, for the names marked *):
+#
+#   this_place()*                   where a pid means what it means here: "machine:boot:namespace"
+#   host_name() home_folder()       as the user database or the environment has them
+#   look_at(pid)*                   a live process's Process; None if there is none
+#   command_line(pid)*              its arguments; None where they cannot be had
+#   shares_network(pid)*            whether its loopback is ours
+#   is_thread_id(pid)               whether the id is a thread's, which is no process
+#   group_of(pid)                   what names a serve and all that it started
+#   group_members(group)*           their pids
+#   kill_group_of(group)            end them at once
+#   terminate_process(pid)          ask a process to end (Windows: end it)
+#   kill_process(pid)               end a process at once
+#   rss_bytes(pids)*                resident memory of these together; None where it cannot be had
+#   free_memory()*                  bytes a new process could have; None where it cannot be had
+#   who_listens(host, port, pid)*   whether what listens there is of PID's group: OURS, STRANGER, NOBODY, UNKNOWN
+#   LISTEN_OPTION                   the socket option that a listener of ours sets
+#   is_ours(status)                 whether a file is this user's
+#   exposure(path)                  why others can write to a file or folder, in words; None if they cannot
+#   open_file(path, flags, mode)    a descriptor; others may rename and remove the file meanwhile, appending appends
+#   empty_file(fd)                  cut an open file to nothing
+#   make_private(fd)                the mode 0600 for a file of ours
+#   lock_fd(fd) unlock_fd(fd)       an OS lock on an open file, which the system frees when its holder is gone
+#   replace_file(source, target)    rename, whatever is there
+#   remove_file(path)               unlink
+#   call_after_fork(function)       in each child that this process forks
+#   RunnerChannel(argv, log_fd, params)   the client's end of a starting runner
+#   report_channel()                the runner's end: its parameters, and the descriptor for its reports
+#   detach_frozen(args)             what the boot code of a detached process does, for a frozen program
+#   ServeProcess(argv, environ, log_fd, folder)   the serve with all that it starts, which ends with this process
+#   neutral_limits()                undo what a caller's limits, niceness and mode mask would do to a shared serve
+#   reset_signals()                 what is inherited of blocked and ignored signals is undone
+#   stop_signals()                  the signals that ask a command to end, besides Ctrl-C
+#   start_without_signals(start)    start a thread that is given none
+#   parent_handle()                 what parent_has_gone(handle) asks
+#   run_instead(argv, env)          become a command, or wait for it where that cannot be
+#   command_for(path)               how to start a found CLI
+#   CLI_NAMES                       what the CLI's command may be called
+#   PYTHON_NAMES ENDINGS            where a prefix has its interpreter; endings of commands, for find_on_path
+#   quoted_word(text) default_env_shell() enable_ansi(stream)   for what people read and type
 
-# What the runner's interpreter executes: `-I` keeps a `json.py` beside this file out of its imports,
-# and importing by name (not running by path) takes the compiled file from __pycache__. What the top
-# of this file imports is imported first, so that this folder need not be on the path for long.
-_BOOT = (
-    "import sys,os,collections,%s;%s;sys.path.insert(0,sys.argv[1]);m=__import__(sys.argv[2]);"
-    "del sys.path[0];sys.exit(m._reexecuted(sys.argv[3:]))"
-)
+OURS, STRANGER, NOBODY, UNKNOWN = "ours", "stranger", "nobody", "unknown"  # who listens on a port
+
+# What another interpreter executes: exactly the file of its first argument, never what else goes by its name there (a
+# package, a .pyc or a .so that somebody put beside it), with its compiled code in the folder of the second, and nowhere
+# if that is empty. With a third it forks at once and goes on in a session of its own. `-I` keeps a `json.py` beside the
+# file out of its imports. Bytecode that was cut short on a full disk is removed.
+_BOOT = """\
+import sys, os
+file, cache, detached = sys.argv[1:4]
+if detached:
+    os.fork() and os._exit(0)
+    os.setsid()
+import _frozen_importlib_external as machinery
+name, code, before = "qvac_managed", None, sys.dont_write_bytecode
+if not os.path.isfile(file):
+    import zipimport
+    folder, base = os.path.split(file)
+    code = zipimport.zipimporter(folder).get_code(os.path.splitext(base)[0])
+elif file.endswith(".pyc"):
+    code = machinery.SourcelessFileLoader(name, file).get_code(name)
+else:
+    loader = machinery.SourceFileLoader(name, file)
+    if cache:
+        os.umask(0o77)
+        sys.pycache_prefix, sys.dont_write_bytecode = cache, False
+        try:
+            code = loader.get_code(name)
+        except (EOFError, ValueError, TypeError):
+            os.unlink(machinery.cache_from_source(file))
+        sys.pycache_prefix, sys.dont_write_bytecode = None, before
+    code = code or loader.source_to_code(loader.get_data(file), file)
+module = sys.modules[name] = type(sys)(name)
+module.__file__ = file
+exec(code, module.__dict__)
+sys.exit(module._reexecuted(sys.argv[4:]))
+"""
 
 
 def _machine_id() -> str:
@@ -808,20 +873,6 @@ def _read_text(path: str) -> str:
         return ""
 
 
-def _netstat_rows(text: str, port: int) -> List[Tuple[str, str, str]]:
-    """`(state, remote, last column)` of each TCP row of `netstat` output whose local port is `port`."""
-    rows = []
-    for line in text.splitlines():
-        fields = line.split()
-        if len(fields) < 4 or not fields[0].lower().startswith("tcp"):
-            continue
-        # macOS: tcp4 0 0 127.0.0.1.8080 127.0.0.1.51000 ESTABLISHED; Windows: TCP local remote STATE pid
-        local, remote, state = (fields[3:6] if len(fields) > 5 else fields[1:4]) + [""] * (3 if len(fields) < 4 else 0)
-        if local.replace(":", ".").rpartition(".")[2] == str(port):
-            rows.append((state, remote, fields[-1]))
-    return rows
-
-
 def is_thread_id(_pid: int) -> bool:
     """Only Linux answers for the id of a thread as for a process's."""
     return False
@@ -832,42 +883,89 @@ Process.__doc__ = """What the system says of a live process. `start`: a token th
 cannot be had. `started_at`: of the wall clock. The others are None where they cannot be had."""
 _UNREADABLE = Process("", None, None, None)
 
+# The address of a listener is 16 bytes, an IPv4 address as IPv6 writes it (::ffff:a.b.c.d, as a socket for both has it).
+_IPV4, _ANY_IPV4, _ANY_IPV6 = bytes(10) + b"\xff\xff", bytes(10) + b"\xff\xff" + bytes(4), bytes(16)
 
-if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests with injected calls
-    _BOOT_IMPORT, _BOOT_DETACH = "time", "0"
 
-    def detach() -> None:
-        """Nothing to do: the runner was started with flags that detach it."""
+def _packed_address(host: str) -> bytes:
+    """Of an address as text; OSError for a name. A wildcard is reached by its loopback."""
+    if ":" in host:
+        packed = socket.inet_pton(socket.AF_INET6, host.strip("[]"))
+        return bytes(15) + b"\x01" if packed == _ANY_IPV6 else packed
+    return _IPV4 + socket.inet_pton(socket.AF_INET, "127.0.0.1" if host == "0.0.0.0" else host)
 
-    _QUERY, _SYNCHRONIZE = 0x1000, 0x100000  # PROCESS_* access rights (winnt.h)
+
+def _who_gets(host: str, port: int, listeners: Sequence[Tuple[bytes, Any]]) -> List[Any]:
+    """The owners, out of `(address, owner)` of all that listen on the port, of what would get a connection to HOST.
+
+    That is who listens at exactly this address, else at all of IPv4, else at all of IPv6; the last may be for IPv6
+    alone, and so does not count for an IPv4 address that takes no connection.
+    """
+    address = _packed_address(host)
+    wildcards = [_ANY_IPV4, _ANY_IPV6] if address.startswith(_IPV4) else [_ANY_IPV6]
+    for wanted in (address, *wildcards):
+        owners = [owner for local, owner in listeners if local == wanted]
+        if owners and (wanted != _ANY_IPV6 or len(wildcards) == 1 or _accepts_connections(host, port)):
+            return owners
+    return []
+
+
+if sys.platform == "win32":  # pragma: no cover - measured where it runs
+    _QUERY, _TERMINATE, _SYNCHRONIZE = 0x1000, 0x1, 0x100000  # PROCESS_* access rights (winnt.h)
     _STILL_ACTIVE = 259
+    SOCKET_DIR, LINGER_NOT = "", b"\1\0\0\0"  # named pipes have no folder; a struct linger of two shorts
+    LISTEN_OPTION = -5  # SO_EXCLUSIVEADDRUSE; with SO_REUSEADDR anybody could listen on the same port here
+    CLI_NAMES = ("qvac.cmd", "qvac.exe")
+    PYTHON_NAMES = ("python.exe",)
+    ENDINGS = ("", ".com", ".exe", ".bat", ".cmd")
+
+    def detach_frozen(args: Sequence[str]) -> None:
+        """Nothing to do: the runner was started with flags that detach it."""
 
     def _kernel32() -> Any:
         """kernel32 with its handle-returning functions declared: a handle is a pointer, which ctypes would cut."""
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-        for function in (kernel32.OpenProcess, kernel32.CreateJobObjectW, kernel32.CreateToolhelp32Snapshot):
-            function.restype = wintypes.HANDLE
+        for name in ("OpenProcess", "CreateJobObjectW", "CreateToolhelp32Snapshot", "ReOpenFile", "GetCurrentProcess"):
+            getattr(kernel32, name).restype = wintypes.HANDLE
         return kernel32
 
     def this_place() -> str:
         return "%s::0" % _machine_id()  # no id of the boot: start times are of the wall clock, so none is needed
 
-    def look_at(pid: int) -> Optional[Process]:
-        """The process with this pid; None if there is none."""
-        kernel32, code, times = _kernel32(), wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
-        handle = wintypes.HANDLE(kernel32.OpenProcess(_QUERY, False, pid))
+    def _with_process(pid: int, right: int, ask: Callable[[Any, Any], Any]) -> Any:
+        """`ask(kernel32, handle)`; None if the process cannot be opened: get_last_error() is 5 if it exists."""
+        kernel32 = _kernel32()
+        handle = wintypes.HANDLE(kernel32.OpenProcess(right, False, pid))
         if not handle:
-            return _UNREADABLE if ctypes.get_last_error() == 5 else None  # ERROR_ACCESS_DENIED: it exists
+            return None
         try:
-            if kernel32.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value != _STILL_ACTIVE:
-                return None
-            if not kernel32.GetProcessTimes(handle, *[ctypes.byref(t) for t in times]):
-                return _UNREADABLE
-            start, facts = (times[0].dwHighDateTime << 32) + times[0].dwLowDateTime, (ctypes.c_void_p * 6)()
-            ctypes.WinDLL("ntdll").NtQueryInformationProcess(handle, 0, facts, ctypes.sizeof(facts), None)
-            return Process(str(start), start / 1e7 - 11644473600.0, None, facts[5])  # FILETIME counts 100 ns from 1601
+            return ask(kernel32, handle)
         finally:
             kernel32.CloseHandle(handle)
+
+    def look_at(pid: int) -> Optional[Process]:
+        """The process with this pid; None if there is none. An ended one stays as long as anybody has a handle on it."""
+        ctypes.set_last_error(0)
+        found = _with_process(pid, _QUERY, _describe)
+        return _UNREADABLE if ctypes.get_last_error() == 5 else found or None  # ERROR_ACCESS_DENIED: it exists
+
+    def _describe(kernel32: Any, handle: Any) -> Union[Process, bool]:
+        code, times = wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
+        if kernel32.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value != _STILL_ACTIVE:
+            return False
+        if not kernel32.GetProcessTimes(handle, *[ctypes.byref(each) for each in times]):
+            return _UNREADABLE
+        # Not os.getppid(), which needs PssCaptureSnapshot: Wine has none.
+        start, facts = (times[0].dwHighDateTime << 32) + times[0].dwLowDateTime, (ctypes.c_void_p * 6)()
+        ctypes.WinDLL("ntdll").NtQueryInformationProcess(handle, 0, facts, ctypes.sizeof(facts), None)
+        return Process(str(start), start / 1e7 - 11644473600.0, None, facts[5] or 0)  # FILETIME: 100 ns from 1601
+
+    def _image_of(pid: int) -> str:
+        """The program that a process runs, in lower case; "" where it cannot be had."""
+        text, size = ctypes.create_unicode_buffer(32768), wintypes.DWORD(32768)
+        _with_process(pid, _QUERY, lambda kernel32, handle: kernel32.QueryFullProcessImageNameW(
+            handle, 0, text, ctypes.byref(size)))  # fmt: skip
+        return text.value.lower()
 
     def host_name() -> str:
         return os.environ.get("COMPUTERNAME", "")
@@ -879,52 +977,63 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         """There are no network namespaces."""
         return True
 
-    def _parents() -> Dict[int, int]:
-        """Each process's parent, as it was when the process was made (tlhelp32.h)."""
-        class Entry(ctypes.Structure):  # PROCESSENTRY32W
-            _fields_ = [
-                ("dwSize", wintypes.DWORD), ("cntUsage", wintypes.DWORD), ("th32ProcessID", wintypes.DWORD),
-                ("th32DefaultHeapID", ctypes.c_size_t), ("th32ModuleID", wintypes.DWORD),
-                ("cntThreads", wintypes.DWORD), ("th32ParentProcessID", wintypes.DWORD),
-                ("pcPriClassBase", wintypes.LONG), ("dwFlags", wintypes.DWORD), ("szExeFile", wintypes.WCHAR * 260),
-            ]  # fmt: skip
-
-        kernel32, parents, entry = _kernel32(), {}, Entry()
-        entry.dwSize = ctypes.sizeof(entry)
-        snapshot = wintypes.HANDLE(kernel32.CreateToolhelp32Snapshot(0x2, 0))  # TH32CS_SNAPPROCESS
-        found = kernel32.Process32FirstW(snapshot, ctypes.byref(entry))
-        while found:
-            parents[int(entry.th32ProcessID)] = int(entry.th32ParentProcessID)
-            found = kernel32.Process32NextW(snapshot, ctypes.byref(entry))
-        kernel32.CloseHandle(snapshot)
-        return parents
-
-    def _descends(pid: int, ancestor: int, parents: Mapping[int, int]) -> bool:
-        seen: Set[int] = set()
-        while pid != ancestor and pid in parents and pid not in seen:
-            seen.add(pid)
-            pid = parents[pid]
-        return pid == ancestor
-
     def command_line(pid: int) -> Optional[List[str]]:
         return None
 
     def is_ours(status: os.stat_result) -> bool:
         return True  # the profile folder is private to its user by its access list
 
-    def lock_fd(fd: int) -> bool:
+    def exposure(path: str) -> Optional[str]:
+        """Why others can write to it: a profile is private here, but every user can make a folder at the root of a drive.
+
+        The folders there that hold the profiles and the system are not the user's to make.
+        """
+        drive, rest = os.path.splitdrive(os.path.abspath(path))
+        if len(rest.strip("\\").split("\\")) > 1 or not rest.strip("\\"):
+            return None
+        names = ("USERPROFILE", "SystemRoot", "ProgramFiles", "ProgramFiles(x86)", "ProgramData")
+        inside = (drive + rest.rstrip("\\") + "\\").lower()
+        if any((os.environ.get(name, "") + "\\").lower().startswith(inside) for name in names):
+            return None
+        return "every user can make it, at the root of a drive"
+
+    def open_file(path: str, flags: int, mode: int = 0o600) -> int:
+        """As os.open does, which shares no right to remove and rename. What is opened to append is appended to by the
+        system: for the C library that is a habit of one descriptor, of which a child that inherits it knows nothing."""
+        access = {os.O_RDONLY: 0x120089, os.O_WRONLY: 0x120116, os.O_RDWR: 0x12019F}[flags & 3]  # FILE_GENERIC_*
+        if flags & os.O_APPEND:
+            access &= ~0x2  # FILE_WRITE_DATA; FILE_APPEND_DATA alone is left
+        # CREATE_NEW, CREATE_ALWAYS, OPEN_ALWAYS, TRUNCATE_EXISTING, OPEN_EXISTING
+        create, exclusive, cut = (bool(flags & flag) for flag in (os.O_CREAT, os.O_EXCL, os.O_TRUNC))
+        disposition = (1 if exclusive else 2 if cut else 4) if create else 5 if cut else 3
+        share, normal = 0x7, 0x80  # FILE_SHARE_READ | _WRITE | _DELETE, FILE_ATTRIBUTE_NORMAL
+        handle = _while_in_use(lambda: _winapi.CreateFile(path, access, share, 0, disposition, normal, 0), 32)
+        return msvcrt.open_osfhandle(handle, flags & (os.O_APPEND | 3) | os.O_NOINHERIT)
+
+    def empty_file(fd: int) -> None:
+        """By a handle of its own: one that may only append may not cut (Wine lets it, Windows does not)."""
+        handle = _kernel32().ReOpenFile(wintypes.HANDLE(msvcrt.get_osfhandle(fd)), 0x120116, 0x7, 0)
+        writable = msvcrt.open_osfhandle(handle, os.O_WRONLY)
         try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            return True
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EDEADLK):
-                return False
-            raise
+            os.ftruncate(writable, 0)
+        finally:
+            os.close(writable)
 
     def make_private(_fd: int) -> None:
         """A profile is private here."""
 
+    def lock_fd(fd: int) -> bool:
+        try:
+            os.lseek(fd, 0, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK, 0):  # Wine's C library sets none
+                return False
+            raise
+
     def unlock_fd(fd: int) -> None:
+        os.lseek(fd, 0, os.SEEK_SET)
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
 
     def call_after_fork(function: Callable[[], None]) -> None:
@@ -936,28 +1045,35 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
     def remove_file(path: str) -> None:
         _while_in_use(lambda: os.unlink(path))
 
-    def _while_in_use(action: Callable[[], None]) -> None:
-        """A file that somebody is just reading can be neither replaced nor removed here: try again for a moment."""
-        def works() -> bool:
+    def _while_in_use(action: Callable[[], Any], *codes: int) -> Any:
+        """What the action returns. What somebody has open (for one that looks for viruses, each new file) can be neither
+        replaced nor removed here: try again for half a second, after any refusal or after those with these codes."""
+        deadline = time.monotonic() + 0.5
+        while True:
             try:
-                action()
-            except PermissionError:
-                return False
-            return True
-
-        if not wait_until(works, 0.5, 0.005):
-            action()
+                return action()
+            except PermissionError as error:
+                if time.monotonic() > deadline or (codes and error.winerror not in codes):
+                    raise
+            time.sleep(0.005)
 
     class RunnerChannel:
-        """The client's end of a starting runner: what it reports, line by line, and whether it lives."""
+        """The client's end of a starting runner: it is given its parameters, and what it reports is read, line by line."""
 
-        def __init__(self, argv: Sequence[str], log_fd: int) -> None:
-            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-            self._child = subprocess.Popen(
-                list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_fd, creationflags=flags,
-                env=runner_environ())  # fmt: skip
+        def __init__(self, argv: Sequence[str], log_fd: int, params: bytes) -> None:
+            self._child = _start_detached(argv, log_fd)
             self._lines: queue.Queue[bytes] = queue.Queue()  # an empty one is the end
-            threading.Thread(target=self._drain, daemon=True).start()
+            for work in (lambda: self._send(params), self._drain):
+                threading.Thread(target=work, daemon=True).start()
+
+        def _send(self, params: bytes) -> None:
+            """In a thread: a runner that does not read must not stop its client."""
+            assert self._child.stdin is not None
+            try:
+                with self._child.stdin as pipe:
+                    pipe.write(params)
+            except OSError:
+                pass  # it has ended; read() tells
 
         def _drain(self) -> None:
             assert self._child.stdout is not None
@@ -981,45 +1097,72 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
                 self._child.returncode = 0  # it outlives us on purpose: no ResourceWarning
             return code
 
-    def report_channel() -> int:
-        """The runner's end of the channel: its standard output, which becomes the null device."""
-        fd = os.dup(1)
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 1)
+    def _start_detached(argv: Sequence[str], log_fd: int) -> subprocess.Popen[bytes]:
+        """Outside the job of the caller, which may end with it, unless that job forbids it."""
+        flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+        for more in (subprocess.CREATE_BREAKAWAY_FROM_JOB, 0):
+            try:
+                return subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log_fd,
+                                        creationflags=flags | more, env=runner_environ())  # fmt: skip
+            except PermissionError:
+                if not more:
+                    raise
+        raise AssertionError
+
+    def report_channel() -> Tuple[bytes, int]:
+        """The runner's end of the channel, its standard input and output, which become the null device."""
+        params = b"".join(iter(lambda: os.read(0, 65536), b""))
+        fd, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1):
+            os.dup2(null, stream)
         os.close(null)
-        return fd
+        return params, fd
 
     class ServeProcess:
-        """The serve and, through a job object that ends with this runner, all that it starts."""
+        """The serve and, through a job object that ends with this runner, all that it starts.
+
+        Where the runner itself is in a job, as under some terminals and services, this one lies inside that one.
+        """
 
         def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
-            # Ctrl-Break reaches only who shares the sender's console: the runner's, which has no window. A runner
-            # under pythonw has no console to share, and its serve would open one with a window.
-            flags = subprocess.CREATE_NEW_PROCESS_GROUP
-            flags |= 0 if _kernel32().GetConsoleCP() else subprocess.CREATE_NO_WINDOW
+            # Ctrl-Break reaches only who shares the sender's console: the runner's, which has no window. A frozen runner
+            # may have no console to share, and its serve would open one with a window.
+            suspended, kernel32 = 0x4, _kernel32()  # in the job before it can start anything
+            flags = subprocess.CREATE_NEW_PROCESS_GROUP | suspended
+            flags |= 0 if kernel32.GetConsoleCP() else subprocess.CREATE_NO_WINDOW
+            command = [find_on_path(argv[0], environ.get("PATH")) or argv[0], *argv[1:]]
             self._job = _kill_on_close_job()
-            self._child = subprocess.Popen(
-                list(argv), stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, creationflags=flags,
-                env=dict(environ), cwd=folder)  # fmt: skip
+            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
+                                           creationflags=flags, env=dict(environ), cwd=folder)  # fmt: skip
             self.pid = self._child.pid
             handle = wintypes.HANDLE(int(self._child._handle))  # type: ignore[attr-defined]
-            _kernel32().AssignProcessToJobObject(self._job, handle)
+            self._is_in_job = bool(kernel32.AssignProcessToJobObject(self._job, handle))
+            ctypes.WinDLL("ntdll").NtResumeProcess(handle)
+            threading.Thread(target=self._await_end, daemon=True).start()
+
+        def _await_end(self) -> None:
+            _winapi.WaitForSingleObject(int(self._child._handle), 0xFFFFFFFF)  # type: ignore[attr-defined]
+            wake_up()
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
             code = self._child.poll()
             return None if code is None else (code, None)
 
         def terminate(self) -> None:
-            # A process group of its own ignores Ctrl-C, but not Ctrl-Break.
-            try:
-                self._child.send_signal(signal.CTRL_BREAK_EVENT)
-            except OSError:
+            # A process group of its own ignores Ctrl-C, but not Ctrl-Break. Not by os.kill(), which before 3.12.8 goes on
+            # to end the process if that fails.
+            if not _kernel32().GenerateConsoleCtrlEvent(1, self.pid):
                 self._child.terminate()
 
         def group_is_empty(self) -> bool:
+            facts = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION, class 1
+            if self._is_in_job and _kernel32().QueryInformationJobObject(self._job, 1, facts, 48, None):
+                return bool(struct.unpack_from("=I", facts, 40)[0] == 0)  # ActiveProcesses
             return self._child.poll() is not None
 
         def kill_group(self) -> None:
+            if not self._is_in_job:
+                kill_group_of(self.pid)
             _kernel32().TerminateJobObject(self._job, 1)
 
         def check_watchdog(self) -> None:
@@ -1040,85 +1183,128 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         kernel32.SetInformationJobObject(job, 9, info, size)
         return job
 
-    def watch_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
-            signal.signal(number, _note_stop)
+    def neutral_limits() -> None:
+        kernel32, normal_priority = _kernel32(), 0x20
+        kernel32.SetPriorityClass(wintypes.HANDLE(kernel32.GetCurrentProcess()), normal_priority)
 
-    def watch_folder(folder: str) -> int:
-        return -1
-
-    def wait_for_event(timeout: float) -> None:
-        time.sleep(min(timeout, 0.1))
-
-    def ask_to_stop(pid: int, folders: Sequence[str]) -> None:
-        """Windows has no SIGTERM: a file in the serve's folder asks the runner to stop."""
-        for folder in folders:
-            with open(os.path.join(folder, STOP_NAME), "w"):
-                pass
+    def reset_signals() -> None:
+        signal.signal(signal.SIGBREAK, _note_stop)
 
     def terminate_process(pid: int) -> None:
-        os.kill(pid, 15)  # TerminateProcess: there is nothing gentler
+        """TerminateProcess: there is nothing gentler that reaches another console."""
+        if _with_process(pid, _TERMINATE, lambda kernel32, handle: kernel32.TerminateProcess(handle, 1)) is None:
+            raise ProcessLookupError(errno.ESRCH, "no such process, or another user's", pid)
 
     kill_process = terminate_process
-
-    def was_asked_to_stop(folder: str) -> bool:
-        return _stop_signals != [] or os.path.exists(os.path.join(folder, STOP_NAME))
-
-    def group_members(pgid: int) -> List[int]:
-        return [pgid] if process_start(pgid) is not None else []
 
     def group_of(pid: int) -> int:
         return pid
 
-    def kill_group_of(pgid: int) -> None:
-        subprocess.run(["taskkill", "/F", "/T", "/PID", str(pgid)], stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+    def group_members(group: int) -> List[int]:
+        """The process and all that descend from it. A parent's pid may be a later process's: no child is older."""
+        started = {pid: look_at(pid) for pid in _parents()}
+        members, more = [], [group] if started.get(group) else []
+        while more:
+            members.append(more.pop())
+            me = started[members[-1]]
+            for pid, found in started.items():
+                if me and found and found.parent == members[-1] and pid not in members:
+                    if (found.started_at or 0.0) >= (me.started_at or 0.0):
+                        more.append(pid)
+        return members
+
+    def _parents() -> Dict[int, int]:
+        """Every process, with its parent as it was when the process was made (tlhelp32.h)."""
+        class Entry(ctypes.Structure):  # PROCESSENTRY32W
+            _fields_ = [
+                ("dwSize", wintypes.DWORD), ("cntUsage", wintypes.DWORD), ("th32ProcessID", wintypes.DWORD),
+                ("th32DefaultHeapID", ctypes.c_size_t), ("th32ModuleID", wintypes.DWORD),
+                ("cntThreads", wintypes.DWORD), ("th32ParentProcessID", wintypes.DWORD),
+                ("pcPriClassBase", wintypes.LONG), ("dwFlags", wintypes.DWORD), ("szExeFile", wintypes.WCHAR * 260),
+            ]  # fmt: skip
+
+        kernel32, parents, entry = _kernel32(), {}, Entry()
+        entry.dwSize = ctypes.sizeof(entry)
+        snapshot = wintypes.HANDLE(kernel32.CreateToolhelp32Snapshot(0x2, 0))  # TH32CS_SNAPPROCESS
+        found = kernel32.Process32FirstW(snapshot, ctypes.byref(entry))
+        while found:
+            parents[int(entry.th32ProcessID)] = int(entry.th32ParentProcessID)
+            found = kernel32.Process32NextW(snapshot, ctypes.byref(entry))
+        kernel32.CloseHandle(snapshot)
+        return parents
+
+    def kill_group_of(group: int) -> None:
+        for pid in group_members(group):
+            try:
+                kill_process(pid)
+            except OSError:
+                pass
 
     def rss_bytes(pids: Sequence[int]) -> Optional[int]:
-        return None
+        total = 0
+        for pid in pids:
+            counters = ctypes.create_string_buffer(struct.calcsize("2I8N"))  # PROCESS_MEMORY_COUNTERS
+            if _with_process(pid, _QUERY, lambda kernel32, handle: kernel32.K32GetProcessMemoryInfo(
+                    handle, counters, len(counters))):  # fmt: skip
+                total += struct.unpack_from("2I8N", counters)[3]  # WorkingSetSize
+        return total or None
 
-    def _netstat() -> str:
-        flags = subprocess.CREATE_NO_WINDOW
-        done = subprocess.run(["netstat", "-ano"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                              creationflags=flags, timeout=10, check=False)  # fmt: skip
-        return done.stdout.decode("ascii", "replace")
+    def free_memory() -> Optional[int]:
+        status = ctypes.create_string_buffer(64)  # MEMORYSTATUSEX
+        ctypes.c_uint32.from_buffer(status).value = 64
+        found = _kernel32().GlobalMemoryStatusEx(status)
+        return struct.unpack_from("=Q", status, 16)[0] if found else None  # ullAvailPhys
 
     def who_listens(host: str, port: int, pid: int) -> str:
-        if not _accepts_connections(host, port):
-            return NOBODY
-        # The names of the states are in the language of the system, so other columns have to tell them apart:
-        # a listener has no remote port, and what is in TIME_WAIT no process.
-        listeners = {row[2] for row in _netstat_rows(_netstat(), port) if row[1].endswith(":0")}
-        if not listeners or not all(owner.isdigit() for owner in listeners):
+        """Whether what would get a connection to this address is PID or descends from it (a wrapper's child may be it)."""
+        try:
+            owners = _who_gets(host, port, _listeners(port))
+        except OSError:
             return UNKNOWN
-        parents = _parents()  # a wrapper's child may be the one that listens
-        return OURS if all(_descends(int(owner), pid, parents) for owner in listeners) else STRANGER
+        if not owners:
+            return NOBODY
+        return OURS if set(owners) <= set(group_members(pid)) else STRANGER
 
-    def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
-        rows = [row for row in _netstat_rows(_netstat(), port) if not row[1].endswith(":0")]
-        return sum(row[2] != "0" for row in rows), {row[1] for row in rows if row[2] == "0"}
-
-    def reserve_port(host: str, port: int) -> Tuple[Any, int]:
-        with _bound_socket(socket.socket, host, port) as sock:
-            return None, int(sock.getsockname()[1])
+    def _listeners(port: int) -> List[Tuple[bytes, int]]:
+        """`(address, process)` of each TCP socket that listens on the port (GetExtendedTcpTable, iphlpapi.h)."""
+        # MIB_TCPROW_OWNER_PID: state, address, port, remote ...; MIB_TCP6ROW_OWNER_PID: address, scope, port, remote ...
+        found, call = [], ctypes.WinDLL("iphlpapi").GetExtendedTcpTable
+        for family, row in ((2, struct.Struct("=4x4s2s10xI")), (23, struct.Struct("=16s4x2s30xI"))):
+            size, code = ctypes.c_ulong(65536), 122  # ERROR_INSUFFICIENT_BUFFER: it may grow meanwhile
+            while code == 122:
+                table = ctypes.create_string_buffer(size.value)
+                code = call(table, ctypes.byref(size), False, family, 3, 0)  # TCP_TABLE_OWNER_PID_LISTENER
+            if code and family == 2:
+                raise OSError(errno.EIO, "GetExtendedTcpTable", code)
+            for index in range(0 if code else struct.unpack_from("<I", table)[0]):
+                address, number, pid = row.unpack_from(table, 4 + index * row.size)
+                if int.from_bytes(number, "big") == port:
+                    found.append(((_IPV4 if family == 2 else b"") + address, pid))
+        return found
 
     def parent_handle() -> Any:
-        """A handle on the parent, opened while it lives: a pid alone may later be another process."""
-        return _kernel32().OpenProcess(_SYNCHRONIZE, False, os.getppid())
+        """A handle on the parent, opened while it lives: a pid alone may later be another process.
+
+        In a virtual environment python.exe only starts the real one and waits for it: its parent is the one meant.
+        """
+        parent = (look_at(os.getpid()) or _UNREADABLE).parent or 0
+        if sys.prefix != sys.base_prefix and _image_of(parent) == sys.executable.lower():
+            parent = (look_at(parent) or _UNREADABLE).parent or parent
+        return _kernel32().OpenProcess(_SYNCHRONIZE, False, parent)
 
     def parent_has_gone(handle: Any) -> bool:
         return bool(_kernel32().WaitForSingleObject(wintypes.HANDLE(handle), 0) == 0)  # WAIT_OBJECT_0
 
     def command_for(path: str) -> List[str]:
-        """How to start a found CLI: npm's .cmd shims cannot be started safely, so their script is."""
+        """Scripts by their interpreters; for npm's .cmd shims, whose arguments cannot be quoted safely, their script."""
         shims = os.path.dirname(os.path.abspath(path))
         for modules in (os.path.join(shims, "node_modules"), os.path.dirname(shims)):
             script = os.path.join(modules, "@qvac", "cli", "dist", "index.js")
             if path.lower().endswith((".cmd", ".ps1")) and os.path.exists(script):
                 return ["node", script]
-        return [path]
-
-    CLI_NAMES = ("qvac.cmd", "qvac.exe")
+        if path.lower().endswith((".js", ".mjs", ".cjs")):
+            return ["node", path]
+        return [interpreter(), path] if path.lower().endswith(".py") else [path]
 
     def start_without_signals(start: Callable[[], None]) -> None:
         """Start a thread; signals are for the main thread in any case here."""
@@ -1133,41 +1319,43 @@ if sys.platform == "win32":  # pragma: no cover - checked by mypy and by tests w
         return "powershell"
 
     def stop_signals() -> List[int]:
-        """The signals that ask a command to end, besides Ctrl-C."""
         return [signal.SIGTERM, signal.SIGBREAK]
 
     def enable_ansi(stream: Any) -> bool:
         """Whether escape sequences reach a person through STREAM; switches the console to them."""
         if not stream.isatty():
             return False
-        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
         handle, mode = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno())), ctypes.c_uint32()
-        if not kernel.GetConsoleMode(handle, ctypes.byref(mode)):
+        if not _kernel32().GetConsoleMode(handle, ctypes.byref(mode)):
             return False
         enable_virtual_terminal_processing = 0x0004
-        return bool(kernel.SetConsoleMode(handle, mode.value | enable_virtual_terminal_processing))
-
-    def folder_exposure(path: str) -> Optional[str]:
-        """Why others can reach into PATH; always None: a profile is private here."""
-        return None
+        return bool(_kernel32().SetConsoleMode(handle, mode.value | enable_virtual_terminal_processing))
 
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
-        """Run ARGV as a child; return its exit code. The console gives Ctrl-C to it as well. Raises OSError."""
+        """Run ARGV as a child; return its exit code. The console gives Ctrl-C to it as well. Raises OSError.
+
+        The system itself would find no `npm.cmd` for "npm", and look for "npm.exe" in the working folder first.
+        """
         for number in (signal.SIGINT, signal.SIGBREAK):
             signal.signal(number, lambda *_: None)
-        return subprocess.Popen(argv, env=env).wait()
+        return subprocess.Popen([find_on_path(argv[0], env.get("PATH")) or argv[0], *argv[1:]], env=env).wait()
 
 else:
     import fcntl
 
-    _BOOT_IMPORT, _BOOT_DETACH = "fcntl", "os.fork()and os._exit(0);os.setsid()"
     _SIGTERM, _SIGKILL = 15, 9
+    SOCKET_DIR, LINGER_NOT = "/tmp", b"\1\0\0\0\0\0\0\0" if sys.byteorder == "little" else b"\0\0\0\1\0\0\0\0"
+    LISTEN_OPTION = 2 if sys.platform == "linux" else 4  # SO_REUSEADDR: what is left of a former one is no hindrance
+    CLI_NAMES = ("qvac",)
+    PYTHON_NAMES = ("bin/python%d.%d" % sys.version_info[:2], "bin/python3")
+    ENDINGS = ("",)
 
-    def detach() -> None:
-        """What _BOOT_DETACH does, for a file that cannot be imported by name."""
+    def detach_frozen(args: Sequence[str]) -> None:
+        """Started anew, for what a frozen program has unpacked goes with the process that unpacked it."""
         if os.fork():
             os._exit(0)
         os.setsid()
+        os.execve(sys.executable, [sys.executable, "--reexecuted", *args], runner_environ())
 
     def host_name() -> str:
         return os.uname().nodename
@@ -1189,6 +1377,43 @@ else:
     def is_ours(status: os.stat_result) -> bool:
         return status.st_uid == os.geteuid()
 
+    def exposure(path: str) -> Optional[str]:
+        """Why others than this user and root can write to a file, or make and rename things in a folder; in words.
+
+        In a sticky folder, as the temporary one is, nobody can rename what is another's. OSError if there is none.
+        """
+        info = os.lstat(path)
+        kind = info.st_mode & 0o170000
+        if info.st_uid not in (os.geteuid(), 0) and not _is_roots_outside(path, info.st_uid):
+            return "it belongs to user %d" % info.st_uid
+        if kind == 0o120000 or (kind == 0o040000 and info.st_mode & 0o1000):  # a link's mode means nothing
+            return None
+        if info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid)):
+            return "its mode is %04o: others can write" % (info.st_mode & 0o7777)
+        return None
+
+    def _is_roots_outside(path: str, uid: int) -> bool:
+        """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
+        folders above a home belong. Nothing else that shows so is trusted."""
+        if uid != 65534 or not (home_folder() + os.sep).startswith(path.rstrip(os.sep) + os.sep):
+            return False
+        ranges = [line.split() for line in _read_text("/proc/self/uid_map").splitlines()]
+        return bool(ranges) and not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
+
+    def _is_private_group(gid: int, uid: int) -> bool:
+        """Whether the group is the one of this user alone that many systems give each user."""
+        try:
+            user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+        except KeyError:
+            return False
+        return user.pw_gid == gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
+
+    def open_file(path: str, flags: int, mode: int = 0o600) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+
+    def empty_file(fd: int) -> None:
+        os.ftruncate(fd, 0)
+
     def lock_fd(fd: int) -> bool:
         """Take the lock if it is free. True, too, on a file system without flock: there KEY.lock has to do alone."""
         try:
@@ -1203,7 +1428,6 @@ else:
         os.register_at_fork(after_in_child=function)
 
     def make_private(fd: int) -> None:
-        """The mode 0600 for a file of ours."""
         try:
             os.fchmod(fd, 0o600)
         except OSError:
@@ -1215,94 +1439,101 @@ else:
         except OSError:
             pass
 
-    class RunnerChannel:
-        """The client's end of a starting runner: it gives it its parameters, and reads what it reports.
+    def _copy_above_2(fd: int) -> int:
+        """A copy of the descriptor, lest a program with a closed standard stream sees it overwritten."""
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
-        A socket in the place of the runner's standard input: the parameters go in, and the runner reports on it. The runner
-        itself is a grandchild: the child forks and exits at once, so that no zombie of it is left while this client lives.
+    def _child_ended(pid: int, options: int = os.WNOHANG) -> Optional[Tuple[Optional[int], Optional[int]]]:
+        """`(exit code, signal)` once this child has ended."""
+        found, status = os.waitpid(pid, options)
+        if not found:
+            return None
+        return (os.WEXITSTATUS(status), None) if os.WIFEXITED(status) else (None, os.WTERMSIG(status))
+
+    class RunnerChannel:
+        """The client's end of a starting runner: it is given its parameters, and what it reports is read.
+
+        The channel is a pair of sockets, one of them in the place of the runner's standard input. Its end is the
+        runner's end or its word that it needs no client any more. The runner itself is a grandchild: the child forks
+        and exits at once, so that no zombie of it is left while this client lives.
         """
 
         def __init__(self, argv: Sequence[str], log_fd: int, params: bytes) -> None:
-            self._sock, theirs = socket.socketpair()
-            ends: List[int] = []
+            self._socket, theirs = socket.socketpair()
+            self._code: Optional[int] = None
+            copies: List[int] = []
             try:
-                with theirs:
-                    # Above 2, lest a program with a closed standard stream sees them overwritten.
-                    ends += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (theirs.fileno(), log_fd)]
-                actions = [(os.POSIX_SPAWN_DUP2, ends[0], 0), (os.POSIX_SPAWN_DUP2, ends[1], 1),
-                           (os.POSIX_SPAWN_DUP2, ends[1], 2)]  # fmt: skip
+                copies += [_copy_above_2(fd) for fd in (theirs.fileno(), log_fd)]
+                actions = [(os.POSIX_SPAWN_DUP2, copies[at], fd) for at, fd in ((0, 0), (1, 1), (1, 2))]
                 self._child = os.posix_spawn(argv[0], list(argv), runner_environ(), file_actions=actions)
             except BaseException:
-                self._sock.close()
+                self._socket.close()
                 raise
             finally:
-                for fd in ends:
+                theirs.close()
+                for fd in copies:
                     os.close(fd)
-            self._code: Optional[int] = None
-            self._sock.settimeout(CLIENT_MARGIN)
+            self._send(params)
+
+        def _send(self, params: bytes) -> None:
+            """At once, as a rule: the system holds 200 kB. One that does not read must not stop its client for long."""
+            if sys.platform == "darwin":
+                self._socket.setsockopt(0xFFFF, 0x1022, 1)  # SOL_SOCKET, SO_NOSIGPIPE
+                self._socket.setsockopt(0xFFFF, socket.SO_SNDBUF, len(params) + 4096)  # it holds 8 kB
+            self._socket.settimeout(5.0)
             try:
-                self._sock.sendall(params)
-                self._sock.shutdown(socket.SHUT_WR)
+                self._socket.sendall(params, getattr(socket, "MSG_NOSIGNAL", 0))
+                self._socket.shutdown(socket.SHUT_WR)
             except OSError:
-                pass  # it has ended, or is no runner: read() tells
+                pass  # it has ended, or will: read() tells
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
             """`(bytes, ended)`; no bytes and not ended when nothing came within `timeout` seconds."""
-            self._sock.settimeout(max(0.001, timeout))
-            try:
-                data = self._sock.recv(65536)
-            except socket.timeout:
-                return b"", False
-            except OSError:
-                data = b""
-            return data, not data
+            self._socket.settimeout(max(timeout, 0.001))
+            while True:
+                try:
+                    data = self._socket.recv(65536)
+                    return data, not data
+                except socket.timeout:  # noqa: UP041 - another class before 3.10
+                    return b"", False
+                except ConnectionResetError:
+                    pass  # it ended without having read all; what it said comes after this
 
         def close(self) -> Optional[int]:
             """Let go of the channel; the exit code of the child if it failed before it could fork."""
-            if self._sock.fileno() >= 0:
-                self._sock.close()
+            if self._socket.fileno() >= 0:
+                self._socket.close()
                 try:
-                    status = self._wait_for_child()
-                    self._code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+                    ended = wait_until(lambda: _child_ended(self._child), 1.0, 0.001)
+                    if ended is None:  # somebody has stopped it, or it is no interpreter
+                        kill_process(self._child)
+                        ended = _child_ended(self._child, 0)
+                    self._code = -ended[1] if ended[1] else ended[0]
                 except ChildProcessError:
                     pass  # the host program reaps all its children
             return self._code
 
-        def _wait_for_child(self) -> int:
-            """Its wait status. It ends as soon as it has forked, unless somebody has stopped it."""
-            deadline = time.monotonic() + 1.0
-            while True:
-                pid, status = os.waitpid(self._child, os.WNOHANG)
-                if pid:
-                    return status
-                if time.monotonic() > deadline:
-                    os.kill(self._child, _SIGKILL)
-                time.sleep(0.001)
-
     def report_channel() -> Tuple[bytes, int]:
-        """The runner's side: its parameters, and the descriptor it reports on; its standard input becomes the null device.
+        """The runner's end of the channel, its standard input, which becomes the null device: what it was given, whole,
+        and where its reports go.
 
         All else but output that the caller left inheritable is closed: it would stay open as long as the serve.
         """
-        _close_inherited()
+        try:
+            inherited = [int(name) for name in os.listdir("/dev/fd") if int(name) > 2]
+        except OSError:
+            inherited = list(range(3, 4096))
+        for fd in inherited:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the one that listed the folder
+        os.set_blocking(0, True)  # gevent's sockets do not
         params = b"".join(iter(lambda: os.read(0, 65536), b""))
-        fd = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
-        null = os.open(os.devnull, os.O_RDWR)
+        fd, null = _copy_above_2(0), os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
         return params, fd
-
-    def _close_inherited() -> None:
-        try:
-            names = os.listdir("/proc/self/fd")
-        except OSError:
-            return os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))
-        for name in names:
-            try:
-                if int(name) > 2:
-                    os.close(int(name))
-            except OSError:
-                pass  # the one that listed the folder
 
     # `sh`, leader of the group in which the serve is started, holding the reading end of a pipe whose only writing end is
     # the runner's: when the runner is gone, however it ended, the read ends and the whole group is killed, the worker
@@ -1310,7 +1541,10 @@ else:
     _WATCHDOG_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL 0'
 
     class ServeProcess:
-        """The serve, in a process group that a watchdog leads, and that ends with this runner."""
+        """The serve, in a process group that a watchdog leads, and that ends with this runner.
+
+        `folder` is its working folder where it need not be this process's own.
+        """
 
         def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, _folder: str) -> None:
             self.pid, self._group, self._watchdog, self._pipe = 0, 0, 0, -1
@@ -1346,10 +1580,7 @@ else:
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
             """`(exit code, signal)` once the serve has ended."""
             if self._status is None:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                if pid:
-                    exited = os.WIFEXITED(status)
-                    self._status = (os.WEXITSTATUS(status), None) if exited else (None, os.WTERMSIG(status))
+                self._status = _child_ended(self.pid)
             return self._status
 
         def terminate(self) -> None:
@@ -1358,7 +1589,8 @@ else:
                 os.kill(self.pid, _SIGTERM)
 
         def group_is_empty(self) -> bool:
-            return not set(group_members(self._group)) - {self._watchdog}
+            """Whether nothing but the watchdog is left, as far as can be seen."""
+            return set(group_members(self._group)) <= {self._watchdog}
 
         def kill_group(self) -> None:
             kill_group_of(self._group)
@@ -1369,6 +1601,20 @@ else:
             kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
             os.waitpid(self._watchdog, 0)
 
+    def neutral_limits() -> None:
+        os.umask(0o077)  # the worker's socket in the temporary folder is private by nothing else
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for wanted in (hard, 10240):  # macOS takes no more, whatever the hard limit says
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if wanted == hard else max(soft, wanted), hard))
+                break
+            except (OSError, ValueError):
+                pass
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+        except OSError:
+            pass  # a lower niceness is for root and whom root lets
+
     def group_of(pid: int) -> int:
         """The process group of a serve, ours (its watchdog's) or the provider's (its own)."""
         try:
@@ -1376,32 +1622,16 @@ else:
         except OSError:
             return pid
 
-    def watch_signals() -> None:
-        """From a clean slate (a blocked or ignored signal is inherited), note what asks the runner to stop."""
-        signal.set_wakeup_fd(_wakeup()[1].fileno(), warn_on_full_buffer=False)
+    def reset_signals() -> None:
         for number in range(1, signal.NSIG):
             try:
                 if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
                     signal.signal(number, signal.SIG_DFL)
             except (OSError, ValueError):
                 pass
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, _note_stop)
+        signal.signal(signal.SIGQUIT, _note_stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up is what counts
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-    def neutral_limits() -> None:
-        """As many descriptors as this user may have, and ordinary priority where that may be had."""
-        import resource
-
-        try:
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
-        except (OSError, ValueError):
-            pass
-
-    LISTEN_OPTION, SOCKET_DIR, LINGER_NOT = socket.SO_REUSEADDR, "/tmp", struct.pack("ii", 1, 0)
 
     def terminate_process(pid: int) -> None:
         os.kill(pid, _SIGTERM)
@@ -1409,9 +1639,9 @@ else:
     def kill_process(pid: int) -> None:
         os.kill(pid, _SIGKILL)
 
-    def kill_group_of(pgid: int) -> None:
+    def kill_group_of(group: int) -> None:
         try:
-            os.killpg(pgid, _SIGKILL)
+            os.killpg(group, _SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
 
@@ -1423,8 +1653,6 @@ else:
 
     def command_for(path: str) -> List[str]:
         return [path]
-
-    CLI_NAMES = ("qvac",)
 
     def start_without_signals(start: Callable[[], None]) -> None:
         """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
@@ -1444,46 +1672,11 @@ else:
         return "sh"
 
     def stop_signals() -> List[int]:
-        """The signals that ask a command to end, besides Ctrl-C."""
         return [signal.SIGTERM, signal.SIGHUP]
 
     def enable_ansi(stream: Any) -> bool:
         """Whether escape sequences reach a person through STREAM."""
         return os.environ.get("TERM", "dumb") != "dumb" and bool(stream.isatty())
-
-    def folder_exposure(path: str) -> Optional[str]:
-        """Why others can reach into the folder or file PATH, in words; None if they cannot."""
-        info = os.lstat(path)
-        if info.st_uid != os.geteuid():
-            return "it belongs to user %d, you are user %d" % (info.st_uid, os.geteuid())
-        if info.st_mode & 0o077:
-            return "its mode is %04o: others can reach it" % (info.st_mode & 0o7777)
-        return None
-
-    def exposure(path: str) -> Optional[str]:  # MERGE: the platform section's own takes this place
-        """Why others than this user and root can write to PATH, in words; None if they cannot. A link has no mode."""
-        info = os.lstat(path)
-        if info.st_uid not in (0, os.geteuid()) and not _is_roots_outside(path, info.st_uid):
-            return "it belongs to user %d" % info.st_uid
-        is_link, is_sticky = info.st_mode & 0o170000 == 0o120000, info.st_mode & 0o171000 == 0o041000
-        is_shared = info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid))
-        return "its mode lets others write" if is_shared and not is_link and not is_sticky else None
-
-    def _is_private_group(gid: int, uid: int) -> bool:
-        """A user's own group, as most systems make for each: his primary one, of his name, with nobody else in it."""
-        try:
-            user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
-        except KeyError:
-            return False
-        return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
-
-    def _is_roots_outside(path: str, uid: int) -> bool:
-        """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
-        folders above a home belong. Nothing else that shows so is trusted."""
-        if uid != 65534 or not (home_folder() + os.sep).startswith(path.rstrip(os.sep) + os.sep):
-            return False
-        ranges = [line.split() for line in _read_text("/proc/self/uid_map").splitlines()]
-        return bool(ranges) and not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
 
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
         """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
@@ -1495,12 +1688,11 @@ else:
     if sys.platform == "linux":
 
         def this_place() -> str:
-            """Machine, boot and pid namespace: where a pid means what it means here."""
             boot = _read_text("/proc/sys/kernel/random/boot_id")[:8]
             try:
                 namespace = os.stat("/proc/self/ns/pid").st_ino
                 if os.readlink("/proc/self") != str(os.getpid()):
-                    namespace = -namespace  # /proc shows another namespace's processes: see process_start
+                    namespace = -namespace  # /proc shows another namespace's processes: see look_at
             except OSError:
                 boot, namespace = "", 0  # it could be any container of this machine
             return "%s:%s:%d" % (_machine_id(), boot, namespace)
@@ -1530,14 +1722,13 @@ else:
                 return _answers_signals(pid)
 
         def shares_network(pid: int) -> bool:
-            """Whether its loopback is ours; True where that cannot be told."""
+            """True, too, where it cannot be told."""
             try:
                 return os.stat("/proc/%d/ns/net" % pid).st_ino == os.stat("/proc/self/ns/net").st_ino
             except OSError:
                 return True
 
         def command_line(pid: int) -> Optional[List[str]]:
-            """A process's arguments; None where they cannot be had."""
             try:
                 with open("/proc/%d/cmdline" % pid, "rb") as file:
                     return file.read().decode("utf-8", "replace").split("\0")
@@ -1551,21 +1742,21 @@ else:
                     return int(line.split()[1]) != pid
             return False
 
-        def group_members(pgid: int) -> List[int]:
-            """The pids of a process group, zombies left out."""
+        def group_members(group: int) -> List[int]:
+            """The pids of a process group, zombies left out; none without /proc."""
             members = []
-            for name in os.listdir("/proc"):
+            for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
                 try:
                     if name.isdigit():
                         fields = _stat_fields(name)
-                        if fields[2] == b"%d" % pgid and fields[0] not in (b"Z", b"X", b"x"):
+                        if fields[2] == b"%d" % group and fields[0] not in (b"Z", b"X", b"x"):
                             members.append(int(name))
                 except (OSError, IndexError):
                     pass
             return members
 
         def rss_bytes(pids: Sequence[int]) -> Optional[int]:
-            """The resident memory of these processes together, shared pages counted in each."""
+            """Shared pages are counted in each."""
             pages = 0
             for pid in pids:
                 try:
@@ -1574,196 +1765,137 @@ else:
                     pass
             return pages * os.sysconf("SC_PAGE_SIZE") if pages else None
 
-        _LISTEN, _ESTABLISHED, _CLOSE_WAIT, _TIME_WAIT = 10, 1, 8, 6  # net/tcp_states.h
+        def free_memory() -> Optional[int]:
+            """What the system could give, and no more than the control groups above this process let it have."""
+            free = _number_after("MemAvailable:", _read_text("/proc/meminfo"))
+            if free is None:
+                return None
+            left, group = free * 1024, _read_text("/proc/self/cgroup").rpartition("0::")[2]
+            while group.startswith("/"):
+                folder = "/sys/fs/cgroup" + group
+                limit, used = _read_text(folder + "/memory.max"), _read_text(folder + "/memory.current")
+                if limit.isdigit() and used.isdigit():
+                    cache = _number_after("inactive_file", _read_text(folder + "/memory.stat")) or 0
+                    left = min(left, max(0, int(limit) - int(used) + cache))
+                if group == "/":
+                    break
+                group = os.path.dirname(group)
+            return left
 
-        def _tcp_rows(host: str, port: int, *states: int) -> Iterator[Tuple[int, bool, bytes, int]]:
-            """`(state, port is the local one, the other end, inode)` of the TCP sockets that concern us."""
-            tail, address = port.to_bytes(2, "big"), _packed_address(host)
+        def _number_after(word: str, text: str) -> Optional[int]:
+            found = text.partition(word)[2].split()[:1]
+            return int(found[0]) if found and found[0].isdigit() else None
+
+        def _listeners(port: int) -> Optional[List[Tuple[bytes, Tuple[bytes, int]]]]:
+            """`(address, (inode, uid))` of each TCP socket that listens on the port; None without /proc."""
+            found = []
             try:
-                table = list(_ask_sock_diag(states))
-            except (OSError, AttributeError):  # a kernel, a sandbox or a Python without it
-                table = list(_read_proc_net(states))
-            for state, local, remote, inode in table:
-                for here, there in ((local, remote), (remote, local)):
-                    if here[16:] == tail and _reaches(address, here[:16]):
-                        yield state, here is local, there, inode
+                for table in ("tcp", "tcp6"):
+                    if table == "tcp" or os.path.exists("/proc/net/tcp6"):
+                        with open("/proc/net/" + table, "rb") as file:
+                            for line in file.read().split(b"\n")[1:-1]:
+                                fields = line.split()
+                                if fields[3] == b"0A" and int(fields[1].rpartition(b":")[2], 16) == port:  # TCP_LISTEN
+                                    found.append((_address_of(fields[1]), (fields[9], int(fields[7]))))
+            except (OSError, ValueError, IndexError):
+                return None
+            return found
 
-        # An end of a connection is 18 bytes: its IPv6 address, or its IPv4 address as IPv6 writes it
-        # (::ffff:a.b.c.d, as a socket for both has it), and its port.
-        _IPV4, _ANY_IPV4, _ANY_IPV6 = bytes(10) + b"\xff\xff", bytes(10) + b"\xff\xff" + bytes(4), bytes(16)
-
-        def _packed_address(host: str) -> bytes:
-            """Of a name, or what else is no address, the wildcard: then the port alone has to do."""
-            try:
-                if ":" in host:
-                    return socket.inet_pton(socket.AF_INET6, host.strip("[]"))
-                return _IPV4 + socket.inet_pton(socket.AF_INET, host)
-            except OSError:
-                return _ANY_IPV6
-
-        def _reaches(address: bytes, end: bytes) -> bool:
-            """Whether a connection to ADDRESS may be one to END, where each may be a wildcard."""
-            if address == _ANY_IPV6 or end in (address, _ANY_IPV6):
-                return True
-            return end.startswith(_IPV4) and (address == _ANY_IPV4 or (end == _ANY_IPV4 and address.startswith(_IPV4)))
-
-        def _ask_sock_diag(states: Sequence[int]) -> Iterator[Tuple[int, bytes, bytes, int]]:
-            """`(state, local end, remote end, inode)` of all TCP sockets in these states: sock_diag(7).
-
-            Listeners take 0.05 ms, connections 0.4 ms, and the files in /proc/net 7 ms each: they walk a
-            hash table that has room for a hundred thousand connections, with a lock for each place in it.
-            """
-            # A nlmsghdr (TCPDIAG_GETSOCK: both tables; NLM_F_REQUEST | NLM_F_DUMP) and an inet_diag_req.
-            mask = sum(1 << state for state in states)
-            request = struct.pack("=IHHII52xII", 76, 18, 0x301, 0, 0, mask, 0)
-            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as kernel:  # NETLINK_SOCK_DIAG
-                kernel.sendto(request, (0, 0))
-                while True:
-                    data, at = kernel.recv(65536), 0
-                    while at < len(data):
-                        size, kind = struct.unpack_from("=IH", data, at)
-                        if kind in (2, 3):  # NLMSG_ERROR, NLMSG_DONE
-                            code = struct.unpack_from("=i", data, at + 16)[0]
-                            if code < 0:
-                                raise OSError(-code, os.strerror(-code))
-                            return
-                        row = data[at + 16 : at + size]  # inet_diag_msg
-                        is_ipv4 = row[0] == socket.AF_INET
-                        local, remote = (_IPV4 + row[i : i + 4] if is_ipv4 else row[i : i + 16] for i in (8, 24))
-                        yield row[1], local + row[4:6], remote + row[6:8], struct.unpack_from("=I", row, 68)[0]
-                        at += (size + 3) & ~3
-
-        def _read_proc_net(states: Sequence[int]) -> Iterator[Tuple[int, bytes, bytes, int]]:
-            """As _ask_sock_diag, from the files that are there where that is not."""
-            for table in ("tcp", "tcp6"):
-                try:
-                    with open("/proc/net/" + table, "rb") as file:
-                        lines = file.read().split(b"\n")[1:-1]
-                except OSError:
-                    continue
-                for line in lines:
-                    fields = line.split()
-                    if int(fields[3], 16) in states:
-                        yield int(fields[3], 16), _end_of(fields[1]), _end_of(fields[2]), int(fields[9])
-
-        def _end_of(text: bytes) -> bytes:
-            """proc(5) writes an address as 32-bit numbers in the machine's byte order, the port as a number."""
-            digits, _, port = text.partition(b":")
+        def _address_of(text: bytes) -> bytes:
+            """proc(5) writes an address as 32-bit numbers in the machine's byte order."""
+            digits = text.partition(b":")[0]
             words = [int(digits[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(digits), 8)]
-            return (_IPV4 if len(words) == 1 else b"") + b"".join(words) + int(port, 16).to_bytes(2, "big")
+            return (_IPV4 if len(words) == 1 else b"") + b"".join(words)
 
         def who_listens(host: str, port: int, pid: int) -> str:
-            """Whether all that listens on the port belongs to PID's process group; NOBODY, too, if PID is dead.
-
-            This is what stands between the key and another program that has taken the port.
-            """
-            if not os.access("/proc/net/tcp", os.R_OK):
-                return UNKNOWN
-            wanted = {b"socket:[%d]" % inode for _, is_local, _, inode in _tcp_rows(host, port, _LISTEN) if is_local}
-            if not wanted:
-                return NOBODY
-            wanted -= _open_sockets(pid)
-            if wanted:  # a wrapper script's child may be the one that listens
-                for member in group_members(group_of(pid)):
-                    wanted -= _open_sockets(member)
-            if not wanted:
+            """Whether what would get a connection to this address belongs to PID's process group; NOBODY, too, if PID is
+            dead. UNKNOWN without /proc, for a name, and where a process does not let its descriptors be seen (one with
+            file capabilities) but the socket is this user's."""
+            listeners = _listeners(port)
+            try:
+                owners = None if listeners is None else _who_gets(host, port, listeners)
+            except OSError:
+                owners = None
+            if not owners:
+                return UNKNOWN if owners is None else NOBODY
+            left, can_look = {inode: uid for inode, uid in owners}, True
+            for member in dict.fromkeys([pid, *group_members(group_of(pid))]):  # a wrapper's child may be it
+                can_look = _take_sockets(member, left) and can_look
+            if not left:
                 return OURS
             # While a process dies its descriptors are not to be seen any more, and its socket listens still.
-            return STRANGER if process_start(pid) is not None else NOBODY
+            if process_start(pid) is None:
+                return NOBODY
+            return STRANGER if can_look or set(left.values()) != {os.geteuid()} else UNKNOWN
 
-        def _open_sockets(pid: int) -> Set[bytes]:
-            folder, sockets = b"/proc/%d/fd" % pid, set()
+        def _take_sockets(pid: int, left: Dict[bytes, int]) -> bool:
+            """Take those out that the process has; False if it does not let us look."""
+            folder = b"/proc/%d/fd" % pid
             try:
                 for name in os.listdir(folder):
                     try:
-                        sockets.add(os.readlink(folder + b"/" + name))
+                        target = os.readlink(folder + b"/" + name)
                     except OSError:
-                        pass
-            except OSError:
-                pass
-            return sockets
-
-        def watch_folder(folder: str) -> int:
-            """A write to a file in the folder ends wait_for_event(), until the descriptor is closed (-1: never)."""
-            try:
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | CLOEXEC)
-            except OSError:
-                return -1
-            try:
-                signal.signal(signal.SIGIO, lambda *_: None)
-                fcntl.fcntl(fd, fcntl.F_NOTIFY, fcntl.DN_MODIFY | fcntl.DN_MULTISHOT)
-            except (AttributeError, OSError):
-                pass  # a C library or a kernel without dnotify
-            return fd
-
-        def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
-            """`(open connections to the port, the other ends of those closed in the last minute)`."""
-            opened, closed = 0, set()
-            for state, is_local, other, inode in _tcp_rows(host, port, _ESTABLISHED, _CLOSE_WAIT, _TIME_WAIT):
-                # One that its client has closed counts while the serve may work on it: once it is accepted.
-                opened += is_local and (state == _ESTABLISHED or (state == _CLOSE_WAIT and inode != 0))
-                if state == _TIME_WAIT:
-                    closed.add(other.hex())
-            return opened, closed
-
-        def reserve_port(host: str, port: int) -> Tuple[Any, int]:
-            """`(socket, port)`: the port (0: any free one) is held for the serve until the socket is closed.
-
-            The socket is bound and does not listen: a plain bind of another program fails, a
-            connection is refused, and the serve, which sets SO_REUSEADDR as servers do, can still
-            listen. Another program that sets it too can as well: who_listens() is the proof.
-            """
-            sock = _bound_socket(socket.socket, host, port, reuse=True)
-            return sock, int(sock.getsockname()[1])
+                        continue
+                    left.pop(target[8:-1], None)  # socket:[INODE]
+            except OSError as error:
+                return error.errno not in (errno.EACCES, errno.EPERM)
+            return True
 
     else:  # pragma: no cover - macOS and other POSIX: checked by mypy and by tests with injected calls
 
-        def _libproc() -> Any:
-            return ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
-
-        def _info(kind: int, pid: int, size: int) -> bytes:
-            """proc_pidinfo() of libproc, sys/proc_info.h; empty if there is no such process."""
-            buffer = ctypes.create_string_buffer(size)
-            libproc = ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
-            return buffer.raw if libproc.proc_pidinfo(pid, kind, ctypes.c_uint64(0), buffer, size) == size else b""
-
         def this_place() -> str:
-            boot = _run_tool("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid").strip()[:8]
-            return "%s:%s:0" % (_machine_id(), boot)
+            return "%s:%s:0" % (_machine_id(), _run_tool("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid").strip()[:8])
 
         def look_at(pid: int) -> Optional[Process]:
-            """The process with this pid; None if there is none, or a zombie."""
+            """The process with this pid; None if there is none, or a zombie.
+
+            By proc_pidinfo() of libproc, which knows no zombies; `ps` does, and is all there is where ctypes is not.
+            """
             try:
-                info = _info(3, pid, 136)  # PROC_PIDTBSDINFO
-            except (OSError, AttributeError):
-                info = b""
-            if info:
+                info = ctypes.create_string_buffer(136)  # struct proc_bsdinfo of sys/proc_info.h
+                libproc = ctypes.CDLL("/usr/lib/libproc.dylib")
+                size = libproc.proc_pidinfo(pid, 3, ctypes.c_uint64(0), info, 136)  # PROC_PIDTBSDINFO
+            except (OSError, AttributeError, ImportError):
+                size = 0
+            if size == 136:
                 status, parent, uid = (struct.unpack_from("=I", info, at)[0] for at in (4, 16, 20))
                 seconds, micros = struct.unpack_from("=QQ", info, 120)
                 start = seconds * 1000000 + micros
                 return None if status == 5 else Process(str(start), start / 1e6, uid, parent)  # SZOMB
-            # libproc knows no zombies; `ps` does.
             found = _answers_signals(pid)
-            return None if found and _run_tool("/bin/ps", "-o", "state=", "-p", str(pid)).strip().startswith("Z") else found
+            return None if found and _ps("state", "-p", str(pid)).startswith("Z") else found
 
         def shares_network(_pid: int) -> bool:
             """There are no network namespaces."""
             return True
 
         def command_line(pid: int) -> Optional[List[str]]:
-            return _run_tool("/bin/ps", "-ww", "-o", "command=", "-p", str(pid)).split() or None
+            return _ps("command", "-ww", "-p", str(pid)).split() or None
 
-        def group_members(pgid: int) -> List[int]:
-            pids = (ctypes.c_int32 * 4096)()
-            size = _libproc().proc_listpids(2, pgid, pids, ctypes.sizeof(pids))  # PROC_PGRP_ONLY
-            return [pid for pid in pids[: max(0, size) // 4] if pid and process_start(pid) is not None]
+        def group_members(group: int) -> List[int]:
+            rows = [row.split() for row in _ps("pid,pgid,state", "-ax").splitlines()]
+            return [int(row[0]) for row in rows if len(row) > 2 and row[1] == str(group) and not row[2].startswith("Z")]
 
         def rss_bytes(pids: Sequence[int]) -> Optional[int]:
-            infos = filter(None, (_info(4, pid, 96) for pid in pids))  # PROC_PIDTASKINFO
-            return sum(struct.unpack_from("=Q", info, 8)[0] for info in infos) or None
+            sizes = _ps("rss", "-p", ",".join(map(str, pids))).split()
+            return 1024 * sum(int(size) for size in sizes if size.isdigit()) or None
 
-        def watch_folder(folder: str) -> int:
-            return -1
+        def free_memory() -> Optional[int]:
+            """Free, inactive, speculative and purgeable pages, as vm_stat(1) counts them."""
+            pages, size = 0, 0
+            for line in _run_tool("/usr/bin/vm_stat").splitlines():
+                name, _, value = line.partition(":")
+                if "page size of" in value:
+                    size = int(value.partition("page size of")[2].split()[0])
+                elif name in ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable"):
+                    pages += int(value.strip().rstrip("."))
+            return pages * size or None
+
+        def _ps(columns: str, *which: str) -> str:
+            """These columns, without a line of names, of the processes that the options choose."""
+            names = [part for column in columns.split(",") for part in ("-o", column + "=")]
+            return _run_tool("/bin/ps", *names, *which).strip()
 
         def _run_tool(*argv: str) -> str:
             null = subprocess.DEVNULL
@@ -1771,28 +1903,57 @@ else:
                 done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=null, stderr=null, timeout=10, check=False)
             except (OSError, subprocess.SubprocessError):
                 return ""
-            return done.stdout.decode("ascii", "replace")
+            return done.stdout.decode("utf-8", "replace")
 
         def who_listens(host: str, port: int, pid: int) -> str:
-            """Whether all that listens on the port belongs to PID's process group, as far as `lsof` sees."""
+            """Whether it is PID's process group that listens on the port, as far as `lsof` shows: not another user's."""
             if not _accepts_connections(host, port):
                 return NOBODY
-            listeners = _run_tool("lsof", "-nP", "-t", "-iTCP:%d" % port, "-sTCP:LISTEN").split()
+            listeners = _run_tool("/usr/sbin/lsof", "-nP", "-t", "-iTCP:%d" % port, "-sTCP:LISTEN").split()
             if not listeners:
-                return UNKNOWN  # perhaps another user's process, which lsof does not show
-            members = {str(member) for member in [pid, *group_members(group_of(pid))]}
-            return OURS if set(listeners) <= members else STRANGER
-
-        def connections_to(host: str, port: int) -> Tuple[int, Set[str]]:
-            rows = _netstat_rows(_run_tool("netstat", "-an", "-p", "tcp"), port)
-            return (sum(row[0] == "ESTABLISHED" for row in rows), {row[1] for row in rows if row[0] == "TIME_WAIT"})
-
-        def reserve_port(host: str, port: int) -> Tuple[Any, int]:
-            with _bound_socket(socket.socket, host, port) as sock:
-                return None, int(sock.getsockname()[1])
+                return UNKNOWN
+            return OURS if {str(member) for member in [pid, *group_members(group_of(pid))]} & set(listeners) else STRANGER
 
 
 _stop_signals: List[int] = []
+_waker: List[socket.socket] = []  # what wait_for_event() reads, and where signals and wake_up() write
+
+
+def watch_signals() -> None:
+    """For a process of our own: from a clean slate, what asks it to stop is noted, and wait_for_event() works."""
+    _waker.extend(socket.socketpair())
+    for end in _waker:
+        end.setblocking(False)
+    signal.set_wakeup_fd(_waker[1].fileno(), warn_on_full_buffer=False)
+    reset_signals()
+    for number in (signal.SIGINT, *stop_signals()):
+        signal.signal(number, _note_stop)
+
+
+def _note_stop(number: int, _frame: Any) -> None:
+    _stop_signals.append(number)
+
+
+def was_asked_to_stop() -> bool:
+    return _stop_signals != []
+
+
+def wait_for_event(timeout: float) -> None:
+    """Wait for a signal, a child's end or a wake_up(), `timeout` seconds at most. After watch_signals() only."""
+    if select.select(_waker[:1], [], [], max(0.0, timeout))[0]:
+        try:
+            _waker[0].recv(4096)
+        except BlockingIOError:
+            pass
+
+
+def wake_up() -> None:
+    """End the wait_for_event() of the main thread, or its next one. From any thread; nothing where nobody waits."""
+    try:
+        for end in _waker[1:]:
+            end.send(b"\0")
+    except BlockingIOError:
+        pass  # it has been woken already
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = float("inf"), pause: float = 0.02, wait: Any = None) -> Any:
@@ -1813,77 +1974,26 @@ def _accepts_connections(host: str, port: int) -> bool:
     return True
 
 
-def _note_stop(number: int, _frame: Any) -> None:
-    _stop_signals.append(number)
-
-
-def was_asked_to_stop() -> bool:
-    return _stop_signals != []
-
-
-def _wakeup() -> Any:
-    """The two ends of a socket that ends wait_for_event()."""
-    if not _wakeup_ends:
-        _wakeup_ends.extend(socket.socketpair())
-        for end in _wakeup_ends:
-            end.setblocking(False)
-    return _wakeup_ends
-
-
-_wakeup_ends: List[Any] = []
-
-
-def wake_up() -> None:
-    """End the main thread's wait_for_event()."""
-    try:
-        _wakeup()[1].send(b".")
-    except OSError:
-        pass
-
-
-def wait_for_event(timeout: float) -> None:
-    """Wait for a signal (a child's end, a request to stop) or for wake_up(), `timeout` seconds at most."""
-    if select.select([_wakeup()[0]], [], [], max(0.0, timeout))[0]:
-        try:
-            _wakeup()[0].recv(4096)
-        except OSError:
-            pass
-
-
-def free_memory() -> Optional[int]:
-    """Bytes that a new process could have; None where that cannot be told."""
-    for line in _read_text("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def lookup_name(host: str) -> Any:
     """The host as socket functions take it without loading the tables of IDNA: 2 ms, 0.4 MB, and a lock
     that a fork may find held."""
     return host.encode() if host.isascii() else host
 
 
-def _bound_socket(make_socket: Any, host: str, port: int, reuse: bool = False) -> Any:
-    """A socket bound to host and port; PortAllocationFailedError with what to do if that cannot be."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(lookup_name(host), port, type=socket.SOCK_STREAM)[0]
-        sock = make_socket(family, kind, proto)
-        try:
-            if reuse:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    except OSError as error:
-        if port and error.errno in (errno.EADDRINUSE, errno.EACCES):
-            why = "is taken by another program" if error.errno == errno.EADDRINUSE else "needs privileges"
-            text = "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why)
-        else:
-            text = "No port could be had on %s: %s." % (host, error.strerror or error)
-        raise PortAllocationFailedError(text) from None
+def find_on_path(name: str, path: Optional[str] = None) -> Optional[str]:
+    """Where a command is on PATH (this process's, unless another is given); None if nowhere, or if it is a path itself.
+
+    Only absolute folders count: whose files would be in the others depends on where we are. So it is on Windows too,
+    where the system looks into the working folder first.
+    """
+    path = os.environ.get("PATH", os.defpath) if path is None else path
+    for folder in path.split(os.pathsep) if name and not os.path.dirname(name) else []:
+        for ending in ENDINGS if os.path.isabs(folder) else ():
+            found = os.path.join(folder, name + ending)
+            # On Windows every file passes for executable, one without an ending too: npm's shims for other shells.
+            if os.path.isfile(found) and os.access(found, os.X_OK) and (len(ENDINGS) == 1 or os.path.splitext(found)[1]):
+                return found
+    return None
 
 
 _places: Dict[int, str] = {}
@@ -1967,45 +2077,61 @@ def parent_is_gone(original: int, current: int) -> bool:
 
 def runner_environ() -> Dict[str, str]:
     """What runner and serve inherit: all of the first caller's environment but the key of another serve (see
-    Qvac.environ, which has it under both names)."""
+    Qvac.environ, which has it under both names). What PyInstaller makes is to unpack itself anew, not to use what
+    belongs to the caller."""
     key, names = os.environ.get("QVAC_API_KEY"), ("QVAC_API_KEY", "OPENAI_API_KEY")
-    return {name: value for name, value in os.environ.items() if name not in names or value != key}
+    environ = {name: value for name, value in os.environ.items() if name not in names or value != key}
+    return {**environ, "PYINSTALLER_RESET_ENVIRONMENT": "1"} if getattr(sys, "frozen", False) else environ
 
 
 _THIS_FILE = os.path.abspath(__file__)  # now: the program may change its folder
+_freezing: List[bool] = []  # freeze_support() was called
+
+
+def freeze_support() -> None:
+    """The first call of a frozen program (PyInstaller and the like) that uses managed mode: in the processes that this
+    file starts, which are that program again, it does their work and does not return. Elsewhere it does nothing."""
+    _freezing.append(True)
+    if sys.argv[1:2] == ["--reexecuted"]:
+        sys.exit(_reexecuted(sys.argv[2:]))
 
 
 def reexec_argv(*args: str, detach: bool = False, pycache: str = "") -> List[str]:
     """The command that runs this very file in another interpreter (`_reexecuted` gets the arguments).
 
-    With `detach` the interpreter forks as early as can be and goes on in the child, in a session of
-    its own. Raises ServeSpawnFailedError where there is no interpreter: in an embedded or frozen Python.
+    With `detach` the interpreter forks as early as can be and goes on in the child, in a session of its own. `pycache`:
+    where its compiled code may lie, a folder that is this user's alone. Raises ServeSpawnFailedError where there is no
+    interpreter to be found.
     """
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise ServeSpawnFailedError(
-            "Managed mode re-executes this module with sys.executable, which is %s here: run it from an ordinary "
-            "Python, or start `qvac serve --openai` yourself and use external mode."
-            % ("a frozen program" if sys.executable else "empty"))  # fmt: skip
-    folder, name = os.path.split(_THIS_FILE)
-    stem, extension = os.path.splitext(name)
+    if getattr(sys, "frozen", False):
+        if not _freezing:
+            raise ServeSpawnFailedError(
+                "A frozen program has no interpreter for managed mode: let it call qvac_managed.freeze_support() "
+                "before anything else, or start `qvac serve --openai` yourself and use external mode.")  # fmt: skip
+        return [sys.executable, "--reexecuted", *(["--detach"] if detach else []), *args]
     flags = ["-I", "-S"] + (["-B"] if sys.dont_write_bytecode else [])
-    if extension not in (".py", ".pyc") or not stem.isidentifier() or stem == "__main__" or _is_of_python(stem):
-        script = _THIS_FILE if os.path.isfile(_THIS_FILE) else folder  # a zip that is run by its __main__.py
-        return [sys.executable, *flags, script, "--reexecuted", *(["--detach"] if detach else []), *args]
-    boot = _BOOT % (_BOOT_IMPORT, _BOOT_DETACH if detach else "0")
-    return [sys.executable, *flags, "-c", boot, folder, stem, *args]
+    return [interpreter(), *flags, "-c", _BOOT, _THIS_FILE, pycache, "detach" if detach else "", *args]
 
 
-def _is_of_python(name: str) -> bool:
-    """Whether an import of that name gives a module of Python's own in place of this file, copied as types.py."""
-    import _imp
+def interpreter() -> str:
+    """An interpreter like this one: what this process runs in, unless that is a program with Python inside.
 
-    if name in sys.builtin_module_names or _imp.is_frozen(name):
-        return True
-    path = getattr(sys.modules.get(name), "__file__", None)
-    if name not in sys.modules or path == _THIS_FILE:
-        return False
-    return path is None or path.startswith(os.path.dirname(os.__file__) + os.sep)
+    Raises ServeSpawnFailedError if there is none.
+    """
+    if sys.implementation.name == "pypy":
+        raise ServeSpawnFailedError("PyPy cannot start processes as managed mode does: use CPython, or external mode.")
+    # In a virtual environment of Windows, python.exe is a process that only waits for the one it starts.
+    base = getattr(sys, "_base_executable", "")
+    likely = [base, sys.executable] if len(ENDINGS) > 1 else [sys.executable, base]
+    prefixes = dict.fromkeys((sys.exec_prefix, sys.base_exec_prefix))
+    likely += [os.path.join(prefix, *name.split("/")) for prefix in prefixes for name in PYTHON_NAMES]
+    for path in [*likely, find_on_path("python%d.%d" % sys.version_info[:2])]:
+        name = os.path.basename(path or "").lower()
+        if path and os.path.isabs(path) and name.startswith(("python", "pypy", "graalpy")) and os.access(path, os.X_OK):
+            return path
+    raise ServeSpawnFailedError(
+        "No Python interpreter found for the runner (sys.executable is %r, and there is no python%d.%d on PATH): use "
+        "external mode, with `qvac serve --openai` started by yourself." % (sys.executable, *sys.version_info[:2]))  # fmt: skip
 
 
 # ==================================================================================================
@@ -2049,6 +2175,14 @@ def managed_serves_dir() -> str:
     if not os.path.isabs(chosen):
         raise RegistryError("QVAC_MANAGED_DIR is %r: it has to be an absolute path." % chosen)
     return chosen.rstrip(os.sep) or os.sep
+
+
+def pycache_folder() -> str:
+    """Where the bytecode of the re-executed file lies, where nobody else can put any; "" without a home."""
+    try:
+        return os.path.join(managed_serves_dir(), "pycache")
+    except RegistryError:
+        return ""
 
 
 def record_path(key: str) -> str:
@@ -2108,11 +2242,12 @@ def ensure_own_folder(folder: str, advice: str) -> None:
             _make_private_folders(folder)
             put_right(folder, 0o700)
             status = os.lstat(folder)
-            is_own = _is_directory(status) and is_ours(status)
-            why = exposure(folder) if is_own else "not a folder of your own: remove it"
-            if status.st_mode & 0o1000 and status.st_mode & 0o022:  # as /tmp is
-                why = "for all users"
-            why = why and "%s is %s (owner %d, mode %04o)" % (folder, why, status.st_uid, status.st_mode & 0o7777)
+            is_for_all = status.st_mode & 0o1000 and status.st_mode & 0o022  # as /tmp is
+            if _is_directory(status) and is_ours(status) and not is_for_all:
+                why = untrusted(folder)  # for its mode, where none can be put right
+            else:
+                kind = "for all users" if is_for_all else "not a folder of your own: remove it"
+                why = "%s is %s (owner %d, mode %04o)" % (folder, kind, status.st_uid, status.st_mode & 0o7777)
     except OSError as error:
         raise _registry_trouble("use", folder, error) from None
     if why:
@@ -2126,7 +2261,7 @@ def put_right(folder: str, keep: int) -> None:
     """
     fd = -1
     try:
-        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | NOFOLLOW | CLOEXEC)
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0))
         status = os.fstat(fd)
         mode = (status.st_mode | 0o700) & (0o6000 | keep)
         if is_ours(status) and mode != status.st_mode & 0o7777 and not status.st_mode & 0o1000:
@@ -2209,7 +2344,7 @@ def _registry_trouble(verb: str, path: str, error: OSError) -> RegistryError:
 def _read_registry_file(path: str) -> Optional[Tuple[bytes, os.stat_result]]:
     """Content and status of a file that is regular, ours, no link and not over 64 kB; else None."""
     try:
-        fd = os.open(path, os.O_RDONLY | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY)
+        fd = open_file(path, os.O_RDONLY)
     except ValueError:  # a record's path to its config may be none that a system has
         return None
     except OSError as error:
@@ -2234,7 +2369,7 @@ def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
     file must not exist yet (FileExistsError), and a reader may see it before its content is complete.
     """
     target = "%s.%d.%s.tmp" % (path, os.getpid(), os.urandom(4).hex()) if replace else path
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW | CLOEXEC | BINARY, 0o600)
+    fd = open_file(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         try:
             make_private(fd)  # whatever the umask
@@ -2542,7 +2677,7 @@ def alive_state(folder: str) -> str:
     fds: List[int] = []
     try:
         fds.append(_open_alive(folder))
-        if not wait_until(lambda: lock_fd(fds[0]), 0.005, 0.001):  # another that looks has it for an instant
+        if not wait_until(lambda: lock_fd(fds[0]), 0.05, 0.001):  # others that look have it for an instant
             return ALIVE
         fds.append(_open_alive(folder))
         state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
@@ -2557,7 +2692,7 @@ def alive_state(folder: str) -> str:
 
 def _open_alive(folder: str, flags: int = 0) -> int:
     path = os.path.join(folder, ALIVE_NAME)
-    return os.open(path, os.O_RDWR | flags | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY, 0o600)
+    return open_file(path, os.O_RDWR | flags)
 
 
 def write_record(record: ServeRecord) -> Any:
@@ -2634,7 +2769,8 @@ def remove_dead_consumers(key: str) -> None:
 def live_consumers(key: str) -> List[int]:
     """The pids of the live consumers, one for each marker; markers of dead processes are removed.
 
-    A marker from another machine or pid namespace is neither counted nor removed.
+    A marker from another machine or pid namespace is not counted, and removed only once no serve of that place has
+    the key any more: who wrote it has died with it, or comes again when he makes a request.
     """
     return [int(name.partition(".")[0]) for name in _live_markers(key)]
 
@@ -2642,7 +2778,7 @@ def live_consumers(key: str) -> List[int]:
 def _live_markers(key: str) -> List[str]:
     live, folder = [], consumers_dir(key)
     for name in _listdir_own(folder):
-        verdict = _judge_marker(os.path.join(folder, name), name)
+        verdict = _judge_marker(key, os.path.join(folder, name), name)
         if verdict == ALIVE:
             live.append(name)
         elif verdict == DEAD:
@@ -2650,7 +2786,7 @@ def _live_markers(key: str) -> List[str]:
     return live
 
 
-def _judge_marker(path: str, name: str) -> str:
+def _judge_marker(key: str, path: str, name: str) -> str:
     digits = name.partition(".")[0]
     found = _read_registry_file(path)
     if not digits.isdigit() or len(digits) > 10 or found is None or not digits.isascii():
@@ -2658,7 +2794,11 @@ def _judge_marker(path: str, name: str) -> str:
         return DEAD if found is not None else FOREIGN
     words = found[0].decode("ascii", "replace").split()
     if len(words) == 2:
-        return judge_process(int(digits), words[0], words[1])
+        verdict = judge_process(int(digits), words[0], words[1])
+        if verdict == FOREIGN and _heartbeat_age(found[1].st_mtime) > FOREIGN_STALE:
+            record = _read_any_record(key)
+            return FOREIGN if record is not None and record.place == words[1] else DEAD
+        return verdict
     return judge_bare_pid(int(digits), found[1].st_mtime, found[1].st_uid)
 
 
@@ -2683,7 +2823,7 @@ class guard:
         _let_go_of_guard()
         path = os.path.join(ensure_managed_serves_dir(), "registry.guard")
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW | CLOEXEC | NONBLOCK, 0o600)
+            self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise _registry_trouble("open", path, error) from None
         _guards[_thread.get_ident()] = self
@@ -2857,7 +2997,7 @@ def _move_stale_lock_away(key: str, judged: Any) -> bool:
     path = lock_path(key)
     aside = "%s.%d.%s.stale" % (path, os.getpid(), os.urandom(4).hex())
     try:
-        os.rename(path, aside)
+        replace_file(path, aside)
     except FileNotFoundError:
         return True
     except OSError as error:
@@ -3229,7 +3369,7 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
     if serve_bin_path == ECHO:
         if "run_echo_serve" not in globals():
             raise CliNotFoundError("The echo serve is not in this copy of the file, which ends with the library.")
-        return reexec_argv("echo")
+        return reexec_argv("echo", pycache=pycache_folder())
     for name, chosen in (("serve_bin_path", serve_bin_path), ("QVAC_BIN", os.environ.get("QVAC_BIN"))):
         if chosen:
             try:
@@ -3339,10 +3479,13 @@ def serve_path(command: Sequence[str]) -> str:
 
 def allocate_free_port(host: str) -> int:
     """A port that was free a moment ago. PortAllocationFailedError if there is none."""
-    sock, port = reserve_port(host, 0)
-    if sock is not None:
-        sock.close()
-    return port
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(lookup_name(host), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as sock:
+            sock.bind(address)
+            return int(sock.getsockname()[1])
+    except OSError as error:
+        raise PortAllocationFailedError("No port could be had on %s: %s." % (host, error.strerror or error)) from None
 
 
 def open_log(key: str) -> int:
@@ -3350,7 +3493,7 @@ def open_log(key: str) -> int:
     path = log_path(key)
     ensure_managed_serves_dir()
     try:
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NOFOLLOW | NONBLOCK | CLOEXEC | BINARY, 0o600)
+        fd = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     except OSError as error:
         raise _registry_trouble("open", path, error) from None
     status = os.fstat(fd)
@@ -3373,7 +3516,7 @@ def cut_log(fd: int) -> None:
     """Keep the newest quarter of a log that has grown too large; what is written meanwhile may be lost."""
     if os.fstat(fd).st_size > MAX_LOG_BYTES:
         newest = read_log(fd, 0, MAX_LOG_BYTES // 4)
-        os.ftruncate(fd, 0)
+        empty_file(fd)
         os.write(fd, newest[newest.find(b"\n", 0, TAIL_CHARS) + 1 :])
 
 
@@ -4868,7 +5011,6 @@ def _run_runner() -> int:
     params, report_fd = report_channel()
     watch_signals()
     neutral_limits()
-    os.umask(0o077)  # the worker's socket is private by nothing else
     os.chdir(os.path.abspath(os.sep))
     found = _strict_json(params)
     return _Runner(found, report_fd).run() if isinstance(found, dict) else 1
@@ -5493,6 +5635,7 @@ class _Resolver:
         for path in changed:
             _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.", path, self.key, self.key)
         self._report(Progress("ready", time.monotonic() - self._began, None, None))
+        record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
         base_url = base_url_of(facts["address"], record.port)
         return _Target(base_url, record.api_key, record, reused=not self._starts)
 
@@ -5501,11 +5644,14 @@ class _Resolver:
 
     def _stop_if_unused(self) -> None:
         """What this resolution has started is stopped, ready or not, unless others wait for it. Its KEY.error goes
-        too: nobody is left to read it."""
+        too: nobody is left to read it. A runner that fails has told us before it is at its own end."""
         try:
             if not live_consumers(self.key):
                 stop_serve(self.key)
-                _unlink(error_path(self.key))
+                wait_until(lambda: not os.path.lexists(lock_path(self.key)) or live_consumers(self.key), STOP_GRACE)
+                if not os.path.lexists(lock_path(self.key)):
+                    _unlink(error_path(self.key))
+                    _rmdir(consumers_dir(self.key))
         except (OSError, RegistryError):
             pass
 
@@ -5536,8 +5682,8 @@ class _Resolver:
                 data, ended = channel.read(min(0.25, max(0.0, deadline - time.monotonic())))
                 heard += data
                 if time.monotonic() > deadline:
-                    raise ServeSpawnFailedError("%s gives no sign of life as a runner. %s" % (
-                        sys.executable, _INTERPRETER_HINT))  # fmt: skip
+                    raise ServeSpawnFailedError("%s gives no sign of life as a runner: run this with an ordinary Python." % (
+                        interpreter()))  # fmt: skip
             report = _strict_json(heard.partition(b"\n")[0])
             if not isinstance(report, dict):
                 raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), log_start))
@@ -5596,14 +5742,6 @@ def _new_api_key() -> str:
     import base64
 
     return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
-
-
-_INTERPRETER_HINT = "Run this with an ordinary Python."
-
-
-def pycache_folder() -> str:
-    """Where the bytecode of the re-executed file lies: where nobody else can put any."""
-    return os.path.join(managed_serves_dir(), "pycache")
 
 
 def _started_runner(log_fd: int, params: bytes) -> RunnerChannel:
@@ -6488,10 +6626,10 @@ vla - 1981051936:SMOLVLA_LIBERO_VISION_Q8 3929675872:PI05_BASE_Q_AGGRESSIVE
 
 
 def _reexecuted(argv: List[str]) -> int:
-    """Entry of the processes that are this file again: `runner PARAMS` and `echo ARGUMENTS...`."""
+    """Entry of the processes that are this file again: `runner` and `echo ARGUMENTS...`."""
     if argv[0] == "--detach":
-        detach()
         argv = argv[1:]
+        detach_frozen(argv)
     if argv[0] == "echo":
         return run_echo_serve(argv[1:])
     return _run_runner()
@@ -8920,7 +9058,7 @@ def _do_demo(args: Any) -> int:
         _out(f"{time.monotonic() - began:5.1f} s  {text}")
 
     def files() -> List[str]:
-        return [name for name in sorted(os.listdir(folder)) if not name.endswith((".log", ".guard"))]
+        return [name for name in sorted(os.listdir(folder)) if not name.endswith((".log", ".guard", "pycache"))]
 
     try:
         say(f"asking for {_SAMPLE_MODEL} on the built-in echo serve: no model is loaded")
@@ -9060,6 +9198,5 @@ def _example(text: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--reexecuted"]:
-        sys.exit(_reexecuted(sys.argv[2:]))
+    freeze_support()
     sys.exit(main())
