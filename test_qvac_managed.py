@@ -6439,6 +6439,7 @@ class OrphanCase(LifeCase):
         self.dead_pid = dead.pid
         self.canary = self.python("sys.stdin.read()")
         self.counted = 0
+        self.configs: Dict[int, str] = {}  # of the orphans, by pid: their command lines name them
 
     def new_key(self) -> str:
         self.counted += 1
@@ -6448,6 +6449,8 @@ class OrphanCase(LifeCase):
         """A record with true identities; its serve's folder is made too."""
         runner_pid = runner_pid or self.dead_pid
         folder = os.path.join(self.folder, "%s.abcd.d" % key)
+        if serve_pid in self.configs:
+            fields.setdefault("config_path", self.configs[serve_pid])
         if "config_path" not in fields:
             q.ensure_managed_serves_dir()
             os.makedirs(folder, exist_ok=True)
@@ -6463,7 +6466,7 @@ class OrphanCase(LifeCase):
         return self.write(key + ".json", q._encode_record(q.ServeRecord(**facts)))
 
     def orphan(self, **knobs: Any) -> Any:
-        """A fake serve without a runner: its process and its port."""
+        """A fake serve as a provider's runner starts it, without a runner: its process and its port."""
         config, key = os.path.join(self.home, "config.json"), os.path.join(self.home, "key")
         with open(config, "w") as file:
             json.dump({"serve": {"models": {MODEL: {"preload": True}}}}, file)
@@ -6471,8 +6474,10 @@ class OrphanCase(LifeCase):
             file.write("key")
         listened = len(self.fake_events("listen"))
         port = q.allocate_free_port("127.0.0.1")
-        argv = q.serve_argv([self.fake(**knobs)], config, "127.0.0.1", port, ["--api-key-file", key])
+        argv = [self.fake(**knobs), "serve", "--openai", "--no-default", "--config", config, "--port", str(port),
+                "--host", "127.0.0.1", "--api-key-file", key]  # fmt: skip
         child = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.configs[child.pid] = config
         self.addCleanup(self._end_child, child)
         wait_until(lambda: len(self.fake_events("listen")) > listened)
         return child, port
@@ -6601,7 +6606,7 @@ class LeftoverTest(OrphanCase):
         self.assertIn(key + ".lock", self.files(), "it may be young: whoever wants the serve steals it at once")
         os.utime(os.path.join(self.folder, key + ".lock"), (time.time() - 2 * q.LEFTOVER_STALE,) * 2)
         q.sweep_serves()
-        self.assertEqual([held + ".abcd.d", held + ".consumers", held + ".error", held + ".lock"], self.files())
+        self.assertEqual([held + ".consumers", held + ".error", held + ".lock"], self.files(), "nobody holds its folder")
 
     def test_what_a_running_serve_needs_is_not_swept_however_old(self) -> None:
         client = self.create()
