@@ -9028,7 +9028,7 @@ class CommandLineCase(unittest.TestCase):
     def left_behind(self):
         if not os.path.isdir(self.registry):
             return []
-        return [name for name in os.listdir(self.registry) if not name.endswith((".log", ".guard"))]
+        return [name for name in os.listdir(self.registry) if not name.endswith((".log", ".guard", "pycache"))]
 
     def assert_nothing_left(self):
         wait_for(lambda: not self.left_behind(), "the registry is empty")
