@@ -4557,6 +4557,7 @@ class _Runner:
         self.sizes: Dict[str, int] = {}  # of the model files, while a start is looked at
         self.first_sizes: Dict[str, int] = {}
         self.failure: Optional[BaseException] = None
+        self.stopped: Optional[ServeStoppedError] = None  # on purpose: who waits for it is not to start another
         self.called_off = self.is_to_sleep = False
         self.trouble = ""
 
@@ -4647,15 +4648,16 @@ class _Runner:
                     self.record_version = None  # to be published again
             if "do" in query:
                 by = bytes.fromhex(query.get("by", "")).decode("utf-8", "replace")
-                self.log("told to %s by %s" % (clean_text(query["do"]), _shorten(clean_text(by), 100) or "a client"))
-                self.obey(query["do"])
+                by = _shorten(clean_text(by), 100) or "a client"
+                self.log("told to %s by %s" % (clean_text(query["do"]), by))
+                self.obey(query["do"], by)
         if was_asked_to_stop() and self.state != "stopping":
             self.log("told to stop by a signal")
-            self.state = "stopping"
+            self.obey("stop", "a signal")
 
-    def obey(self, word: str) -> None:
+    def obey(self, word: str, by: str) -> None:
         if word == "stop":
-            self.state = "stopping"
+            self.state, self.stopped = "stopping", ServeStoppedError(by)
         elif word == "sleep":
             self.is_to_sleep = True
         elif word == "restart" and self.state in ("ready", "asleep"):
@@ -4993,7 +4995,7 @@ class _Runner:
         """
         report = {"superseded": True} if self.failure is None else _error_to_json(self.failure)
         steps: List[Callable[[], Any]] = [
-            self.keep_spawners_out, lambda: self.front.stop(report if self.failure else None), self.withdraw,
+            self.keep_spawners_out, lambda: self.front.stop(self.last_word()), self.withdraw,
             self.stop_serve, self.remove_folder, lambda: self.leave_error(report), lambda: release_lock(self.key),
             lambda: self.tell(report)]  # fmt: skip
         if self.home_is_gone():
@@ -5006,6 +5008,11 @@ class _Runner:
         self.log("runner ends%s" % (": " + str(self.failure).split("\n")[0] if self.failure else ""))
         if is_private_key(self.key) and self.failure is None:
             _unlink(log_path(self.key))
+
+    def last_word(self) -> Optional[Dict[str, Any]]:
+        """For those who wait in a status request."""
+        error = self.failure or self.stopped
+        return _error_to_json(error) if error else None
 
     def keep_spawners_out(self) -> None:
         """Who comes while the serve ends waits for its end: a large model twice is too much for many machines."""

@@ -11000,9 +11000,10 @@ def _run_in_processes(names: List[str], jobs: int) -> int:
 
 def run_tests(argv: List[str]) -> int:
     jobs = max(4, 3 * (os.cpu_count() or 1))  # most of the time they wait
+    argv = " ".join(argv).replace("-j ", "-j").split()  # `-j 2` is `-j2`
     names = [arg for arg in argv if not arg.startswith("-")]
     for arg in argv:
-        if arg.startswith("-j"):
+        if arg.startswith("-j") and arg[2:].isdigit():
             jobs = int(arg[2:])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, and children would too
     loader, module = unittest.defaultTestLoader, sys.modules[__name__]
