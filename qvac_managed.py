@@ -904,7 +904,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         return os.path.expanduser("~")
 
     def look_at(pid: int) -> Optional[Process]:
-        """The process with this pid; None if there is none. An ended one stays as long as anybody has a handle on it."""
+        """The process with this pid; None if there is none. One that has ended stays while somebody has its handle."""
         def ask(kernel32: Any, handle: Any) -> Optional[Process]:
             code, times = wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
             if kernel32.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value != 259:  # STILL_ACTIVE
@@ -1043,8 +1043,9 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
             # Ctrl-Break reaches only who shares the sender's console: the runner's, which has no window. A frozen one
             # may have no console to share, and its serve would open one with a window.
             self._kernel32, suspended = _kernel32(), 0x4  # in the job before it can start anything
+            self._has_console = bool(self._kernel32.GetConsoleCP())
             flags = subprocess.CREATE_NEW_PROCESS_GROUP | suspended
-            flags |= 0 if self._kernel32.GetConsoleCP() else subprocess.CREATE_NO_WINDOW
+            flags |= 0 if self._has_console else subprocess.CREATE_NO_WINDOW
             command = [find_on_path(argv[0], environ.get("PATH")) or argv[0], *argv[1:]]
             self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
                                            creationflags=flags, env=dict(environ), cwd=folder)  # fmt: skip
@@ -1055,7 +1056,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
             limits = ctypes.create_string_buffer(144 if ctypes.sizeof(ctypes.c_void_p) == 8 else 112)
             struct.pack_into("=I", limits, 16, 0x2000)
             self._kernel32.SetInformationJobObject(self._job, 9, limits, len(limits))
-            self._is_in_job = bool(self._kernel32.AssignProcessToJobObject(self._job, handle))
+            self._kernel32.AssignProcessToJobObject(self._job, handle)
             ctypes.WinDLL("ntdll").NtResumeProcess(handle)
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
@@ -1065,18 +1066,15 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         def terminate(self) -> None:
             # A process group of its own ignores Ctrl-C, but not Ctrl-Break. Not by os.kill(), which before 3.12.8 goes
             # on to end the process if that fails.
-            if not self._kernel32.GenerateConsoleCtrlEvent(1, self.pid):
+            if not self._has_console or not self._kernel32.GenerateConsoleCtrlEvent(1, self.pid):
                 self._child.terminate()
 
         def group_is_empty(self) -> bool:
             facts = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION, class 1
-            if self._is_in_job and self._kernel32.QueryInformationJobObject(self._job, 1, facts, 48, None):
-                return bool(struct.unpack_from("=I", facts, 40)[0] == 0)  # ActiveProcesses
-            return self._child.poll() is not None
+            self._kernel32.QueryInformationJobObject(self._job, 1, facts, 48, None)
+            return bool(struct.unpack_from("=I", facts, 40)[0] == 0)  # ActiveProcesses
 
         def kill_group(self) -> None:
-            if not self._is_in_job:
-                kill_group_of(self.pid)
             self._kernel32.TerminateJobObject(self._job, 1)
 
         def check_watchdog(self) -> None:
@@ -1094,7 +1092,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         """Nothing is inherited but that Ctrl-C may be ignored."""
 
     def group_members(group: int) -> List[int]:
-        """The process and all that descend from it. A parent's pid may be a later process's: no child is older."""
+        """The process and all that descend from it. No child is older: its parent's pid may be a later process's."""
         pids = (wintypes.DWORD * 65536)()
         _kernel32().K32EnumProcesses(pids, ctypes.sizeof(pids), ctypes.byref(wintypes.DWORD()))
         known = {pid: found for pid in pids if pid for found in [look_at(pid)] if found and found.start}
@@ -1130,11 +1128,11 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
     def who_listens(host: str, port: int, pid: int) -> str:
         """By GetExtendedTcpTable (iphlpapi.h): PID, or what descends from it (a wrapper's child may be the one)."""
         found: Dict[bytes, Set[int]] = {}
-        # MIB_TCPROW_OWNER_PID: state, address, port, remote ...; MIB_TCP6ROW_OWNER_PID: address, scope, port, remote ...
+        # MIB_TCPROW_OWNER_PID: state, address, port, remote, owner; MIB_TCP6ROW_OWNER_PID: address, scope, port ...
         for family, start, row in ((2, _IPV4, struct.Struct("=4x4s2s10xI")), (23, b"", struct.Struct("=16s4x2s30xI"))):
-            table = ctypes.create_string_buffer(1 << 20)  # room for 18,000
+            table, size = ctypes.create_string_buffer(1 << 20), ctypes.c_ulong(1 << 20)  # room for 18,000
             code = ctypes.WinDLL("iphlpapi").GetExtendedTcpTable(
-                table, ctypes.byref(ctypes.c_ulong(len(table))), False, family, 3, 0)  # TCP_TABLE_OWNER_PID_LISTENER
+                table, ctypes.byref(size), False, family, 3, 0)  # TCP_TABLE_OWNER_PID_LISTENER
             if code and family == 2:
                 return UNKNOWN
             for index in range(0 if code else struct.unpack_from("<I", table)[0]):
@@ -1160,7 +1158,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         return bool(_kernel32().WaitForSingleObject(wintypes.HANDLE(handle), 0) == 0)  # WAIT_OBJECT_0
 
     def command_for(path: str) -> List[str]:
-        """Scripts by their interpreters; for npm's .cmd shims, whose arguments cannot be quoted safely, their script."""
+        """Scripts by their interpreters; for npm's .cmd shims, to which no argument can be quoted safely, their script."""
         shims = os.path.dirname(os.path.abspath(path))
         for modules in (os.path.join(shims, "node_modules"), os.path.dirname(shims)):
             script = os.path.join(modules, "@qvac", "cli", "dist", "index.js")
@@ -1222,7 +1220,7 @@ else:
         return _UNREADABLE
 
     def exposure(path: str) -> Optional[str]:
-        """In a sticky folder, as the temporary one is, nobody can rename what is another's. OSError if there is none."""
+        """In a sticky folder, as the temporary one is, nobody can rename what is another's. OSError if nothing is there."""
         info = os.lstat(path)
         kind, mode = info.st_mode & 0o170000, info.st_mode & 0o7777
         if info.st_uid not in (os.geteuid(), 0):
@@ -1303,7 +1301,7 @@ else:
             if sys.platform == "darwin":
                 self._socket.setsockopt(0xFFFF, 0x1022, 1)  # SOL_SOCKET, SO_NOSIGPIPE
                 self._socket.setsockopt(0xFFFF, socket.SO_SNDBUF, len(params) + 4096)  # it holds 8 kB
-            self._socket.settimeout(5.0)
+            self._socket.settimeout(2.0)
             try:
                 self._socket.sendall(params, getattr(socket, "MSG_NOSIGNAL", 0))
                 self._socket.shutdown(socket.SHUT_WR)
@@ -1359,8 +1357,8 @@ else:
         return params, fd
 
     # `sh`, leader of the group in which the serve is started, holding the reading end of a pipe whose only writing end
-    # is the runner's: when the runner is gone, however it ended, the read ends and the whole group is killed, the worker
-    # included. It stands before the serve does, and as long as it is not reaped the group's id is nobody else's.
+    # is the runner's: when the runner is gone, however it ended, the read ends and the whole group is killed.
+    # It stands before the serve does, and as long as it is not reaped the group's id is nobody else's.
     _WATCHDOG_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL 0'
 
     class ServeProcess:
@@ -1696,7 +1694,8 @@ else:
             listeners = _run_tool("/usr/sbin/lsof", "-nP", "-t", "-iTCP:%d" % port, "-sTCP:LISTEN").split()
             if not listeners:
                 return UNKNOWN
-            return OURS if {str(member) for member in [pid, *group_members(group_of(pid))]} & set(listeners) else STRANGER
+            members = {str(member) for member in [pid, *group_members(group_of(pid))]}
+            return OURS if members & set(listeners) else STRANGER
 
 
 _stop_signals: List[int] = []
@@ -1740,7 +1739,9 @@ def wake_up() -> None:
         pass  # it has been woken already
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = float("inf"), pause: float = 0.02, wait: Any = None) -> Any:
+def wait_until(
+    condition: Callable[[], Any], seconds: float = float("inf"), pause: float = 0.02, wait: Any = None
+) -> Any:
     """The condition's first true value, or its last false one once so many seconds are over."""
     deadline = time.monotonic() + seconds
     while True:
@@ -1892,8 +1893,8 @@ def reexec_argv(*args: str, detach: bool = False, pycache: str = "") -> List[str
     """
     if getattr(sys, "frozen", False):
         if not _freezing:
-            raise ServeSpawnFailedError("A frozen program has no interpreter for managed mode: let it call "
-                                        "qvac_managed.freeze_support() first of all, or use external mode.")  # fmt: skip
+            raise ServeSpawnFailedError("A frozen program has no interpreter to run managed mode: let it call "
+                                        "qvac_managed.freeze_support() first, or use external mode.")  # fmt: skip
         return [sys.executable, "--reexecuted", *(["--detach"] if detach else []), *args]
     flags = ["-I", "-S"] + (["-B"] if sys.dont_write_bytecode else [])
     has_fork = detach and sys.platform != "win32"
@@ -1916,8 +1917,8 @@ def interpreter() -> str:
         if is_python and os.path.isabs(path) and os.access(path, os.X_OK):
             return path
     raise ServeSpawnFailedError(
-        "No Python interpreter found for the runner (sys.executable is %r, and there is no python%d.%d on PATH): use "
-        "external mode, with `qvac serve --openai` started by yourself." % (sys.executable, *sys.version_info[:2]))  # fmt: skip
+        "No Python to run the runner with (sys.executable is %r, no python%d.%d on PATH): use external mode."
+        % (sys.executable, *sys.version_info[:2]))  # fmt: skip
 
 
 # ==================================================================================================
