@@ -739,13 +739,10 @@ def _js_number(number: float) -> str:
 #   ServeProcess(argv, environ, log_fd, folder)   the serve with all that it starts, which ends with this process
 #   neutral_limits()                undo what a caller's limits, niceness and umask would do to a shared serve
 #   reset_signals()                 undo what is inherited of blocked and ignored signals
-#   start_without_signals(start)    start a thread that is given none
 #   parent_handle()                 for parent_has_gone(handle)
 #   run_instead(argv, env)          become a command, or wait for it where that cannot be
 #   command_for(path)               how to start a found CLI
 #   CLI_NAMES PYTHON_NAMES ENDINGS  of the CLI's command, of an interpreter below its prefix, of commands on PATH
-#   quoted_word(text)               a word as it is typed at a prompt
-#   default_env_shell()             the shell that `env` writes for when nobody names one
 #   enable_ansi(stream)             whether escape sequences reach a person there; switches the console to them
 
 OURS, STRANGER, NOBODY, UNKNOWN = "ours", "stranger", "nobody", "unknown"  # who listens on a port
@@ -822,7 +819,7 @@ def _who_gets(host: str, port: int, listeners: Mapping[bytes, Set[Any]]) -> Set[
     return exact or (listeners.get(_ANY_IPV6, set()) if _accepts_connections(host, port) else set())
 
 
-# What holds wherever a bank does not say otherwise.
+# The same on all systems, or wherever a bank does not say otherwise.
 
 
 def command_line(pid: int) -> Optional[List[str]]:
@@ -864,6 +861,28 @@ def call_after_fork(function: Callable[[], None]) -> None:
     """In each child that this process forks."""
     if sys.platform != "win32":
         os.register_at_fork(after_in_child=function)
+
+
+def quoted_word(text: str) -> str:
+    """A word as it is typed at a prompt; on Windows as it is, for cmd and PowerShell quote differently."""
+    return text if sys.platform == "win32" else shlex.quote(text)
+
+
+def default_env_shell() -> str:
+    """The shell that `env` writes for when nobody names one."""
+    return "powershell" if sys.platform == "win32" else "sh"
+
+
+def start_without_signals(start: Callable[[], None]) -> None:
+    """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
+    closes, the kernel would give it the second, and the main thread would wait on without having seen it."""
+    if sys.platform == "win32":
+        return start()  # there all are the main thread's
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_signals() -> List[int]:
@@ -1158,7 +1177,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         return bool(_kernel32().WaitForSingleObject(wintypes.HANDLE(handle), 0) == 0)  # WAIT_OBJECT_0
 
     def command_for(path: str) -> List[str]:
-        """Scripts by their interpreters; for npm's .cmd shims, to which no argument can be quoted safely, their script."""
+        """Scripts by their interpreters; npm's .cmd shims, to which no argument can be passed safely, as their script."""
         shims = os.path.dirname(os.path.abspath(path))
         for modules in (os.path.join(shims, "node_modules"), os.path.dirname(shims)):
             script = os.path.join(modules, "@qvac", "cli", "dist", "index.js")
@@ -1167,17 +1186,6 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         if path.lower().endswith(".py"):
             return [interpreter(), path]
         return ["node", path] if path.lower().endswith((".js", ".mjs", ".cjs")) else [path]
-
-    def start_without_signals(start: Callable[[], None]) -> None:
-        """Start a thread; signals are for the main thread in any case here."""
-        start()
-
-    def quoted_word(text: str) -> str:
-        """As it is, for cmd and PowerShell quote differently."""
-        return text
-
-    def default_env_shell() -> str:
-        return "powershell"
 
     def enable_ansi(stream: Any) -> bool:
         if not stream.isatty():
@@ -1213,14 +1221,14 @@ else:
         """For a process of which nothing else can be had here."""
         try:
             os.kill(pid, 0)
-        except PermissionError:
-            return _UNREADABLE
-        except (OSError, OverflowError):
+        except (ProcessLookupError, OverflowError):
             return None
+        except OSError:
+            pass  # another user's
         return _UNREADABLE
 
     def exposure(path: str) -> Optional[str]:
-        """In a sticky folder, as the temporary one is, nobody can rename what is another's. OSError if nothing is there."""
+        """In a sticky folder, as the temporary one is, nobody can rename what is another's. May raise OSError."""
         info = os.lstat(path)
         kind, mode = info.st_mode & 0o170000, info.st_mode & 0o7777
         if info.st_uid not in (os.geteuid(), 0):
@@ -1400,8 +1408,7 @@ else:
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
             """`(exit code, signal)` once the serve has ended."""
-            if self._status is None:
-                self._status = _child_ended(self.pid)
+            self._status = self._status or _child_ended(self.pid)
             return self._status
 
         def terminate(self) -> None:
@@ -1468,29 +1475,13 @@ else:
     def command_for(path: str) -> List[str]:
         return [path]
 
-    def start_without_signals(start: Callable[[], None]) -> None:
-        """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
-        closes, the kernel would give it the second, and the main thread would wait on without having seen it."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def quoted_word(text: str) -> str:
-        return shlex.quote(text)
-
-    def default_env_shell() -> str:
-        return "sh"
-
     def enable_ansi(stream: Any) -> bool:
         return os.environ.get("TERM", "dumb") != "dumb" and bool(stream.isatty())
 
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
         """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
-        for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these; what is ignored stays so through exec
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_DFL)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these; what is ignored stays so through exec
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(argv[0], argv, env)
 
     if sys.platform == "linux":
@@ -1562,7 +1553,7 @@ else:
 
         def rss_bytes(pids: Sequence[int]) -> Optional[int]:
             """Shared pages are counted in each."""
-            pages = sum(int((_read_text("/proc/%d/statm" % pid).split() or "00")[1]) for pid in pids)
+            pages = sum(_number_after(" ", _read_text("/proc/%d/statm" % pid)) for pid in pids)
             return pages * os.sysconf("SC_PAGE_SIZE") or None
 
         def free_memory() -> Optional[int]:
@@ -1782,10 +1773,7 @@ _places: Dict[int, str] = {}
 
 def place() -> str:
     """`this_place()`, once per process."""
-    found = _places.get(os.getpid())
-    if found is None:
-        found = _places[os.getpid()] = this_place()
-    return found
+    return _places.get(os.getpid()) or _places.setdefault(os.getpid(), this_place())
 
 
 def process_start(pid: int) -> Optional[str]:

@@ -2314,28 +2314,20 @@ class IdentityTest(unittest.TestCase):
             (q.ALIVE, True, None, 8, 1000.0), (q.ALIVE, True, 7, None, 1000.0), (q.ALIVE, True, 7, 7, None),
             (q.ALIVE, True, 7, 7, 5000.0 + slack), (q.DEAD, True, 7, 7, 5001.0 + slack), (q.ALIVE, True, 7, 7, 0.0),
         ):  # fmt: skip
-            with mock.patch.multiple(q, process_alive=lambda pid: lives, process_uid=lambda pid: owner,
-                                     process_started_at=lambda pid: started):  # fmt: skip
+            found = q.Process("1", started, owner, 1) if lives else None
+            with mock.patch.object(q, "look_at", return_value=found):
                 self.assertEqual(expected, q.judge_bare_pid(5, 5000.0, uid), (lives, uid, owner, started))
 
     @unittest.skipUnless(LINUX, "looks into /proc")
     def test_processes_of_this_machine(self) -> None:
         me = os.getpid()
         self.assertTrue(q.process_alive(me) and q.process_alive(1) and q.is_process_alive(me))
-        self.assertEqual(q.process_start(me), q.process_start(me))
-        self.assertEqual((os.getppid(), os.geteuid()), (q.parent_of(me), q.process_uid(me)))
-        self.assertAlmostEqual(time.time(), q.process_started_at(me) or 0, delta=3600)
-        self.assertGreater(q.rss_bytes([me]) or 0, 1000000)
+        found = q.look_at(me)
+        assert found is not None
+        self.assertEqual((os.getppid(), os.geteuid()), (found.parent, found.uid))
         with sleeper() as child:
-            started = q.process_started_at(child.pid)
-            self.assertAlmostEqual(time.time(), started or 0, delta=10)
             os.kill(child.pid, signal.SIGSTOP)
             self.assertTrue(q.process_alive(child.pid))  # stopped is not dead
-            start = q.process_start(child.pid)
-        self.assertIsNone(q.process_start(child.pid))
-        self.assertTrue(start)
-        for function in (q.process_started_at, q.process_uid, q.parent_of):
-            self.assertIsNone(function(child.pid))
         with zombie() as pid:
             self.assertIsNone(q.process_start(pid))
             self.assertFalse(q.process_alive(pid))
@@ -2348,10 +2340,66 @@ class IdentityTest(unittest.TestCase):
             assert child.stdout is not None
             child.stdout.readline()
             self.assertTrue((q.process_start(child.pid) or "").isdigit())
-            self.assertEqual(os.getpid(), q.parent_of(child.pid))
+            self.assertEqual(os.getpid(), (q.look_at(child.pid) or q._UNREADABLE).parent)
         finally:
             child.kill()
             child.communicate()
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_a_thread_is_no_process(self) -> None:
+        done = threading.Event()
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+        self.assertTrue(q.look_at(thread.native_id or 0))  # the kernel answers for it
+        self.assertFalse(q.process_alive(thread.native_id or 0))
+        done.set()
+        thread.join()
+
+    @unittest.skipUnless(LINUX, "is without /proc elsewhere")
+    def test_without_proc_nothing_is_certain(self) -> None:
+        real_open, me = open, os.getpid()
+
+        def hiding(path: Any, *args: Any, **options: Any) -> Any:
+            if str(path).startswith("/proc"):
+                raise FileNotFoundError(path)
+            return real_open(path, *args, **options)
+
+        with mock.patch("builtins.open", hiding), mock.patch("os.path.isdir", return_value=False), \
+                mock.patch("os.stat", side_effect=FileNotFoundError), socket.socket() as listener:  # fmt: skip
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            self.assertEqual(("", q.ALIVE), (q.process_start(me), q.judge_process(me, "123", q.place())))
+            self.assertEqual(q.UNKNOWN, q.who_listens("127.0.0.1", listener.getsockname()[1], me))
+            self.assertEqual(([], None, None, None), (
+                q.group_members(os.getpgid(0)), q.command_line(me), q.rss_bytes([me]), q.free_memory()))  # fmt: skip
+            self.assertTrue(q.shares_network(me))
+            self.assertTrue(q.this_place().endswith("::0"))
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_a_process_that_lets_nobody_look_is_judged_by_its_sockets_owner(self) -> None:
+        with socket.socket() as listener, mock.patch("os.listdir", side_effect=PermissionError(13, "no")), \
+                mock.patch.object(q, "group_members", return_value=[]):  # fmt: skip
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = listener.getsockname()[1]
+            self.assertEqual(q.UNKNOWN, q.who_listens("127.0.0.1", port, os.getpid()))
+            with mock.patch("os.geteuid", return_value=os.geteuid() + 1):
+                self.assertEqual(q.STRANGER, q.who_listens("127.0.0.1", port, os.getpid()))
+            self.assertEqual(q.NOBODY, q.who_listens("127.0.0.1", port, dead_pid()))
+
+    @unittest.skipUnless(LINUX, "control groups")
+    def test_free_memory_is_what_the_control_groups_leave(self) -> None:
+        files = {
+            "/proc/meminfo": "MemFree: 1 kB\nMemAvailable:  4000 kB\nBuffers: 7 kB", "/proc/self/cgroup": "0::/a/b",
+            "/sys/fs/cgroup/a/b/memory.max": "max", "/sys/fs/cgroup/a/memory.max": "3000000",
+            "/sys/fs/cgroup/a/memory.current": "2500000", "/sys/fs/cgroup/a/memory.stat": "anon 5\ninactive_file 100000\n",
+        }  # fmt: skip
+        with mock.patch.object(q, "_read_text", lambda path: files.get(path, "")):
+            self.assertEqual(600000, q.free_memory())
+            files["/sys/fs/cgroup/a/memory.max"] = "max"
+            self.assertEqual(4096000, q.free_memory())
+            files["/proc/self/cgroup"] = "12:memory:/old"
+            self.assertEqual(4096000, q.free_memory())
 
     def test_the_place_is_found_once_per_process(self) -> None:
         self.assertEqual(3, len(q.place().split(":")))
@@ -3364,7 +3412,7 @@ class PlatformTest(unittest.TestCase):
             table = file.read().partition("# What the banks export")[2].partition("\n\n")[0]
         names = [name for line in table.splitlines() if line.startswith("#   ")
                  for name in re.findall(r"\w+", re.sub(r"\([^)]*\)\*?", " ", line[4:].partition("  ")[0]))]  # fmt: skip
-        self.assertGreater(len(names), 35)
+        self.assertGreater(len(names), 30)
         self.assertIn("unlock_fd", names)
         for bank in (load_for("win32"), load_for("darwin"), load_for("linux")) if POSIX else (q,):
             self.assertEqual([], [name for name in names if not hasattr(bank, name)], bank.__name__)
@@ -3745,31 +3793,20 @@ class PlatformTest(unittest.TestCase):
 class MacFunctionsTest(Unit):
     """With libproc and the system's tools injected."""
 
-    NETSTAT = """Active Internet connections (including servers)
-Proto Recv-Q Send-Q  Local Address          Foreign Address        (state)
-tcp4       0      0  127.0.0.1.8080         127.0.0.1.51000        ESTABLISHED
-tcp4       0      0  127.0.0.1.51000        127.0.0.1.8080         ESTABLISHED
-tcp4       0      0  127.0.0.1.8080         127.0.0.1.51001        CLOSE_WAIT
-tcp4       0      0  127.0.0.1.8080         127.0.0.1.51002        TIME_WAIT
-tcp6       0      0  ::1.8080               ::1.51003              ESTABLISHED
-tcp4       0      0  127.0.0.1.18080        127.0.0.1.51004        ESTABLISHED
-tcp46      0      0  *.8080                 *.*                    LISTEN
-udp4       0      0  127.0.0.1.8080         *.*
-"""
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.bank = load_for("darwin")
-
     def setUp(self) -> None:
         super().setUp()
+        import ctypes
+
+        self.bank = load_for("darwin")
         self.processes_there: Dict[int, Dict[str, int]] = {}
         self.tools: Dict[str, str] = {}
-        patched = mock.patch.multiple(
-            self.bank, _libproc=lambda: self, _run_tool=lambda *argv: self.tools.get(os.path.basename(argv[0]), ""),
-            _accepts_connections=lambda *_: True)  # fmt: skip
-        patched.start()
-        self.addCleanup(patched.stop)
+        for patched in (
+            mock.patch.object(ctypes, "CDLL", lambda path: self),
+            mock.patch.multiple(self.bank, _run_tool=lambda *argv: self.tools.get(os.path.basename(argv[0]), ""),
+                                group_of=lambda pid: pid, _accepts_connections=lambda *_: True),
+        ):  # fmt: skip
+            patched.start()
+            self.addCleanup(patched.stop)
 
     def proc_pidinfo(self, pid: int, kind: int, _: Any, buffer: Any, size: int) -> int:
         import struct
@@ -3777,27 +3814,19 @@ udp4       0      0  127.0.0.1.8080         *.*
         facts = self.processes_there.get(pid)
         if facts is None:
             return 0
-        if kind == 4:
-            struct.pack_into("=QQ", buffer, 0, 10**12, facts["rss"])
-            return 96
+        self.assertEqual((3, 136), (kind, size))
         struct.pack_into("=IIIIII", buffer, 0, 0, facts.get("status", 2), 0, pid, facts.get("ppid", 1), facts.get("uid", 501))
-        struct.pack_into("=I", buffer, 100, facts.get("pgid", pid))
         struct.pack_into("=QQ", buffer, 120, facts.get("start", 1700000000), 250000)
         return 136
 
-    def proc_listpids(self, kind: int, pgid: int, pids: Any, size: int) -> int:
-        members = [pid for pid, facts in self.processes_there.items() if facts.get("pgid", pid) == pgid]
-        pids[: len(members)] = members
-        return 4 * len(members)
-
     def test_a_process_is_told_by_its_start(self) -> None:
         self.processes_there = {5: {"ppid": 3}, 6: {"status": 5}}
-        self.assertEqual("1700000000250000", self.bank.process_start(5))
-        self.assertEqual(1700000000.25, self.bank.process_started_at(5))
-        self.assertEqual(3, self.bank.parent_of(5))
-        self.assertIsNone(self.bank.process_start(6))  # SZOMB
-        self.assertIsNone(self.bank.parent_of(7))
-        self.assertIsNone(self.bank.process_started_at(7))
+        self.assertEqual(("1700000000250000", 1700000000.25, 501, 3), self.bank.look_at(5))
+        self.assertIsNone(self.bank.look_at(6))  # SZOMB
+        self.tools["sysctl"] = "0A1B2C3D-0000-0000-0000-000000000000\n"
+        self.assertRegex(self.bank.place(), "^[0-9a-f]{8}:0A1B2C3D:0$")
+        self.assertEqual(q.ALIVE, self.bank.judge_process(5, "1700000000250000", self.bank.place()))
+        self.assertEqual(q.DEAD, self.bank.judge_process(5, "1600000000250000", self.bank.place()))
 
     def test_what_libproc_does_not_know_is_asked_of_the_kernel(self) -> None:
         me = os.getpid()
@@ -3806,35 +3835,34 @@ udp4       0      0  127.0.0.1.8080         *.*
         self.assertIsNone(self.bank.process_start(me))
         self.assertIsNone(self.bank.process_start(2**40))
         with mock.patch("os.kill", side_effect=PermissionError):
-            self.assertEqual("", self.bank.process_start(me))
-        with mock.patch("os.kill", side_effect=ProcessLookupError):
-            self.assertIsNone(self.bank.process_start(me))
+            self.assertEqual("", self.bank.process_start(os.getppid()) if not self.tools.clear() else None)
 
-    def test_a_group_and_its_memory(self) -> None:
-        self.processes_there = {5: {"rss": 100}, 6: {"pgid": 5, "rss": 20}, 7: {"rss": 1}, 8: {"pgid": 5, "status": 5, "rss": 0}}
+    def test_without_ctypes_a_process_lives_and_no_more_is_known(self) -> None:
+        with mock.patch.object(self.bank, "ctypes", self.bank._Lazy("no_such_module")):
+            self.assertEqual(self.bank._UNREADABLE, self.bank.look_at(os.getpid()))
+
+    def test_a_group_its_memory_and_the_systems(self) -> None:
+        self.tools["ps"] = "    5     5 Ss\n    6     5 R+\n    7     7 S\n    8     5 Z\n"
         self.assertEqual([5, 6], self.bank.group_members(5))
-        self.assertEqual(120, self.bank.rss_bytes([5, 6, 9]))
-        self.assertIsNone(self.bank.rss_bytes([9]))
+        self.tools["ps"] = " 100\n  20\n"
+        self.assertEqual(120 * 1024, self.bank.rss_bytes([5, 6]))
+        self.tools["ps"] = "/bin/sh -c x\n"
+        self.assertEqual(["/bin/sh", "-c", "x"], self.bank.command_line(5))
+        self.tools["vm_stat"] = (
+            "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:       10.\n"
+            "Pages active:     99.\nPages inactive:   20.\nPages speculative: 3.\nPages purgeable:  4.\n")  # fmt: skip
+        self.assertEqual(37 * 16384, self.bank.free_memory())
+        self.tools.clear()
+        self.assertEqual(([], None, None, None), (
+            self.bank.group_members(5), self.bank.rss_bytes([9]), self.bank.command_line(9), self.bank.free_memory()))  # fmt: skip
 
     def test_who_listens_as_far_as_lsof_sees(self) -> None:
-        self.processes_there = {5: {}, 6: {"pgid": 5}}
-        for output, expected in (("5\n", q.OURS), ("6\n", q.OURS), ("5\n6\n", q.OURS), ("7\n", q.STRANGER),
-                                 ("5\n7\n", q.STRANGER), ("", q.UNKNOWN)):  # fmt: skip
+        self.tools["ps"] = "5 5 S\n6 5 S\n"
+        for output, expected in (("5\n", q.OURS), ("6\n", q.OURS), ("5\n7\n", q.OURS), ("7\n", q.STRANGER), ("", q.UNKNOWN)):
             self.tools["lsof"] = output
             self.assertEqual(expected, self.bank.who_listens("127.0.0.1", 8080, 5), output)
-
-    def test_connections_are_read_from_netstat(self) -> None:
-        self.tools["netstat"] = self.NETSTAT
-        self.assertEqual((2, {"127.0.0.1.51002"}), self.bank.connections_to("127.0.0.1", 8080))
-        self.assertEqual((0, set()), self.bank.connections_to("127.0.0.1", 80))
-
-    def test_the_place_is_the_boot_session(self) -> None:
-        self.tools["sysctl"] = "0A1B2C3D-0000-0000-0000-000000000000\n"
-        self.bank._places.clear()
-        self.assertRegex(self.bank.place(), "^[0-9a-f]{8}:0A1B2C3D:0$")
-        self.processes_there = {5: {}}
-        self.assertEqual(q.ALIVE, self.bank.judge_process(5, "1700000000250000", self.bank.place()))
-        self.assertEqual(q.DEAD, self.bank.judge_process(5, "1600000000250000", self.bank.place()))
+        self.bank._accepts_connections = lambda *_: False
+        self.assertEqual(q.NOBODY, self.bank.who_listens("127.0.0.1", 8080, 5))
 
     def test_a_tool_that_is_missing_or_fails_says_nothing(self) -> None:
         run_tool = load_for("darwin")._run_tool
@@ -3962,6 +3990,15 @@ class ReexecutionTest(Case):
         code = "import os, sys\nsys.path.insert(0, 'app')\nimport qvac_managed as q\nos.chdir('/')\n" + HOST
         self.run_host("-c", code, cwd=self.home)
 
+    @unittest.skipUnless(POSIX, "a script stands for the program")
+    def test_as_a_frozen_program(self) -> None:
+        self.put("app/qvac_managed.py", self.source)
+        head = "#!%s\nimport sys\nsys.frozen, sys.executable = True, __file__\nsys.path.insert(0, %r)\n" % (
+            sys.executable, os.path.join(self.home, "app"))  # fmt: skip
+        program = self.put("bin/program", head + "import qvac_managed as q\nq.freeze_support()\n" + HOST)
+        os.chmod(program, 0o755)
+        self.run_host(program)
+
     def test_modules_beside_it_that_are_named_like_the_librarys_are_not_imported(self) -> None:
         """The host has to be able to import the library itself: it has the folder last on its path."""
         witness = os.path.join(self.home, "witness")
@@ -3986,22 +4023,29 @@ class NoInterpreterTest(Case):
 
     def assert_told(self, words: str, **changes: Any) -> None:
         for path in (q.ECHO, self.fake()):
-            with mock.patch.multiple(sys, create=True, **changes):
+            with mock.patch.multiple(sys, create=True, **changes), mock.patch.dict(os.environ, PATH="/nowhere"):
                 began = time.monotonic()
                 with self.assertRaisesRegex(q.ServeSpawnFailedError, words):
                     self.create(serve_bin_path=path)
                 self.assertLess(time.monotonic() - began, 5)  # at once, not after the start timeout
             self.assert_all_gone()
 
-    def test_an_empty_executable_is_told(self) -> None:
-        self.assert_told("sys.executable, which is empty here.*external mode", executable="")
-        self.assert_told("sys.executable, which is empty here", executable=None)
+    def test_a_program_with_python_inside_is_told_where_there_is_no_other(self) -> None:
+        for name in ("", None, "/usr/bin/uwsgi"):
+            self.assert_told("No Python to run the runner with.*%r.*external mode" % (name,), executable=name,
+                             _base_executable=name, exec_prefix="/nowhere", base_exec_prefix="/nowhere")  # fmt: skip
 
     def test_a_frozen_program_is_told(self) -> None:
-        self.assert_told("a frozen program", frozen=True)
+        self.assert_told("A frozen program.*freeze_support", frozen=True)
 
     def test_an_interpreter_that_fails_is_told(self) -> None:
-        self.assert_told("exit code 1 before", executable="/bin/false" if os.path.exists("/bin/false") else "/usr/bin/false")
+        path = os.path.join(self.home, "python3")
+        shutil.copy(shutil.which("false") or "", path)
+        self.assert_told("exit code 1 before", executable=path)
+
+    def test_a_program_with_python_inside_uses_another_interpreter(self) -> None:
+        with mock.patch.multiple(sys, executable="/usr/bin/uwsgi"):
+            self.assertEqual("hi", self.create().chat("hi"))
 
 
 @unittest.skipUnless(LINUX, "looks into /proc")
