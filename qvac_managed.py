@@ -898,7 +898,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
     def _kernel32() -> Any:
         """kernel32 with its handle-returning functions declared: a handle is a pointer, which ctypes would cut."""
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-        for name in ("OpenProcess", "CreateJobObjectW", "ReOpenFile", "GetCurrentProcess"):
+        for name in ("OpenProcess", "CreateJobObjectW", "CreateFileW", "ReOpenFile", "GetCurrentProcess"):
             getattr(kernel32, name).restype = wintypes.HANDLE
         return kernel32
 
@@ -957,8 +957,16 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
             access &= ~0x2  # FILE_WRITE_DATA; FILE_APPEND_DATA alone is left
         # CREATE_NEW, OPEN_ALWAYS, OPEN_EXISTING; FILE_SHARE_READ, _WRITE and _DELETE; FILE_ATTRIBUTE_NORMAL
         disposition = 3 if not flags & os.O_CREAT else 1 if flags & os.O_EXCL else 4
-        handle = _while_in_use(lambda: _winapi.CreateFile(path, access, 0x7, 0, disposition, 0x80, 0), 32)
-        return msvcrt.open_osfhandle(handle, flags & (os.O_APPEND | 3) | os.O_NOINHERIT)
+        if "\0" in path:
+            raise ValueError("embedded null character")
+
+        def create() -> int:  # not _winapi.CreateFile, whose names are in the code page of the system before 3.12
+            handle: Optional[int] = _kernel32().CreateFileW(path, access, 0x7, None, disposition, 0x80, None)
+            if handle in (None, ctypes.c_void_p(-1).value):
+                raise ctypes.WinError(ctypes.get_last_error())
+            return handle or 0
+
+        return msvcrt.open_osfhandle(_while_in_use(create, 32), flags & (os.O_APPEND | 3) | os.O_NOINHERIT)
 
     def empty_file(fd: int) -> None:
         """By a handle of its own: one that may only append may not cut (Wine lets it, Windows does not)."""
@@ -1177,7 +1185,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         return bool(_kernel32().WaitForSingleObject(wintypes.HANDLE(handle), 0) == 0)  # WAIT_OBJECT_0
 
     def command_for(path: str) -> List[str]:
-        """Scripts by their interpreters; npm's .cmd shims, to which no argument can be passed safely, as their script."""
+        """Scripts by their interpreters; npm's .cmd shims, to which no argument goes safely, as their script."""
         shims = os.path.dirname(os.path.abspath(path))
         for modules in (os.path.join(shims, "node_modules"), os.path.dirname(shims)):
             script = os.path.join(modules, "@qvac", "cli", "dist", "index.js")

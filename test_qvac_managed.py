@@ -3373,7 +3373,7 @@ class PlatformTest(unittest.TestCase):
     """The functions of this system's bank, called for real: it runs on every system, Windows included."""
 
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory(prefix="qvac-test-")
+        folder = tempfile.TemporaryDirectory(prefix="qvac-test-\u00fc\u6a21 ")
         self.addCleanup(folder.cleanup)
         self.folder = os.path.realpath(folder.name)
         self.children: List[Any] = []
