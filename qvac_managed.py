@@ -1314,11 +1314,11 @@ else:
 
         def _send(self, params: bytes) -> None:
             """At once, as a rule: the system holds 200 kB. One that does not read must not stop its client for long."""
-            if sys.platform == "darwin":
-                self._socket.setsockopt(0xFFFF, 0x1022, 1)  # SOL_SOCKET, SO_NOSIGPIPE
-                self._socket.setsockopt(0xFFFF, socket.SO_SNDBUF, len(params) + 4096)  # it holds 8 kB
             self._socket.settimeout(2.0)
             try:
+                if sys.platform == "darwin":
+                    self._socket.setsockopt(0xFFFF, 0x1022, 1)  # SOL_SOCKET, SO_NOSIGPIPE
+                    self._socket.setsockopt(0xFFFF, socket.SO_SNDBUF, len(params) + 4096)  # it holds 8 kB
                 self._socket.sendall(params, getattr(socket, "MSG_NOSIGNAL", 0))
                 self._socket.shutdown(socket.SHUT_WR)
             except OSError:
@@ -1378,10 +1378,8 @@ else:
     _WATCHDOG_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL 0'
 
     class ServeProcess:
-        """The serve, in a process group that a watchdog leads, and that ends with this runner.
-
-        `folder` is its working folder where it need not be this process's own.
-        """
+        """The serve, in a process group that a watchdog leads, and that ends with this runner. Its working folder is
+        this process's own."""
 
         def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, _folder: str) -> None:
             self.pid, self._group, self._watchdog, self._pipe = 0, 0, 0, -1
@@ -1405,13 +1403,18 @@ else:
                 self._watchdog = os.posix_spawn(
                     "/bin/sh", ["sh", "-c", _WATCHDOG_SCRIPT, "qvac-watchdog"], os.environ, setpgroup=self._group,
                     file_actions=[(os.POSIX_SPAWN_DUP2, read_end, 0), null, (os.POSIX_SPAWN_DUP2, 1, 2)])  # fmt: skip
+            except OSError:
+                os.close(self._pipe)
+                raise
             finally:
                 os.close(read_end)
 
         def check_watchdog(self) -> None:
             """Start another if somebody killed it: it joins the group of the serve, which is still there."""
-            if os.waitpid(self._watchdog, os.WNOHANG)[0]:
+            if self._watchdog and os.waitpid(self._watchdog, os.WNOHANG)[0]:
+                self._watchdog = 0  # until there is another, which may fail
                 os.close(self._pipe)
+            if not self._watchdog:
                 self._start_watchdog()
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
@@ -1433,9 +1436,10 @@ else:
 
         def reap(self) -> None:
             """End the watchdog, and with it the group's id."""
-            os.close(self._pipe)
-            kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
-            os.waitpid(self._watchdog, 0)
+            if self._watchdog:
+                os.close(self._pipe)
+                kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
+                os.waitpid(self._watchdog, 0)
 
     def neutral_limits() -> None:
         os.umask(0o077)  # the worker's socket in the temporary folder is private by nothing else

@@ -3369,6 +3369,14 @@ def load_for(platform: str) -> Any:
     return module
 
 
+def raises(error: Any, function: Callable[[], Any]) -> bool:
+    try:
+        function()
+    except error:
+        return True
+    return False
+
+
 class PlatformTest(unittest.TestCase):
     """The functions of this system's bank, called for real: it runs on every system, Windows included."""
 
@@ -3657,6 +3665,12 @@ class PlatformTest(unittest.TestCase):
         self.assertIsNone(serve.ended())
         self.assertLessEqual({serve.pid, worker}, set(q.group_members(q.group_of(serve.pid))))
         serve.check_watchdog()
+        if POSIX:  # somebody kills it, and for a moment there is no process to be had
+            q.kill_process(serve._watchdog)
+            with mock.patch("os.posix_spawn", side_effect=BlockingIOError):
+                wait_until(lambda: raises(BlockingIOError, serve.check_watchdog))
+            serve.check_watchdog()
+            self.assertEqual(serve._group, os.getpgid(serve._watchdog))
         q.kill_process(serve.pid)
         wait_until(serve.ended)
         self.assertFalse(serve.group_is_empty())
@@ -3721,7 +3735,7 @@ class PlatformTest(unittest.TestCase):
 
     def reexecuted(self, folder: str, *args: str) -> Any:
         """Run the echo serve of the copy in FOLDER with arguments that it refuses, as it says with exit code 2."""
-        code = "import sys; sys.path.insert(0, %r); import qvac_managed as q; print(repr(q.reexec_argv('echo', '--no', " \
+        code = "import sys; sys.path.insert(0, %r); import qvac_managed as q; print(ascii(q.reexec_argv('echo', '--no', " \
                "pycache=%r)))" % (folder, self.path("cache"))  # fmt: skip
         argv = eval(subprocess.run([sys.executable, "-B", "-c", code], stdout=subprocess.PIPE, check=True).stdout)
         return subprocess.run([*argv, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
