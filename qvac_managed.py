@@ -850,46 +850,37 @@ def _js_number(number: float) -> str:
 # 6. Platform: all that differs between systems. Same names in every bank; nothing below asks which.
 # ==================================================================================================
 
-# Exported by both banks, Windows and POSIX (which has two banks inside, Linux and macOS, for the names marked *):
+# What the banks export: one for Windows, one for POSIX, in which Linux and macOS have each their own of those with a *.
 #
 #   this_place()*                   where a pid means what it means here: "machine:boot:namespace"
 #   host_name() home_folder()       as the user database or the environment has them
 #   look_at(pid)*                   a live process's Process; None if there is none
 #   command_line(pid)*              its arguments; None where they cannot be had
-#   shares_network(pid)*            whether its loopback is ours
-#   is_thread_id(pid)               whether the id is a thread's, which is no process
+#   shares_network(pid)*            whether its loopback is ours; True where that cannot be told
+#   is_thread_id(pid)*              whether the id is a thread's, which is no process
 #   group_of(pid)                   what names a serve and all that it started
-#   group_members(group)*           their pids
+#   group_members(group)*           their pids; none where they cannot be seen
 #   kill_group_of(group)            end them at once
-#   terminate_process(pid)          ask a process to end (Windows: end it)
-#   kill_process(pid)               end a process at once
 #   rss_bytes(pids)*                resident memory of these together; None where it cannot be had
 #   free_memory()*                  bytes a new process could have; None where it cannot be had
-#   who_listens(host, port, pid)*   whether what listens there is of PID's group: OURS, STRANGER, NOBODY, UNKNOWN
+#   who_listens(host, port, pid)*   who gets a connection there: PID's group (OURS), STRANGER, NOBODY, UNKNOWN
 #   LISTEN_OPTION                   the socket option that a listener of ours sets
-#   is_ours(status)                 whether a file is this user's
-#   exposure(path)                  why others can write to a file or folder, in words; None if they cannot
+#   exposure(path)                  why others than this user and root can write there, in words; None if they cannot
 #   open_file(path, flags, mode)    a descriptor; others may rename and remove the file meanwhile, appending appends
 #   empty_file(fd)                  cut an open file to nothing
-#   make_private(fd)                the mode 0600 for a file of ours
 #   lock_fd(fd) unlock_fd(fd)       an OS lock on an open file, which the system frees when its holder is gone
 #   replace_file(source, target)    rename, whatever is there
 #   remove_file(path)               unlink
-#   call_after_fork(function)       in each child that this process forks
-#   RunnerChannel(argv, log_fd, params)   the client's end of a starting runner
+#   RunnerChannel(argv, log_fd, params)           the client's end of a starting runner
 #   report_channel()                the runner's end: its parameters, and the descriptor for its reports
-#   detach_frozen(args)             what the boot code of a detached process does, for a frozen program
 #   ServeProcess(argv, environ, log_fd, folder)   the serve with all that it starts, which ends with this process
-#   neutral_limits()                undo what a caller's limits, niceness and mode mask would do to a shared serve
-#   reset_signals()                 what is inherited of blocked and ignored signals is undone
-#   stop_signals()                  the signals that ask a command to end, besides Ctrl-C
-#   start_without_signals(start)    start a thread that is given none
-#   parent_handle()                 what parent_has_gone(handle) asks
+#   neutral_limits()                undo what a caller's limits, niceness and umask would do to a shared serve
+#   reset_signals()                 undo what is inherited of blocked and ignored signals
+#   parent_handle()                 for parent_has_gone(handle)
 #   run_instead(argv, env)          become a command, or wait for it where that cannot be
 #   command_for(path)               how to start a found CLI
-#   CLI_NAMES                       what the CLI's command may be called
-#   PYTHON_NAMES ENDINGS            where a prefix has its interpreter; endings of commands, for find_on_path
-#   quoted_word(text) default_env_shell() enable_ansi(stream)   for what people read and type
+#   CLI_NAMES PYTHON_NAMES ENDINGS  of the CLI's command, of an interpreter below its prefix, of commands on PATH
+#   enable_ansi(stream)             whether escape sequences reach a person there; switches the console to them
 
 OURS, STRANGER, NOBODY, UNKNOWN = "ours", "stranger", "nobody", "unknown"  # who listens on a port
 
@@ -942,99 +933,126 @@ def _read_text(path: str) -> str:
         return ""
 
 
-def is_thread_id(_pid: int) -> bool:
-    """Only Linux answers for the id of a thread as for a process's."""
+Process = namedtuple("Process", ["start", "started_at", "uid", "parent"])
+Process.__doc__ = """What the system says of a live process. `start`: a token that tells it from a later one with its
+pid, "" where it cannot be had. `started_at`: of the wall clock. The others are None where they cannot be had."""
+_UNREADABLE = Process("", None, None, None)
+
+_IPV4, _ANY_IPV6 = bytes(10) + b"\xff\xff", bytes(16)  # an IPv4 address as IPv6 writes it begins so
+
+
+def _who_gets(host: str, port: int, listeners: Mapping[bytes, Set[Any]]) -> Set[Any]:
+    """Who, of those that listen on the port, by their addresses of 16 bytes, gets a connection to the address HOST.
+
+    That is who listens at just this address, else at all of IPv4, else at all of IPv6; the last may be for IPv6 alone,
+    and so does not count for an IPv4 address that takes no connection.
+    """
+    try:
+        if ":" in host:
+            return listeners.get(socket.inet_pton(socket.AF_INET6, host.strip("[]"))) or listeners.get(_ANY_IPV6, set())
+        exact = listeners.get(_IPV4 + socket.inet_pton(socket.AF_INET, host)) or listeners.get(_IPV4 + bytes(4))
+    except OSError:
+        return {owner for owners in listeners.values() for owner in owners}  # a name: the port has to do
+    return exact or (listeners.get(_ANY_IPV6, set()) if _accepts_connections(host, port) else set())
+
+
+# The same on all systems, or wherever a bank does not say otherwise.
+
+
+def command_line(pid: int) -> Optional[List[str]]:
+    return None
+
+
+def shares_network(pid: int) -> bool:
+    return True
+
+
+def is_thread_id(pid: int) -> bool:
     return False
 
 
-Process = namedtuple("Process", ["start", "started_at", "uid", "parent"])
-Process.__doc__ = """What the system says of a live process. `start`: a token that tells it from a later one with its pid, "" where it
-cannot be had. `started_at`: of the wall clock. The others are None where they cannot be had."""
-_UNREADABLE = Process("", None, None, None)
-
-# The address of a listener is 16 bytes, an IPv4 address as IPv6 writes it (::ffff:a.b.c.d, as a socket for both has it).
-_IPV4, _ANY_IPV4, _ANY_IPV6 = bytes(10) + b"\xff\xff", bytes(10) + b"\xff\xff" + bytes(4), bytes(16)
+def terminate_process(pid: int) -> None:
+    """Ask it to end; on Windows, end it: there is nothing gentler that reaches another console."""
+    os.kill(pid, 15)
 
 
-def _packed_address(host: str) -> bytes:
-    """Of an address as text; OSError for a name. A wildcard is reached by its loopback."""
-    if ":" in host:
-        packed = socket.inet_pton(socket.AF_INET6, host.strip("[]"))
-        return bytes(15) + b"\x01" if packed == _ANY_IPV6 else packed
-    return _IPV4 + socket.inet_pton(socket.AF_INET, "127.0.0.1" if host == "0.0.0.0" else host)
+def kill_process(pid: int) -> None:
+    os.kill(pid, 9)
 
 
-def _who_gets(host: str, port: int, listeners: Sequence[Tuple[bytes, Any]]) -> List[Any]:
-    """The owners, out of `(address, owner)` of all that listen on the port, of what would get a connection to HOST.
+def is_ours(status: os.stat_result) -> bool:
+    """Whether a file is this user's; on Windows a profile is, by its access list."""
+    return sys.platform == "win32" or status.st_uid == os.geteuid()
 
-    That is who listens at exactly this address, else at all of IPv4, else at all of IPv6; the last may be for IPv6
-    alone, and so does not count for an IPv4 address that takes no connection.
-    """
-    address = _packed_address(host)
-    wildcards = [_ANY_IPV4, _ANY_IPV6] if address.startswith(_IPV4) else [_ANY_IPV6]
-    for wanted in (address, *wildcards):
-        owners = [owner for local, owner in listeners if local == wanted]
-        if owners and (wanted != _ANY_IPV6 or len(wildcards) == 1 or _accepts_connections(host, port)):
-            return owners
-    return []
+
+def make_private(fd: int) -> None:
+    """The mode 0600 for a file of ours, where there are modes."""
+    if sys.platform != "win32":
+        try:
+            os.fchmod(fd, 0o600)
+        except OSError:
+            pass  # another user's, or a file system without modes
+
+
+def call_after_fork(function: Callable[[], None]) -> None:
+    """In each child that this process forks."""
+    if sys.platform != "win32":
+        os.register_at_fork(after_in_child=function)
+
+
+def quoted_word(text: str) -> str:
+    """A word as it is typed at a prompt; on Windows as it is, for cmd and PowerShell quote differently."""
+    return text if sys.platform == "win32" else shlex.quote(text)
+
+
+def default_env_shell() -> str:
+    """The shell that `env` writes for when nobody names one."""
+    return "powershell" if sys.platform == "win32" else "sh"
+
+
+def start_without_signals(start: Callable[[], None]) -> None:
+    """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
+    closes, the kernel would give it the second, and the main thread would wait on without having seen it."""
+    if sys.platform == "win32":
+        return start()  # there all are the main thread's
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stop_signals() -> List[int]:
+    """The signals that ask a command to end, besides Ctrl-C."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
 if sys.platform == "win32":  # pragma: no cover - measured where it runs
-    _QUERY, _TERMINATE, _SYNCHRONIZE = 0x1000, 0x1, 0x100000  # PROCESS_* access rights (winnt.h)
-    _STILL_ACTIVE = 259
     SOCKET_DIR, LINGER_NOT = "", b"\1\0\0\0"  # named pipes have no folder; a struct linger of two shorts
     LISTEN_OPTION = -5  # SO_EXCLUSIVEADDRUSE; with SO_REUSEADDR anybody could listen on the same port here
-    CLI_NAMES = ("qvac.cmd", "qvac.exe")
-    PYTHON_NAMES = ("python.exe",)
-    ENDINGS = ("", ".com", ".exe", ".bat", ".cmd")
-
-    def detach_frozen(args: Sequence[str]) -> None:
-        """Nothing to do: the runner was started with flags that detach it."""
+    CLI_NAMES, PYTHON_NAMES, ENDINGS = ("qvac.cmd", "qvac.exe"), ("python.exe",), (".com", ".exe", ".bat", ".cmd")
+    _QUERY, _SYNCHRONIZE = 0x1000, 0x100000  # PROCESS_* access rights (winnt.h)
 
     def _kernel32() -> Any:
         """kernel32 with its handle-returning functions declared: a handle is a pointer, which ctypes would cut."""
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-        for name in ("OpenProcess", "CreateJobObjectW", "CreateToolhelp32Snapshot", "ReOpenFile", "GetCurrentProcess"):
+        for name in ("OpenProcess", "CreateJobObjectW", "CreateFileW", "ReOpenFile", "GetCurrentProcess"):
             getattr(kernel32, name).restype = wintypes.HANDLE
         return kernel32
 
-    def this_place() -> str:
-        return "%s::0" % _machine_id()  # no id of the boot: start times are of the wall clock, so none is needed
-
-    def _with_process(pid: int, right: int, ask: Callable[[Any, Any], Any]) -> Any:
-        """`ask(kernel32, handle)`; None if the process cannot be opened: get_last_error() is 5 if it exists."""
+    def _ask_process(pid: int, ask: Callable[[Any, Any], Any]) -> Any:
+        """`ask(kernel32, handle)`; None if the process cannot be opened."""
         kernel32 = _kernel32()
-        handle = wintypes.HANDLE(kernel32.OpenProcess(right, False, pid))
+        handle = wintypes.HANDLE(kernel32.OpenProcess(_QUERY, False, pid))
         if not handle:
-            return None
+            return _UNREADABLE if ctypes.get_last_error() == 5 else None  # ERROR_ACCESS_DENIED: it exists
         try:
             return ask(kernel32, handle)
         finally:
             kernel32.CloseHandle(handle)
 
-    def look_at(pid: int) -> Optional[Process]:
-        """The process with this pid; None if there is none. An ended one stays as long as anybody has a handle on it."""
-        ctypes.set_last_error(0)
-        found = _with_process(pid, _QUERY, _describe)
-        return _UNREADABLE if ctypes.get_last_error() == 5 else found or None  # ERROR_ACCESS_DENIED: it exists
-
-    def _describe(kernel32: Any, handle: Any) -> Union[Process, bool]:
-        code, times = wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
-        if kernel32.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value != _STILL_ACTIVE:
-            return False
-        if not kernel32.GetProcessTimes(handle, *[ctypes.byref(each) for each in times]):
-            return _UNREADABLE
-        # Not os.getppid(), which needs PssCaptureSnapshot: Wine has none.
-        start, facts = (times[0].dwHighDateTime << 32) + times[0].dwLowDateTime, (ctypes.c_void_p * 6)()
-        ctypes.WinDLL("ntdll").NtQueryInformationProcess(handle, 0, facts, ctypes.sizeof(facts), None)
-        return Process(str(start), start / 1e7 - 11644473600.0, None, facts[5] or 0)  # FILETIME: 100 ns from 1601
-
-    def _image_of(pid: int) -> str:
-        """The program that a process runs, in lower case; "" where it cannot be had."""
-        text, size = ctypes.create_unicode_buffer(32768), wintypes.DWORD(32768)
-        _with_process(pid, _QUERY, lambda kernel32, handle: kernel32.QueryFullProcessImageNameW(
-            handle, 0, text, ctypes.byref(size)))  # fmt: skip
-        return text.value.lower()
+    def this_place() -> str:
+        return "%s::0" % _machine_id()  # no id of the boot: start times are of the wall clock, so none is needed
 
     def host_name() -> str:
         return os.environ.get("COMPUTERNAME", "")
@@ -1042,42 +1060,51 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
     def home_folder() -> str:
         return os.path.expanduser("~")
 
-    def shares_network(_pid: int) -> bool:
-        """There are no network namespaces."""
-        return True
+    def look_at(pid: int) -> Optional[Process]:
+        """The process with this pid; None if there is none. One that has ended stays while somebody has its handle."""
+        def ask(kernel32: Any, handle: Any) -> Optional[Process]:
+            code, times = wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
+            if kernel32.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value != 259:  # STILL_ACTIVE
+                return None
+            if not kernel32.GetProcessTimes(handle, *[ctypes.byref(each) for each in times]):
+                return _UNREADABLE
+            # Not os.getppid(), which needs PssCaptureSnapshot: Wine has none.
+            start, facts = (times[0].dwHighDateTime << 32) + times[0].dwLowDateTime, (ctypes.c_void_p * 6)()
+            ctypes.WinDLL("ntdll").NtQueryInformationProcess(handle, 0, facts, ctypes.sizeof(facts), None)
+            return Process(str(start), start / 1e7 - 11644473600.0, None, facts[5] or 0)  # FILETIME: 100 ns from 1601
 
-    def command_line(pid: int) -> Optional[List[str]]:
-        return None
-
-    def is_ours(status: os.stat_result) -> bool:
-        return True  # the profile folder is private to its user by its access list
+        found: Optional[Process] = _ask_process(pid, ask)
+        return found
 
     def exposure(path: str) -> Optional[str]:
-        """Why others can write to it: a profile is private here, but every user can make a folder at the root of a drive.
-
-        The folders there that hold the profiles and the system are not the user's to make.
-        """
-        drive, rest = os.path.splitdrive(os.path.abspath(path))
-        if len(rest.strip("\\").split("\\")) > 1 or not rest.strip("\\"):
+        """A profile is private here, but every user can make a folder at the root of a drive. Those there that hold the
+        profiles and the system are no user's to make."""
+        drive, rest = os.path.splitdrive(os.path.abspath(path).lower())
+        if rest == "\\" or "\\" in rest[1:]:
             return None
         names = ("USERPROFILE", "SystemRoot", "ProgramFiles", "ProgramFiles(x86)", "ProgramData")
-        inside = (drive + rest.rstrip("\\") + "\\").lower()
-        if any((os.environ.get(name, "") + "\\").lower().startswith(inside) for name in names):
+        if any((os.environ.get(name, "") + "\\").lower().startswith(drive + rest + "\\") for name in names):
             return None
         return "every user can make it, at the root of a drive"
 
     def open_file(path: str, flags: int, mode: int = 0o600) -> int:
-        """As os.open does, which shares no right to remove and rename. What is opened to append is appended to by the
-        system: for the C library that is a habit of one descriptor, of which a child that inherits it knows nothing."""
+        """os.open lets nobody remove or rename what it has opened, and to append is a habit of one descriptor in the C
+        library, of which a child that inherits it knows nothing: here the system appends."""
         access = {os.O_RDONLY: 0x120089, os.O_WRONLY: 0x120116, os.O_RDWR: 0x12019F}[flags & 3]  # FILE_GENERIC_*
         if flags & os.O_APPEND:
             access &= ~0x2  # FILE_WRITE_DATA; FILE_APPEND_DATA alone is left
-        # CREATE_NEW, CREATE_ALWAYS, OPEN_ALWAYS, TRUNCATE_EXISTING, OPEN_EXISTING
-        create, exclusive, cut = (bool(flags & flag) for flag in (os.O_CREAT, os.O_EXCL, os.O_TRUNC))
-        disposition = (1 if exclusive else 2 if cut else 4) if create else 5 if cut else 3
-        share, normal = 0x7, 0x80  # FILE_SHARE_READ | _WRITE | _DELETE, FILE_ATTRIBUTE_NORMAL
-        handle = _while_in_use(lambda: _winapi.CreateFile(path, access, share, 0, disposition, normal, 0), 32)
-        return msvcrt.open_osfhandle(handle, flags & (os.O_APPEND | 3) | os.O_NOINHERIT)
+        # CREATE_NEW, OPEN_ALWAYS, OPEN_EXISTING; FILE_SHARE_READ, _WRITE and _DELETE; FILE_ATTRIBUTE_NORMAL
+        disposition = 3 if not flags & os.O_CREAT else 1 if flags & os.O_EXCL else 4
+        if "\0" in path:
+            raise ValueError("embedded null character")
+
+        def create() -> int:  # not _winapi.CreateFile, whose names are in the code page of the system before 3.12
+            handle: Optional[int] = _kernel32().CreateFileW(path, access, 0x7, None, disposition, 0x80, None)
+            if handle in (None, ctypes.c_void_p(-1).value):
+                raise ctypes.WinError(ctypes.get_last_error())
+            return handle or 0
+
+        return msvcrt.open_osfhandle(_while_in_use(create, 32), flags & (os.O_APPEND | 3) | os.O_NOINHERIT)
 
     def empty_file(fd: int) -> None:
         """By a handle of its own: one that may only append may not cut (Wine lets it, Windows does not)."""
@@ -1088,25 +1115,19 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         finally:
             os.close(writable)
 
-    def make_private(_fd: int) -> None:
-        """A profile is private here."""
-
     def lock_fd(fd: int) -> bool:
         try:
             os.lseek(fd, 0, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            return True
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EDEADLK, 0):  # Wine's C library sets none
-                return False
-            raise
+            if error.errno not in (errno.EACCES, errno.EDEADLK, 0):  # Wine's C library sets none
+                raise
+            return False
+        return True
 
     def unlock_fd(fd: int) -> None:
         os.lseek(fd, 0, os.SEEK_SET)
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
-
-    def call_after_fork(function: Callable[[], None]) -> None:
-        """There is no fork here."""
 
     def replace_file(source: str, target: str) -> None:
         _while_in_use(lambda: os.replace(source, target))
@@ -1115,8 +1136,8 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         _while_in_use(lambda: os.unlink(path))
 
     def _while_in_use(action: Callable[[], Any], *codes: int) -> Any:
-        """What the action returns. What somebody has open (for one that looks for viruses, each new file) can be neither
-        replaced nor removed here: try again for half a second, after any refusal or after those with these codes."""
+        """What the action returns. What somebody has open (a virus scanner each new file) can be neither replaced nor
+        removed here: try again for half a second, after any refusal or after those with these codes."""
         deadline = time.monotonic() + 0.5
         while True:
             try:
@@ -1127,56 +1148,46 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
             time.sleep(0.005)
 
     class RunnerChannel:
-        """The client's end of a starting runner: it is given its parameters, and what it reports is read, line by line."""
+        """The client's end of a starting runner: it is given its parameters, and what it reports is read."""
 
         def __init__(self, argv: Sequence[str], log_fd: int, params: bytes) -> None:
-            self._child = _start_detached(argv, log_fd)
-            self._lines: queue.Queue[bytes] = queue.Queue()  # an empty one is the end
-            for work in (lambda: self._send(params), self._drain):
-                threading.Thread(target=work, daemon=True).start()
+            def start(flags: int) -> subprocess.Popen[bytes]:
+                return subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log_fd,
+                                        creationflags=flags, env=runner_environ())  # fmt: skip
+
+            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+            try:
+                self._child = start(flags | subprocess.CREATE_BREAKAWAY_FROM_JOB)
+            except PermissionError:  # the caller's job lets nobody out, and ends perhaps with the caller
+                self._child = start(flags)
+            # A runner that does not read must not stop its client.
+            threading.Thread(target=self._send, args=[params], daemon=True).start()
 
         def _send(self, params: bytes) -> None:
-            """In a thread: a runner that does not read must not stop its client."""
             assert self._child.stdin is not None
             try:
                 with self._child.stdin as pipe:
                     pipe.write(params)
             except OSError:
-                pass  # it has ended; read() tells
-
-        def _drain(self) -> None:
-            assert self._child.stdout is not None
-            with self._child.stdout as pipe:
-                for line in pipe:
-                    self._lines.put(line)
-            self._lines.put(b"")
+                pass  # it has ended: read() tells
 
         def read(self, timeout: float) -> Tuple[bytes, bool]:
+            """`(bytes, ended)`; no bytes and not ended when nothing came within `timeout` seconds."""
+            assert self._child.stdout is not None
+            fd = self._child.stdout.fileno()
             try:
-                line = self._lines.get(timeout=timeout)
-            except queue.Empty:
-                return b"", False
-            if not line:
-                self._lines.put(line)  # for the next one who asks
-            return line, not line
+                size = wait_until(lambda: _winapi.PeekNamedPipe(msvcrt.get_osfhandle(fd), 0)[0], timeout)
+            except BrokenPipeError:
+                return b"", True
+            return os.read(fd, size) if size else b"", False
 
         def close(self) -> Optional[int]:
+            assert self._child.stdout is not None
+            self._child.stdout.close()
             code = self._child.poll()
             if code is None:
                 self._child.returncode = 0  # it outlives us on purpose: no ResourceWarning
             return code
-
-    def _start_detached(argv: Sequence[str], log_fd: int) -> subprocess.Popen[bytes]:
-        """Outside the job of the caller, which may end with it, unless that job forbids it."""
-        flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-        for more in (subprocess.CREATE_BREAKAWAY_FROM_JOB, 0):
-            try:
-                return subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log_fd,
-                                        creationflags=flags | more, env=runner_environ())  # fmt: skip
-            except PermissionError:
-                if not more:
-                    raise
-        raise AssertionError
 
     def report_channel() -> Tuple[bytes, int]:
         """The runner's end of the channel, its standard input and output, which become the null device."""
@@ -1194,113 +1205,70 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         """
 
         def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, folder: str) -> None:
-            # Ctrl-Break reaches only who shares the sender's console: the runner's, which has no window. A frozen runner
+            # Ctrl-Break reaches only who shares the sender's console: the runner's, which has no window. A frozen one
             # may have no console to share, and its serve would open one with a window.
-            suspended, kernel32 = 0x4, _kernel32()  # in the job before it can start anything
+            self._kernel32, suspended = _kernel32(), 0x4  # in the job before it can start anything
+            self._has_console = bool(self._kernel32.GetConsoleCP())
             flags = subprocess.CREATE_NEW_PROCESS_GROUP | suspended
-            flags |= 0 if kernel32.GetConsoleCP() else subprocess.CREATE_NO_WINDOW
+            flags |= 0 if self._has_console else subprocess.CREATE_NO_WINDOW
             command = [find_on_path(argv[0], environ.get("PATH")) or argv[0], *argv[1:]]
-            self._job = _kill_on_close_job()
             self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
                                            creationflags=flags, env=dict(environ), cwd=folder)  # fmt: skip
-            self.pid = self._child.pid
-            handle = wintypes.HANDLE(int(self._child._handle))  # type: ignore[attr-defined]
-            self._is_in_job = bool(kernel32.AssignProcessToJobObject(self._job, handle))
+            self.pid, handle = self._child.pid, wintypes.HANDLE(int(self._child._handle))  # type: ignore[attr-defined]
+            self._job = wintypes.HANDLE(self._kernel32.CreateJobObjectW(None, None))
+            # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, class 9; LimitFlags is its third field, and 0x2000
+            # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE.
+            limits = ctypes.create_string_buffer(144 if ctypes.sizeof(ctypes.c_void_p) == 8 else 112)
+            struct.pack_into("=I", limits, 16, 0x2000)
+            self._kernel32.SetInformationJobObject(self._job, 9, limits, len(limits))
+            self._kernel32.AssignProcessToJobObject(self._job, handle)
             ctypes.WinDLL("ntdll").NtResumeProcess(handle)
-            threading.Thread(target=self._await_end, daemon=True).start()
-
-        def _await_end(self) -> None:
-            _winapi.WaitForSingleObject(int(self._child._handle), 0xFFFFFFFF)  # type: ignore[attr-defined]
-            wake_up()
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
             code = self._child.poll()
             return None if code is None else (code, None)
 
         def terminate(self) -> None:
-            # A process group of its own ignores Ctrl-C, but not Ctrl-Break. Not by os.kill(), which before 3.12.8 goes on
-            # to end the process if that fails.
-            if not _kernel32().GenerateConsoleCtrlEvent(1, self.pid):
+            # A process group of its own ignores Ctrl-C, but not Ctrl-Break. Not by os.kill(), which before 3.12.8 goes
+            # on to end the process if that fails.
+            if not self._has_console or not self._kernel32.GenerateConsoleCtrlEvent(1, self.pid):
                 self._child.terminate()
 
         def group_is_empty(self) -> bool:
             facts = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION, class 1
-            if self._is_in_job and _kernel32().QueryInformationJobObject(self._job, 1, facts, 48, None):
-                return bool(struct.unpack_from("=I", facts, 40)[0] == 0)  # ActiveProcesses
-            return self._child.poll() is not None
+            self._kernel32.QueryInformationJobObject(self._job, 1, facts, 48, None)
+            return bool(struct.unpack_from("=I", facts, 40)[0] == 0)  # ActiveProcesses
 
         def kill_group(self) -> None:
-            if not self._is_in_job:
-                kill_group_of(self.pid)
-            _kernel32().TerminateJobObject(self._job, 1)
+            self._kernel32.TerminateJobObject(self._job, 1)
 
         def check_watchdog(self) -> None:
             """The job object needs no looking after."""
 
         def reap(self) -> None:
             self._child.wait()
-            _kernel32().CloseHandle(self._job)
-
-    def _kill_on_close_job() -> Any:
-        kernel32 = _kernel32()
-        job = wintypes.HANDLE(kernel32.CreateJobObjectW(None, None))
-        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, class 9; LimitFlags is its third field (offset 16), and
-        # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE is 0x2000.
-        size = 144 if ctypes.sizeof(ctypes.c_void_p) == 8 else 112
-        info = ctypes.create_string_buffer(size)
-        ctypes.c_uint32.from_buffer(info, 16).value = 0x2000
-        kernel32.SetInformationJobObject(job, 9, info, size)
-        return job
+            self._kernel32.CloseHandle(self._job)
 
     def neutral_limits() -> None:
         kernel32, normal_priority = _kernel32(), 0x20
         kernel32.SetPriorityClass(wintypes.HANDLE(kernel32.GetCurrentProcess()), normal_priority)
 
     def reset_signals() -> None:
-        signal.signal(signal.SIGBREAK, _note_stop)
+        """Nothing is inherited but that Ctrl-C may be ignored."""
 
-    def terminate_process(pid: int) -> None:
-        """TerminateProcess: there is nothing gentler that reaches another console."""
-        if _with_process(pid, _TERMINATE, lambda kernel32, handle: kernel32.TerminateProcess(handle, 1)) is None:
-            raise ProcessLookupError(errno.ESRCH, "no such process, or another user's", pid)
-
-    kill_process = terminate_process
+    def group_members(group: int) -> List[int]:
+        """The process and all that descend from it. No child is older: its parent's pid may be a later process's."""
+        pids = (wintypes.DWORD * 65536)()
+        _kernel32().K32EnumProcesses(pids, ctypes.sizeof(pids), ctypes.byref(wintypes.DWORD()))
+        known = {pid: found for pid in pids if pid for found in [look_at(pid)] if found and found.start}
+        members = [group] if group in known else []
+        for parent in members:
+            members += [pid for pid, found in known.items() if found.parent == parent and pid not in members
+                        and found.started_at >= known[parent].started_at]  # fmt: skip
+        return members
 
     def group_of(pid: int) -> int:
         return pid
-
-    def group_members(group: int) -> List[int]:
-        """The process and all that descend from it. A parent's pid may be a later process's: no child is older."""
-        started = {pid: look_at(pid) for pid in _parents()}
-        members, more = [], [group] if started.get(group) else []
-        while more:
-            members.append(more.pop())
-            me = started[members[-1]]
-            for pid, found in started.items():
-                if me and found and found.parent == members[-1] and pid not in members:
-                    if (found.started_at or 0.0) >= (me.started_at or 0.0):
-                        more.append(pid)
-        return members
-
-    def _parents() -> Dict[int, int]:
-        """Every process, with its parent as it was when the process was made (tlhelp32.h)."""
-        class Entry(ctypes.Structure):  # PROCESSENTRY32W
-            _fields_ = [
-                ("dwSize", wintypes.DWORD), ("cntUsage", wintypes.DWORD), ("th32ProcessID", wintypes.DWORD),
-                ("th32DefaultHeapID", ctypes.c_size_t), ("th32ModuleID", wintypes.DWORD),
-                ("cntThreads", wintypes.DWORD), ("th32ParentProcessID", wintypes.DWORD),
-                ("pcPriClassBase", wintypes.LONG), ("dwFlags", wintypes.DWORD), ("szExeFile", wintypes.WCHAR * 260),
-            ]  # fmt: skip
-
-        kernel32, parents, entry = _kernel32(), {}, Entry()
-        entry.dwSize = ctypes.sizeof(entry)
-        snapshot = wintypes.HANDLE(kernel32.CreateToolhelp32Snapshot(0x2, 0))  # TH32CS_SNAPPROCESS
-        found = kernel32.Process32FirstW(snapshot, ctypes.byref(entry))
-        while found:
-            parents[int(entry.th32ProcessID)] = int(entry.th32ParentProcessID)
-            found = kernel32.Process32NextW(snapshot, ctypes.byref(entry))
-        kernel32.CloseHandle(snapshot)
-        return parents
 
     def kill_group_of(group: int) -> None:
         for pid in group_members(group):
@@ -1310,54 +1278,44 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
                 pass
 
     def rss_bytes(pids: Sequence[int]) -> Optional[int]:
-        total = 0
-        for pid in pids:
+        def ask(kernel32: Any, handle: Any) -> int:
             counters = ctypes.create_string_buffer(struct.calcsize("2I8N"))  # PROCESS_MEMORY_COUNTERS
-            if _with_process(pid, _QUERY, lambda kernel32, handle: kernel32.K32GetProcessMemoryInfo(
-                    handle, counters, len(counters))):  # fmt: skip
-                total += struct.unpack_from("2I8N", counters)[3]  # WorkingSetSize
-        return total or None
+            kernel32.K32GetProcessMemoryInfo(handle, counters, len(counters))
+            return int(struct.unpack("2I8N", counters)[3])  # WorkingSetSize
+
+        return sum(size for size in (_ask_process(pid, ask) for pid in pids) if type(size) is int) or None
 
     def free_memory() -> Optional[int]:
-        status = ctypes.create_string_buffer(64)  # MEMORYSTATUSEX
-        ctypes.c_uint32.from_buffer(status).value = 64
+        status = ctypes.create_string_buffer(struct.pack("=I", 64), 64)  # MEMORYSTATUSEX
         found = _kernel32().GlobalMemoryStatusEx(status)
         return struct.unpack_from("=Q", status, 16)[0] if found else None  # ullAvailPhys
 
     def who_listens(host: str, port: int, pid: int) -> str:
-        """Whether what would get a connection to this address is PID or descends from it (a wrapper's child may be it)."""
-        try:
-            owners = _who_gets(host, port, _listeners(port))
-        except OSError:
-            return UNKNOWN
-        if not owners:
-            return NOBODY
-        return OURS if set(owners) <= set(group_members(pid)) else STRANGER
-
-    def _listeners(port: int) -> List[Tuple[bytes, int]]:
-        """`(address, process)` of each TCP socket that listens on the port (GetExtendedTcpTable, iphlpapi.h)."""
-        # MIB_TCPROW_OWNER_PID: state, address, port, remote ...; MIB_TCP6ROW_OWNER_PID: address, scope, port, remote ...
-        found, call = [], ctypes.WinDLL("iphlpapi").GetExtendedTcpTable
-        for family, row in ((2, struct.Struct("=4x4s2s10xI")), (23, struct.Struct("=16s4x2s30xI"))):
-            size, code = ctypes.c_ulong(65536), 122  # ERROR_INSUFFICIENT_BUFFER: it may grow meanwhile
-            while code == 122:
-                table = ctypes.create_string_buffer(size.value)
-                code = call(table, ctypes.byref(size), False, family, 3, 0)  # TCP_TABLE_OWNER_PID_LISTENER
+        """By GetExtendedTcpTable (iphlpapi.h): PID, or what descends from it (a wrapper's child may be the one)."""
+        found: Dict[bytes, Set[int]] = {}
+        # MIB_TCPROW_OWNER_PID: state, address, port, remote, owner; MIB_TCP6ROW_OWNER_PID: address, scope, port ...
+        for family, start, row in ((2, _IPV4, struct.Struct("=4x4s2s10xI")), (23, b"", struct.Struct("=16s4x2s30xI"))):
+            table, size = ctypes.create_string_buffer(1 << 20), ctypes.c_ulong(1 << 20)  # room for 18,000
+            code = ctypes.WinDLL("iphlpapi").GetExtendedTcpTable(
+                table, ctypes.byref(size), False, family, 3, 0)  # TCP_TABLE_OWNER_PID_LISTENER
             if code and family == 2:
-                raise OSError(errno.EIO, "GetExtendedTcpTable", code)
+                return UNKNOWN
             for index in range(0 if code else struct.unpack_from("<I", table)[0]):
-                address, number, pid = row.unpack_from(table, 4 + index * row.size)
+                address, number, owner = row.unpack_from(table, 4 + index * row.size)
                 if int.from_bytes(number, "big") == port:
-                    found.append(((_IPV4 if family == 2 else b"") + address, pid))
-        return found
+                    found.setdefault(start + address, set()).add(owner)
+        owners = _who_gets(host, port, found)
+        return (OURS if owners <= set(group_members(pid)) else STRANGER) if owners else NOBODY
 
     def parent_handle() -> Any:
         """A handle on the parent, opened while it lives: a pid alone may later be another process.
 
         In a virtual environment python.exe only starts the real one and waits for it: its parent is the one meant.
         """
-        parent = (look_at(os.getpid()) or _UNREADABLE).parent or 0
-        if sys.prefix != sys.base_prefix and _image_of(parent) == sys.executable.lower():
+        parent, image = (look_at(os.getpid()) or _UNREADABLE).parent or 0, ctypes.create_unicode_buffer(32768)
+        _ask_process(parent, lambda kernel32, handle: kernel32.QueryFullProcessImageNameW(
+            handle, 0, image, ctypes.byref(wintypes.DWORD(32768))))  # fmt: skip
+        if sys.prefix != sys.base_prefix and image.value.lower() == sys.executable.lower():
             parent = (look_at(parent) or _UNREADABLE).parent or parent
         return _kernel32().OpenProcess(_SYNCHRONIZE, False, parent)
 
@@ -1365,40 +1323,23 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         return bool(_kernel32().WaitForSingleObject(wintypes.HANDLE(handle), 0) == 0)  # WAIT_OBJECT_0
 
     def command_for(path: str) -> List[str]:
-        """Scripts by their interpreters; for npm's .cmd shims, whose arguments cannot be quoted safely, their script."""
+        """Scripts by their interpreters; npm's .cmd shims, to which no argument goes safely, as their script."""
         shims = os.path.dirname(os.path.abspath(path))
         for modules in (os.path.join(shims, "node_modules"), os.path.dirname(shims)):
             script = os.path.join(modules, "@qvac", "cli", "dist", "index.js")
             if path.lower().endswith((".cmd", ".ps1")) and os.path.exists(script):
                 return ["node", script]
-        if path.lower().endswith((".js", ".mjs", ".cjs")):
-            return ["node", path]
-        return [interpreter(), path] if path.lower().endswith(".py") else [path]
-
-    def start_without_signals(start: Callable[[], None]) -> None:
-        """Start a thread; signals are for the main thread in any case here."""
-        start()
-
-    def quoted_word(text: str) -> str:
-        """A word as it is typed at a prompt: as it is, for cmd and PowerShell quote differently."""
-        return text
-
-    def default_env_shell() -> str:
-        """The shell `env` writes for when nobody names one."""
-        return "powershell"
-
-    def stop_signals() -> List[int]:
-        return [signal.SIGTERM, signal.SIGBREAK]
+        if path.lower().endswith(".py"):
+            return [interpreter(), path]
+        return ["node", path] if path.lower().endswith((".js", ".mjs", ".cjs")) else [path]
 
     def enable_ansi(stream: Any) -> bool:
-        """Whether escape sequences reach a person through STREAM; switches the console to them."""
         if not stream.isatty():
             return False
         handle, mode = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno())), ctypes.c_uint32()
         if not _kernel32().GetConsoleMode(handle, ctypes.byref(mode)):
             return False
-        enable_virtual_terminal_processing = 0x0004
-        return bool(_kernel32().SetConsoleMode(handle, mode.value | enable_virtual_terminal_processing))
+        return bool(_kernel32().SetConsoleMode(handle, mode.value | 0x4))  # ENABLE_VIRTUAL_TERMINAL_PROCESSING
 
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
         """Run ARGV as a child; return its exit code. The console gives Ctrl-C to it as well. Raises OSError.
@@ -1412,19 +1353,9 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
 else:
     import fcntl
 
-    _SIGTERM, _SIGKILL = 15, 9
     SOCKET_DIR, LINGER_NOT = "/tmp", b"\1\0\0\0\0\0\0\0" if sys.byteorder == "little" else b"\0\0\0\1\0\0\0\0"
     LISTEN_OPTION = 2 if sys.platform == "linux" else 4  # SO_REUSEADDR: what is left of a former one is no hindrance
-    CLI_NAMES = ("qvac",)
-    PYTHON_NAMES = ("bin/python%d.%d" % sys.version_info[:2], "bin/python3")
-    ENDINGS = ("",)
-
-    def detach_frozen(args: Sequence[str]) -> None:
-        """Started anew, for what a frozen program has unpacked goes with the process that unpacked it."""
-        if os.fork():
-            os._exit(0)
-        os.setsid()
-        os.execve(sys.executable, [sys.executable, "--reexecuted", *args], runner_environ())
+    CLI_NAMES, PYTHON_NAMES, ENDINGS = ("qvac",), ("bin/python%d.%d" % sys.version_info[:2], "bin/python3"), ("",)
 
     def host_name() -> str:
         return os.uname().nodename
@@ -1437,29 +1368,22 @@ else:
         """For a process of which nothing else can be had here."""
         try:
             os.kill(pid, 0)
-        except PermissionError:
-            return _UNREADABLE
-        except (OSError, OverflowError):
+        except (ProcessLookupError, OverflowError):
             return None
+        except OSError:
+            pass  # another user's
         return _UNREADABLE
 
-    def is_ours(status: os.stat_result) -> bool:
-        return status.st_uid == os.geteuid()
-
     def exposure(path: str) -> Optional[str]:
-        """Why others than this user and root can write to a file, or make and rename things in a folder; in words.
-
-        In a sticky folder, as the temporary one is, nobody can rename what is another's. OSError if there is none.
-        """
+        """In a sticky folder, as the temporary one is, nobody can rename what is another's. May raise OSError."""
         info = os.lstat(path)
-        kind = info.st_mode & 0o170000
+        kind, mode = info.st_mode & 0o170000, info.st_mode & 0o7777
         if info.st_uid not in (os.geteuid(), 0) and not _is_roots_outside(path, info.st_uid):
             return "it belongs to user %d" % info.st_uid
-        if kind == 0o120000 or (kind == 0o040000 and info.st_mode & 0o1000):  # a link's mode means nothing
+        if kind == 0o120000 or (kind == 0o040000 and mode & 0o1000):  # a link's mode means nothing
             return None
-        if info.st_mode & 0o002 or (info.st_mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid)):
-            return "its mode is %04o: others can write" % (info.st_mode & 0o7777)
-        return None
+        is_exposed = mode & 0o002 or (mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid))
+        return "its mode is %04o: others can write" % mode if is_exposed else None
 
     def _is_roots_outside(path: str, uid: int) -> bool:
         """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
@@ -1492,15 +1416,6 @@ else:
         return True
 
     replace_file, remove_file = os.replace, os.unlink
-
-    def call_after_fork(function: Callable[[], None]) -> None:
-        os.register_at_fork(after_in_child=function)
-
-    def make_private(fd: int) -> None:
-        try:
-            os.fchmod(fd, 0o600)
-        except OSError:
-            pass  # another user's, or a file system without modes
 
     def unlock_fd(fd: int) -> None:
         try:
@@ -1546,11 +1461,11 @@ else:
 
         def _send(self, params: bytes) -> None:
             """At once, as a rule: the system holds 200 kB. One that does not read must not stop its client for long."""
-            if sys.platform == "darwin":
-                self._socket.setsockopt(0xFFFF, 0x1022, 1)  # SOL_SOCKET, SO_NOSIGPIPE
-                self._socket.setsockopt(0xFFFF, socket.SO_SNDBUF, len(params) + 4096)  # it holds 8 kB
-            self._socket.settimeout(5.0)
+            self._socket.settimeout(2.0)
             try:
+                if sys.platform == "darwin":
+                    self._socket.setsockopt(0xFFFF, 0x1022, 1)  # SOL_SOCKET, SO_NOSIGPIPE
+                    self._socket.setsockopt(0xFFFF, socket.SO_SNDBUF, len(params) + 4096)  # it holds 8 kB
                 self._socket.sendall(params, getattr(socket, "MSG_NOSIGNAL", 0))
                 self._socket.shutdown(socket.SHUT_WR)
             except OSError:
@@ -1563,7 +1478,7 @@ else:
                 try:
                     data = self._socket.recv(65536)
                     return data, not data
-                except socket.timeout:  # noqa: UP041 - another class before 3.10
+                except socket.timeout:
                     return b"", False
                 except ConnectionResetError:
                     pass  # it ended without having read all; what it said comes after this
@@ -1604,16 +1519,14 @@ else:
         os.close(null)
         return params, fd
 
-    # `sh`, leader of the group in which the serve is started, holding the reading end of a pipe whose only writing end is
-    # the runner's: when the runner is gone, however it ended, the read ends and the whole group is killed, the worker
-    # included. It stands before the serve does, and as long as it is not reaped the group's id is nobody else's.
+    # `sh`, leader of the group in which the serve is started, holding the reading end of a pipe whose only writing end
+    # is the runner's: when the runner is gone, however it ended, the read ends and the whole group is killed.
+    # It stands before the serve does, and as long as it is not reaped the group's id is nobody else's.
     _WATCHDOG_SCRIPT = 'trap "" TERM INT HUP; read _; kill -s KILL 0'
 
     class ServeProcess:
-        """The serve, in a process group that a watchdog leads, and that ends with this runner.
-
-        `folder` is its working folder where it need not be this process's own.
-        """
+        """The serve, in a process group that a watchdog leads, and that ends with this runner. Its working folder is
+        this process's own."""
 
         def __init__(self, argv: Sequence[str], environ: Mapping[str, str], log_fd: int, _folder: str) -> None:
             self.pid, self._group, self._watchdog, self._pipe = 0, 0, 0, -1
@@ -1637,25 +1550,29 @@ else:
                 self._watchdog = os.posix_spawn(
                     "/bin/sh", ["sh", "-c", _WATCHDOG_SCRIPT, "qvac-watchdog"], os.environ, setpgroup=self._group,
                     file_actions=[(os.POSIX_SPAWN_DUP2, read_end, 0), null, (os.POSIX_SPAWN_DUP2, 1, 2)])  # fmt: skip
+            except OSError:
+                os.close(self._pipe)
+                raise
             finally:
                 os.close(read_end)
 
         def check_watchdog(self) -> None:
             """Start another if somebody killed it: it joins the group of the serve, which is still there."""
-            if os.waitpid(self._watchdog, os.WNOHANG)[0]:
+            if self._watchdog and os.waitpid(self._watchdog, os.WNOHANG)[0]:
+                self._watchdog = 0  # until there is another, which may fail
                 os.close(self._pipe)
+            if not self._watchdog:
                 self._start_watchdog()
 
         def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
             """`(exit code, signal)` once the serve has ended."""
-            if self._status is None:
-                self._status = _child_ended(self.pid)
+            self._status = self._status or _child_ended(self.pid)
             return self._status
 
         def terminate(self) -> None:
             """SIGTERM to the serve alone: it has to release its own worker and the worker's lock."""
             if self._status is None:
-                os.kill(self.pid, _SIGTERM)
+                os.kill(self.pid, 15)
 
         def group_is_empty(self) -> bool:
             """Whether nothing but the watchdog is left, as far as can be seen."""
@@ -1666,30 +1583,23 @@ else:
 
         def reap(self) -> None:
             """End the watchdog, and with it the group's id."""
-            os.close(self._pipe)
-            kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
-            os.waitpid(self._watchdog, 0)
+            if self._watchdog:
+                os.close(self._pipe)
+                kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
+                os.waitpid(self._watchdog, 0)
 
     def neutral_limits() -> None:
         os.umask(0o077)  # the worker's socket in the temporary folder is private by nothing else
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for wanted in (hard, 10240):  # macOS takes no more, whatever the hard limit says
+        for limit in (max(soft, 10240), hard):  # macOS may take no more than the first
             try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if wanted == hard else max(soft, wanted), hard))
-                break
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             except (OSError, ValueError):
                 pass
         try:
             os.setpriority(os.PRIO_PROCESS, 0, 0)
         except OSError:
             pass  # a lower niceness is for root and whom root lets
-
-    def group_of(pid: int) -> int:
-        """The process group of a serve, ours (its watchdog's) or the provider's (its own)."""
-        try:
-            return os.getpgid(pid)
-        except OSError:
-            return pid
 
     def reset_signals() -> None:
         for number in range(1, signal.NSIG):
@@ -1702,15 +1612,16 @@ else:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up is what counts
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-    def terminate_process(pid: int) -> None:
-        os.kill(pid, _SIGTERM)
-
-    def kill_process(pid: int) -> None:
-        os.kill(pid, _SIGKILL)
+    def group_of(pid: int) -> int:
+        """The process group of a serve, ours (its watchdog's) or the provider's (its own)."""
+        try:
+            return os.getpgid(pid)
+        except OSError:
+            return pid
 
     def kill_group_of(group: int) -> None:
         try:
-            os.killpg(group, _SIGKILL)
+            os.killpg(group, 9)
         except (ProcessLookupError, PermissionError):
             pass
 
@@ -1723,35 +1634,13 @@ else:
     def command_for(path: str) -> List[str]:
         return [path]
 
-    def start_without_signals(start: Callable[[], None]) -> None:
-        """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
-        closes, the kernel would give it the second, and the main thread would wait on without having seen it."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def quoted_word(text: str) -> str:
-        """A word as it is typed at a prompt."""
-        return shlex.quote(text)
-
-    def default_env_shell() -> str:
-        """The shell `env` writes for when nobody names one."""
-        return "sh"
-
-    def stop_signals() -> List[int]:
-        return [signal.SIGTERM, signal.SIGHUP]
-
     def enable_ansi(stream: Any) -> bool:
-        """Whether escape sequences reach a person through STREAM."""
         return os.environ.get("TERM", "dumb") != "dumb" and bool(stream.isatty())
 
     def run_instead(argv: List[str], env: Dict[str, str]) -> int:
         """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
-        for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these; what is ignored stays so through exec
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_DFL)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these; what is ignored stays so through exec
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(argv[0], argv, env)
 
     if sys.platform == "linux":
@@ -1785,13 +1674,12 @@ else:
                 if int(fields[6]) & 0x4 or int(fields[28]) & 1 << 8 or fields[0] in (b"Z", b"X", b"x"):
                     return None  # PF_EXITING; SIGKILL is pending
                 ago = float(_read_text("/proc/uptime").split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-                return Process(
-                    fields[19].decode(), time.time() - ago, os.stat("/proc/%d" % pid).st_uid, int(fields[1]))  # fmt: skip
+                uid = os.stat("/proc/%d" % pid).st_uid
+                return Process(fields[19].decode(), time.time() - ago, uid, int(fields[1]))
             except (OSError, ValueError, IndexError):
                 return _answers_signals(pid)
 
         def shares_network(pid: int) -> bool:
-            """True, too, where it cannot be told."""
             try:
                 return os.stat("/proc/%d/ns/net" % pid).st_ino == os.stat("/proc/self/ns/net").st_ino
             except OSError:
@@ -1804,12 +1692,10 @@ else:
             except OSError:
                 return None
 
-        def is_thread_id(pid: int) -> bool:  # noqa: F811
+        def is_thread_id(pid: int) -> bool:
             """Linux answers for a thread's id as for a process's, so a recycled pid may be a thread."""
-            for line in _read_text("/proc/%d/status" % pid).splitlines():
-                if line.startswith("Tgid:"):
-                    return int(line.split()[1]) != pid
-            return False
+            status = _read_text("/proc/%d/status" % pid)
+            return "Tgid:" in status and "Tgid:\t%d\n" % pid not in status
 
         def group_members(group: int) -> List[int]:
             """The pids of a process group, zombies left out; none without /proc."""
@@ -1826,89 +1712,70 @@ else:
 
         def rss_bytes(pids: Sequence[int]) -> Optional[int]:
             """Shared pages are counted in each."""
-            pages = 0
-            for pid in pids:
-                try:
-                    pages += int(_read_text("/proc/%d/statm" % pid).split()[1])
-                except (IndexError, ValueError):
-                    pass
-            return pages * os.sysconf("SC_PAGE_SIZE") if pages else None
+            pages = sum(_number_after(" ", _read_text("/proc/%d/statm" % pid)) for pid in pids)
+            return pages * os.sysconf("SC_PAGE_SIZE") or None
 
         def free_memory() -> Optional[int]:
-            """What the system could give, and no more than the control groups above this process let it have."""
-            free = _number_after("MemAvailable:", _read_text("/proc/meminfo"))
-            if free is None:
-                return None
-            left, group = free * 1024, _read_text("/proc/self/cgroup").rpartition("0::")[2]
-            while group.startswith("/"):
-                folder = "/sys/fs/cgroup" + group
-                limit, used = _read_text(folder + "/memory.max"), _read_text(folder + "/memory.current")
-                if limit.isdigit() and used.isdigit():
-                    cache = _number_after("inactive_file", _read_text(folder + "/memory.stat")) or 0
-                    left = min(left, max(0, int(limit) - int(used) + cache))
-                if group == "/":
-                    break
-                group = os.path.dirname(group)
-            return left
+            """What the system could give, and no more than the control groups of this process let it have."""
+            free = _number_after("MemAvailable:", _read_text("/proc/meminfo")) * 1024
+            group = _read_text("/proc/self/cgroup").rpartition("0::")[2]
+            while free and group.startswith("/"):
+                folder = "/sys/fs/cgroup" + group.rstrip("/")
+                limit, cache = (_read_text(folder + "/memory." + name) for name in ("max", "stat"))
+                if limit.isdigit():
+                    used = _number_after("", _read_text(folder + "/memory.current"))
+                    free = max(0, min(free, int(limit) - used + _number_after("inactive_file", cache)))
+                group = os.path.dirname(group) if group != "/" else ""
+            return free or None
 
-        def _number_after(word: str, text: str) -> Optional[int]:
-            found = text.partition(word)[2].split()[:1]
-            return int(found[0]) if found and found[0].isdigit() else None
+        def _number_after(word: str, text: str) -> int:
+            return int(text[text.find(word) + len(word) :].split()[0]) if word in text and text else 0
 
-        def _listeners(port: int) -> Optional[List[Tuple[bytes, Tuple[bytes, int]]]]:
-            """`(address, (inode, uid))` of each TCP socket that listens on the port; None without /proc."""
-            found = []
-            try:
-                for table in ("tcp", "tcp6"):
-                    if table == "tcp" or os.path.exists("/proc/net/tcp6"):
-                        with open("/proc/net/" + table, "rb") as file:
-                            for line in file.read().split(b"\n")[1:-1]:
-                                fields = line.split()
-                                if fields[3] == b"0A" and int(fields[1].rpartition(b":")[2], 16) == port:  # TCP_LISTEN
-                                    found.append((_address_of(fields[1]), (fields[9], int(fields[7]))))
-            except (OSError, ValueError, IndexError):
-                return None
-            return found
-
-        def _address_of(text: bytes) -> bytes:
-            """proc(5) writes an address as 32-bit numbers in the machine's byte order."""
-            digits = text.partition(b":")[0]
-            words = [int(digits[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(digits), 8)]
-            return (_IPV4 if len(words) == 1 else b"") + b"".join(words)
+        def _listeners(port: int) -> Iterator[Tuple[bytes, bytes, int]]:
+            """`(address, inode, uid)` of each TCP socket that listens on the port. OSError without /proc."""
+            for table in ("tcp", "tcp6") if os.path.exists("/proc/net/tcp6") else ("tcp",):
+                with open("/proc/net/" + table, "rb") as file:
+                    for line in file.read().split(b"\n")[1:-1]:
+                        _, local, _, state, _, _, _, uid, _, inode = line.split()[:10]
+                        # proc(5) writes an address as 32-bit numbers in the machine's byte order
+                        digits, _, number = local.partition(b":")
+                        if state == b"0A" and int(number, 16) == port:  # TCP_LISTEN
+                            words = (int(digits[at : at + 8], 16) for at in range(0, len(digits), 8))
+                            address = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
+                            yield (_IPV4 + address)[-16:], inode, int(uid)
 
         def who_listens(host: str, port: int, pid: int) -> str:
-            """Whether what would get a connection to this address belongs to PID's process group; NOBODY, too, if PID is
-            dead. UNKNOWN without /proc, for a name, and where a process does not let its descriptors be seen (one with
-            file capabilities) but the socket is this user's."""
-            listeners = _listeners(port)
+            """UNKNOWN, too, where a process does not let its descriptors be seen (one with file capabilities) but the
+            socket is this user's. NOBODY if PID is dead: while it dies, its socket listens still."""
+            found: Dict[bytes, Set[Tuple[bytes, int]]] = {}
             try:
-                owners = None if listeners is None else _who_gets(host, port, listeners)
-            except OSError:
-                owners = None
+                for address, inode, uid in _listeners(port):
+                    found.setdefault(address, set()).add((inode, uid))
+            except (OSError, ValueError):
+                return UNKNOWN
+            owners, can_look = dict(_who_gets(host, port, found)), True
             if not owners:
-                return UNKNOWN if owners is None else NOBODY
-            left, can_look = {inode: uid for inode, uid in owners}, True
-            for member in dict.fromkeys([pid, *group_members(group_of(pid))]):  # a wrapper's child may be it
-                can_look = _take_sockets(member, left) and can_look
-            if not left:
+                return NOBODY
+            for member in [pid, *group_members(group_of(pid))]:  # a wrapper's child may be the one that listens
+                can_look = _take_sockets(member, owners) and can_look
+            if not owners:
                 return OURS
-            # While a process dies its descriptors are not to be seen any more, and its socket listens still.
             if process_start(pid) is None:
                 return NOBODY
-            return STRANGER if can_look or set(left.values()) != {os.geteuid()} else UNKNOWN
+            return STRANGER if can_look or set(owners.values()) != {os.geteuid()} else UNKNOWN
 
         def _take_sockets(pid: int, left: Dict[bytes, int]) -> bool:
-            """Take those out that the process has; False if it does not let us look."""
+            """Take those out, by their inodes, that the process has; False if it does not let us look."""
             folder = b"/proc/%d/fd" % pid
             try:
-                for name in os.listdir(folder):
-                    try:
-                        target = os.readlink(folder + b"/" + name)
-                    except OSError:
-                        continue
-                    left.pop(target[8:-1], None)  # socket:[INODE]
+                names = os.listdir(folder)
             except OSError as error:
                 return error.errno not in (errno.EACCES, errno.EPERM)
+            for name in names:
+                try:
+                    left.pop(os.readlink(folder + b"/" + name)[8:-1], None)  # socket:[INODE]
+                except OSError:
+                    pass
             return True
 
     else:  # pragma: no cover - macOS and other POSIX: checked by mypy and by tests with injected calls
@@ -1935,16 +1802,12 @@ else:
             found = _answers_signals(pid)
             return None if found and _ps("state", "-p", str(pid)).startswith("Z") else found
 
-        def shares_network(_pid: int) -> bool:
-            """There are no network namespaces."""
-            return True
-
         def command_line(pid: int) -> Optional[List[str]]:
             return _ps("command", "-ww", "-p", str(pid)).split() or None
 
         def group_members(group: int) -> List[int]:
             rows = [row.split() for row in _ps("pid,pgid,state", "-ax").splitlines()]
-            return [int(row[0]) for row in rows if len(row) > 2 and row[1] == str(group) and not row[2].startswith("Z")]
+            return [int(row[0]) for row in rows if row[1:2] == [str(group)] and not row[2].startswith("Z")]
 
         def rss_bytes(pids: Sequence[int]) -> Optional[int]:
             sizes = _ps("rss", "-p", ",".join(map(str, pids))).split()
@@ -1975,13 +1838,14 @@ else:
             return done.stdout.decode("utf-8", "replace")
 
         def who_listens(host: str, port: int, pid: int) -> str:
-            """Whether it is PID's process group that listens on the port, as far as `lsof` shows: not another user's."""
+            """As far as `lsof` shows: no other user's processes."""
             if not _accepts_connections(host, port):
                 return NOBODY
             listeners = _run_tool("/usr/sbin/lsof", "-nP", "-t", "-iTCP:%d" % port, "-sTCP:LISTEN").split()
             if not listeners:
                 return UNKNOWN
-            return OURS if {str(member) for member in [pid, *group_members(group_of(pid))]} & set(listeners) else STRANGER
+            members = {str(member) for member in [pid, *group_members(group_of(pid))]}
+            return OURS if members & set(listeners) else STRANGER
 
 
 _stop_signals: List[int] = []
@@ -2025,7 +1889,9 @@ def wake_up() -> None:
         pass  # it has been woken already
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = float("inf"), pause: float = 0.02, wait: Any = None) -> Any:
+def wait_until(
+    condition: Callable[[], Any], seconds: float = float("inf"), pause: float = 0.02, wait: Any = None
+) -> Any:
     """The condition's first true value, or its last false one once so many seconds are over."""
     deadline = time.monotonic() + seconds
     while True:
@@ -2052,17 +1918,13 @@ def lookup_name(host: str) -> Any:
 def find_on_path(name: str, path: Optional[str] = None) -> Optional[str]:
     """Where a command is on PATH (this process's, unless another is given); None if nowhere, or if it is a path itself.
 
-    Only absolute folders count: whose files would be in the others depends on where we are. So it is on Windows too,
-    where the system looks into the working folder first.
+    Only absolute folders count: whose files would be in the others? Windows looks into the working folder first.
     """
     path = os.environ.get("PATH", os.defpath) if path is None else path
-    for folder in path.split(os.pathsep) if name and not os.path.dirname(name) else []:
-        for ending in ENDINGS if os.path.isabs(folder) else ():
-            found = os.path.join(folder, name + ending)
-            # On Windows every file passes for executable, one without an ending too: npm's shims for other shells.
-            if os.path.isfile(found) and os.access(found, os.X_OK) and (len(ENDINGS) == 1 or os.path.splitext(found)[1]):
-                return found
-    return None
+    folders = [folder for folder in path.split(os.pathsep) if os.path.isabs(folder) and not os.path.dirname(name)]
+    endings = ENDINGS if not name.lower().endswith(ENDINGS[1:]) else ("",)
+    found = (os.path.join(folder, name + ending) for folder in folders for ending in endings)
+    return next((file for file in found if os.path.isfile(file) and os.access(file, os.X_OK)), None)
 
 
 _places: Dict[int, str] = {}
@@ -2070,10 +1932,7 @@ _places: Dict[int, str] = {}
 
 def place() -> str:
     """`this_place()`, once per process."""
-    found = _places.get(os.getpid())
-    if found is None:
-        found = _places[os.getpid()] = this_place()
-    return found
+    return _places.get(os.getpid()) or _places.setdefault(os.getpid(), this_place())
 
 
 def process_start(pid: int) -> Optional[str]:
@@ -2146,8 +2005,7 @@ def parent_is_gone(original: int, current: int) -> bool:
 
 def runner_environ() -> Dict[str, str]:
     """What runner and serve inherit: all of the first caller's environment but the key of another serve (see
-    Qvac.environ, which has it under both names). What PyInstaller makes is to unpack itself anew, not to use what
-    belongs to the caller."""
+    Qvac.environ, which has it under both names). A program of PyInstaller's is to unpack itself anew."""
     key, names = os.environ.get("QVAC_API_KEY"), ("QVAC_API_KEY", "OPENAI_API_KEY")
     environ = {name: value for name, value in os.environ.items() if name not in names or value != key}
     return {**environ, "PYINSTALLER_RESET_ENVIRONMENT": "1"} if getattr(sys, "frozen", False) else environ
@@ -2161,8 +2019,16 @@ def freeze_support() -> None:
     """The first call of a frozen program (PyInstaller and the like) that uses managed mode: in the processes that this
     file starts, which are that program again, it does their work and does not return. Elsewhere it does nothing."""
     _freezing.append(True)
+    args = sys.argv[2:]
     if sys.argv[1:2] == ["--reexecuted"]:
-        sys.exit(_reexecuted(sys.argv[2:]))
+        if args[0] == "--detach":
+            args.pop(0)
+            if sys.platform != "win32" and not os.fork():
+                os.setsid()  # and anew, for what the program has unpacked goes with the process that unpacked it
+                os.execve(sys.executable, [sys.executable, "--reexecuted", *args], runner_environ())
+            elif sys.platform != "win32":
+                os._exit(0)
+        sys.exit(_reexecuted(args))
 
 
 def reexec_argv(*args: str, detach: bool = False, pycache: str = "") -> List[str]:
@@ -2174,12 +2040,12 @@ def reexec_argv(*args: str, detach: bool = False, pycache: str = "") -> List[str
     """
     if getattr(sys, "frozen", False):
         if not _freezing:
-            raise ServeSpawnFailedError(
-                "A frozen program has no interpreter for managed mode: let it call qvac_managed.freeze_support() "
-                "before anything else, or start `qvac serve --openai` yourself and use external mode.")  # fmt: skip
+            raise ServeSpawnFailedError("A frozen program has no interpreter to run managed mode: let it call "
+                                        "qvac_managed.freeze_support() first, or use external mode.")  # fmt: skip
         return [sys.executable, "--reexecuted", *(["--detach"] if detach else []), *args]
     flags = ["-I", "-S"] + (["-B"] if sys.dont_write_bytecode else [])
-    return [interpreter(), *flags, "-c", _BOOT, _THIS_FILE, pycache, "detach" if detach else "", *args]
+    has_fork = detach and sys.platform != "win32"
+    return [interpreter(), *flags, "-c", _BOOT, _THIS_FILE, pycache, "detach" if has_fork else "", *args]
 
 
 def interpreter() -> str:
@@ -2190,17 +2056,16 @@ def interpreter() -> str:
     if sys.implementation.name == "pypy":
         raise ServeSpawnFailedError("PyPy cannot start processes as managed mode does: use CPython, or external mode.")
     # In a virtual environment of Windows, python.exe is a process that only waits for the one it starts.
-    base = getattr(sys, "_base_executable", "")
-    likely = [base, sys.executable] if len(ENDINGS) > 1 else [sys.executable, base]
-    prefixes = dict.fromkeys((sys.exec_prefix, sys.base_exec_prefix))
-    likely += [os.path.join(prefix, *name.split("/")) for prefix in prefixes for name in PYTHON_NAMES]
-    for path in [*likely, find_on_path("python%d.%d" % sys.version_info[:2])]:
-        name = os.path.basename(path or "").lower()
-        if path and os.path.isabs(path) and name.startswith(("python", "pypy", "graalpy")) and os.access(path, os.X_OK):
+    likely = [sys.executable or "", getattr(sys, "_base_executable", "") or ""][:: -1 if sys.platform == "win32" else 1]
+    for prefix in dict.fromkeys((sys.exec_prefix, sys.base_exec_prefix)):
+        likely += [os.path.join(prefix, name) for name in PYTHON_NAMES]
+    for path in [*likely, find_on_path("python%d.%d" % sys.version_info[:2]) or ""]:
+        is_python = os.path.basename(path).lower().startswith(("python", "graalpy"))
+        if is_python and os.path.isabs(path) and os.access(path, os.X_OK):
             return path
     raise ServeSpawnFailedError(
-        "No Python interpreter found for the runner (sys.executable is %r, and there is no python%d.%d on PATH): use "
-        "external mode, with `qvac serve --openai` started by yourself." % (sys.executable, *sys.version_info[:2]))  # fmt: skip
+        "No Python to run the runner with (sys.executable is %r, no python%d.%d on PATH): use external mode."
+        % (sys.executable, *sys.version_info[:2]))  # fmt: skip
 
 
 # ==================================================================================================
@@ -7437,9 +7302,6 @@ vla - 1981051936:SMOLVLA_LIBERO_VISION_Q8 3929675872:PI05_BASE_Q_AGGRESSIVE
 
 def _reexecuted(argv: List[str]) -> int:
     """Entry of the processes that are this file again: `runner` and `echo ARGUMENTS...`."""
-    if argv[0] == "--detach":
-        argv = argv[1:]
-        detach_frozen(argv)
     if argv[0] == "echo":
         return run_echo_serve(argv[1:])
     return _run_runner()

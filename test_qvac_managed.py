@@ -2585,28 +2585,20 @@ class IdentityTest(unittest.TestCase):
             (q.ALIVE, True, None, 8, 1000.0), (q.ALIVE, True, 7, None, 1000.0), (q.ALIVE, True, 7, 7, None),
             (q.ALIVE, True, 7, 7, 5000.0 + slack), (q.DEAD, True, 7, 7, 5001.0 + slack), (q.ALIVE, True, 7, 7, 0.0),
         ):  # fmt: skip
-            with mock.patch.multiple(q, process_alive=lambda pid: lives, process_uid=lambda pid: owner,
-                                     process_started_at=lambda pid: started):  # fmt: skip
+            found = q.Process("1", started, owner, 1) if lives else None
+            with mock.patch.object(q, "look_at", return_value=found):
                 self.assertEqual(expected, q.judge_bare_pid(5, 5000.0, uid), (lives, uid, owner, started))
 
     @unittest.skipUnless(LINUX, "looks into /proc")
     def test_processes_of_this_machine(self) -> None:
         me = os.getpid()
         self.assertTrue(q.process_alive(me) and q.process_alive(1) and q.is_process_alive(me))
-        self.assertEqual(q.process_start(me), q.process_start(me))
-        self.assertEqual((os.getppid(), os.geteuid()), (q.parent_of(me), q.process_uid(me)))
-        self.assertAlmostEqual(time.time(), q.process_started_at(me) or 0, delta=3600)
-        self.assertGreater(q.rss_bytes([me]) or 0, 1000000)
+        found = q.look_at(me)
+        assert found is not None
+        self.assertEqual((os.getppid(), os.geteuid()), (found.parent, found.uid))
         with sleeper() as child:
-            started = q.process_started_at(child.pid)
-            self.assertAlmostEqual(time.time(), started or 0, delta=10)
             os.kill(child.pid, signal.SIGSTOP)
             self.assertTrue(q.process_alive(child.pid))  # stopped is not dead
-            start = q.process_start(child.pid)
-        self.assertIsNone(q.process_start(child.pid))
-        self.assertTrue(start)
-        for function in (q.process_started_at, q.process_uid, q.parent_of):
-            self.assertIsNone(function(child.pid))
         with zombie() as pid:
             self.assertIsNone(q.process_start(pid))
             self.assertFalse(q.process_alive(pid))
@@ -2619,10 +2611,66 @@ class IdentityTest(unittest.TestCase):
             assert child.stdout is not None
             child.stdout.readline()
             self.assertTrue((q.process_start(child.pid) or "").isdigit())
-            self.assertEqual(os.getpid(), q.parent_of(child.pid))
+            self.assertEqual(os.getpid(), (q.look_at(child.pid) or q._UNREADABLE).parent)
         finally:
             child.kill()
             child.communicate()
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_a_thread_is_no_process(self) -> None:
+        done = threading.Event()
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+        self.assertTrue(q.look_at(thread.native_id or 0))  # the kernel answers for it
+        self.assertFalse(q.process_alive(thread.native_id or 0))
+        done.set()
+        thread.join()
+
+    @unittest.skipUnless(LINUX, "is without /proc elsewhere")
+    def test_without_proc_nothing_is_certain(self) -> None:
+        real_open, me = open, os.getpid()
+
+        def hiding(path: Any, *args: Any, **options: Any) -> Any:
+            if str(path).startswith("/proc"):
+                raise FileNotFoundError(path)
+            return real_open(path, *args, **options)
+
+        with mock.patch("builtins.open", hiding), mock.patch("os.path.isdir", return_value=False), \
+                mock.patch("os.stat", side_effect=FileNotFoundError), socket.socket() as listener:  # fmt: skip
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            self.assertEqual(("", q.ALIVE), (q.process_start(me), q.judge_process(me, "123", q.place())))
+            self.assertEqual(q.UNKNOWN, q.who_listens("127.0.0.1", listener.getsockname()[1], me))
+            self.assertEqual(([], None, None, None), (
+                q.group_members(os.getpgid(0)), q.command_line(me), q.rss_bytes([me]), q.free_memory()))  # fmt: skip
+            self.assertTrue(q.shares_network(me))
+            self.assertTrue(q.this_place().endswith("::0"))
+
+    @unittest.skipUnless(LINUX, "looks into /proc")
+    def test_a_process_that_lets_nobody_look_is_judged_by_its_sockets_owner(self) -> None:
+        with socket.socket() as listener, mock.patch("os.listdir", side_effect=PermissionError(13, "no")), \
+                mock.patch.object(q, "group_members", return_value=[]):  # fmt: skip
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = listener.getsockname()[1]
+            self.assertEqual(q.UNKNOWN, q.who_listens("127.0.0.1", port, os.getpid()))
+            with mock.patch("os.geteuid", return_value=os.geteuid() + 1):
+                self.assertEqual(q.STRANGER, q.who_listens("127.0.0.1", port, os.getpid()))
+            self.assertEqual(q.NOBODY, q.who_listens("127.0.0.1", port, dead_pid()))
+
+    @unittest.skipUnless(LINUX, "control groups")
+    def test_free_memory_is_what_the_control_groups_leave(self) -> None:
+        files = {
+            "/proc/meminfo": "MemFree: 1 kB\nMemAvailable:  4000 kB\nBuffers: 7 kB", "/proc/self/cgroup": "0::/a/b",
+            "/sys/fs/cgroup/a/b/memory.max": "max", "/sys/fs/cgroup/a/memory.max": "3000000",
+            "/sys/fs/cgroup/a/memory.current": "2500000", "/sys/fs/cgroup/a/memory.stat": "anon 5\ninactive_file 100000\n",
+        }  # fmt: skip
+        with mock.patch.object(q, "_read_text", lambda path: files.get(path, "")):
+            self.assertEqual(600000, q.free_memory())
+            files["/sys/fs/cgroup/a/memory.max"] = "max"
+            self.assertEqual(4096000, q.free_memory())
+            files["/proc/self/cgroup"] = "12:memory:/old"
+            self.assertEqual(4096000, q.free_memory())
 
     def test_the_place_is_found_once_per_process(self) -> None:
         self.assertEqual(3, len(q.place().split(":")))
@@ -3630,214 +3678,458 @@ def load_for(platform: str) -> Any:
     return module
 
 
-class WindowsFunctionsTest(Unit):
-    """With the kernel's functions and `msvcrt` injected."""
+def raises(error: Any, function: Callable[[], Any]) -> bool:
+    try:
+        function()
+    except error:
+        return True
+    return False
 
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.bank = load_for("win32")
+
+class PlatformTest(unittest.TestCase):
+    """The functions of this system's bank, called for real: it runs on every system, Windows included."""
 
     def setUp(self) -> None:
-        super().setUp()
-        import ctypes
+        folder = tempfile.TemporaryDirectory(prefix="qvac-test-\u00fc\u6a21 ")
+        self.addCleanup(folder.cleanup)
+        self.folder = os.path.realpath(folder.name)
+        self.children: List[Any] = []
+        self.addCleanup(self.end_children)
 
-        self.kernel = mock.MagicMock()
-        for function in (self.kernel.OpenProcess, self.kernel.CreateJobObjectW, self.kernel.CreateToolhelp32Snapshot):
-            function.return_value = 77  # a handle
-        self.last_error = 87  # ERROR_INVALID_PARAMETER: no such process
-        patched = mock.patch.multiple(
-            ctypes, create=True, WinDLL=lambda *_, **__: self.kernel, get_last_error=lambda: self.last_error)
-        patched.start()
-        self.addCleanup(patched.stop)
+    def end_children(self) -> None:
+        for child in self.children:
+            child.kill()
+            child.communicate()
 
-    def process(self, exit_code: int = 259, created: int = 0x01DC_0000_0001, times: int = 1) -> None:
-        def get_exit_code(handle: Any, code: Any) -> int:
-            code._obj.value = exit_code
-            return 1
+    def path(self, name: str, content: Optional[bytes] = None) -> str:
+        path = os.path.join(self.folder, *name.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if content is not None:
+            with open(path, "wb") as file:
+                file.write(content)
+        return path
 
-        def get_times(handle: Any, creation: Any, *_: Any) -> int:
-            creation._obj.dwHighDateTime, creation._obj.dwLowDateTime = created >> 32, created & 0xFFFFFFFF
-            return times
+    def argv(self, code: str, *args: str) -> List[str]:
+        """The command of another interpreter that has the module as `q`."""
+        head = "import os, sys, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n" % HERE
+        return [sys.executable, "-c", head + textwrap.dedent(code), *args]
 
-        self.kernel.GetExitCodeProcess.side_effect = get_exit_code
-        self.kernel.GetProcessTimes.side_effect = get_times
+    def start(self, code: str, *args: str, **options: Any) -> Any:
+        child = subprocess.Popen(self.argv(code, *args), stdout=subprocess.PIPE, **options)
+        self.children.append(child)
+        return child
 
-    def test_a_process_is_told_by_the_time_of_its_creation(self) -> None:
-        self.process(created=0x1DC123456789ABC)
-        self.assertEqual(str(0x1DC123456789ABC), self.bank.process_start(5))
-        self.process(exit_code=3)
-        self.assertIsNone(self.bank.process_start(5))
-        self.process(times=0)
-        self.assertEqual("", self.bank.process_start(5))
-        self.assertEqual(3, self.kernel.CloseHandle.call_count)
-        self.kernel.OpenProcess.return_value = None
-        self.assertIsNone(self.bank.process_start(5))
-        self.assertIsNone(self.bank.process_started_at(5))
-        self.last_error = 5  # ERROR_ACCESS_DENIED: another user's
-        self.assertEqual("", self.bank.process_start(5))
-        self.assertTrue(self.bank.process_alive(5))
-        self.assertEqual(3, self.kernel.CloseHandle.call_count)
+    def gone(self, pid: int) -> bool:
+        return q.look_at(pid) is None
 
-    def test_a_time_of_creation_is_a_time_of_the_clock(self) -> None:
-        self.process(created=116444736000000000 + 15_000_000)
-        self.assertEqual(1.5, self.bank.process_started_at(5))
+    # -- names
 
-    def test_identity_is_start_time_and_machine(self) -> None:
-        os.environ["COMPUTERNAME"] = "BOX"
-        self.bank._places.clear()
-        here = self.bank.place()
-        self.assertRegex(here, "^[0-9a-f]{8}::0$")
-        self.process()
-        start = self.bank.process_start(5)
-        self.assertEqual(q.ALIVE, self.bank.judge_process(5, start, here))
-        self.assertEqual(q.DEAD, self.bank.judge_process(5, start + "1", here))
-        self.assertEqual(q.FOREIGN, self.bank.judge_process(5, start, "00000000::0"))
-        self.assertEqual(q.ALIVE, self.bank.judge_bare_pid(5, time.time(), 0))
+    def test_every_bank_has_the_names_of_the_table(self) -> None:
+        with open(MODULE, encoding="utf-8") as file:
+            table = file.read().partition("# What the banks export")[2].partition("\n\n")[0]
+        names = [name for line in table.splitlines() if line.startswith("#   ")
+                 for name in re.findall(r"\w+", re.sub(r"\([^)]*\)\*?", " ", line[4:].partition("  ")[0]))]  # fmt: skip
+        self.assertGreater(len(names), 30)
+        self.assertIn("unlock_fd", names)
+        for bank in (load_for("win32"), load_for("darwin"), load_for("linux")) if POSIX else (q,):
+            self.assertEqual([], [name for name in names if not hasattr(bank, name)], bank.__name__)
 
-    def test_the_guard_is_a_locked_byte(self) -> None:
-        import errno
-        import types
+    # -- processes
 
-        msvcrt = types.SimpleNamespace(LK_NBLCK=2, LK_UNLCK=0, locking=mock.Mock())
-        with mock.patch.dict(sys.modules, {"msvcrt": msvcrt}):
-            self.assertTrue(self.bank.lock_fd(9))
-            msvcrt.locking.assert_called_with(9, 2, 1)
-            self.bank.unlock_fd(9)
-            msvcrt.locking.assert_called_with(9, 0, 1)
-            for held in (errno.EACCES, errno.EDEADLK):
-                msvcrt.locking.side_effect = OSError(held, "held")
-                self.assertFalse(self.bank.lock_fd(9))
-            msvcrt.locking.side_effect = OSError(errno.EBADF, "bad")
-            with self.assertRaises(OSError):
-                self.bank.lock_fd(9)
+    def test_a_process_is_told_by_its_start_and_gone_with_its_end(self) -> None:
+        me = os.getpid()
+        self.assertTrue(q.process_start(me))
+        self.assertEqual(q.process_start(me), q.process_start(me))
+        with sleeper() as child:
+            found = q.look_at(child.pid)
+            assert found is not None
+            self.assertEqual(me, found.parent)
+            self.assertAlmostEqual(time.time(), found.started_at, delta=10)
+            self.assertNotEqual(q.process_start(me), found.start)
+            self.assertEqual(q.ALIVE, q.judge_process(child.pid, found.start, q.place()))
+            self.assertEqual(q.DEAD, q.judge_process(child.pid, found.start + "1", q.place()))
+            self.assertIn(child.pid, q.group_members(me if not POSIX else os.getpgid(0)))
+            self.assertGreater(q.rss_bytes([child.pid]) or 0, 100000)
+            q.kill_process(child.pid)
+            child.wait()
+            self.assertIsNone(q.look_at(child.pid))
+            self.assertFalse(q.process_alive(child.pid))
 
-    def test_the_serve_lives_in_a_job_that_ends_with_the_runner(self) -> None:
-        flags: List[int] = []
-        self.kernel.SetInformationJobObject.side_effect = lambda job, kind, info, size: flags.append(info[16:20])
-        child = mock.Mock(pid=4242, _handle=55)
-        child.poll.return_value = None
-        with mock.patch.multiple(subprocess, create=True, Popen=mock.Mock(return_value=child), CREATE_NO_WINDOW=1,
-                                 CREATE_NEW_PROCESS_GROUP=2), \
-                mock.patch.object(signal, "CTRL_BREAK_EVENT", 1, create=True):  # fmt: skip
-            serve = self.bank.ServeProcess(["qvac"], {"A": "B"}, 9, "C:\\")
-            options = subprocess.Popen.call_args[1]
-            self.assertEqual(({"A": "B"}, "C:\\", 9, 9), tuple(options[n] for n in ("env", "cwd", "stdout", "stderr")))
-            self.assertEqual([b"\x00\x20\x00\x00"], flags)  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
-            self.assertEqual(1, self.kernel.AssignProcessToJobObject.call_count)
-            self.assertEqual((4242, None, False), (serve.pid, serve.ended(), serve.group_is_empty()))
-            serve.terminate()
-            child.send_signal.assert_called_with(1)
-            child.send_signal.side_effect = OSError
-            serve.terminate()
-            self.assertEqual(1, child.terminate.call_count)
+    def test_memory_that_a_new_process_could_have(self) -> None:
+        self.assertTrue(1 << 20 < (q.free_memory() or 0) < 1 << 46)
+
+    def test_the_parent_is_watched(self) -> None:
+        code = """
+            import subprocess
+            lines = "h = q.parent_handle()\\nprint(q.parent_has_gone(h), flush=True)\\n" \\
+                    "print(bool(q.wait_until(lambda: q.parent_has_gone(h), 20)), flush=True)"
+            subprocess.Popen([sys.executable, "-c", sys.argv[1] + lines])
+            time.sleep(600)
+        """
+        child = self.start(code, self.argv("")[2])
+        self.assertEqual(b"False", child.stdout.readline().strip())
+        q.kill_process(child.pid)
+        self.assertEqual(b"True", child.stdout.readline().strip())
+
+    # -- files
+
+    def test_two_that_append_do_not_overwrite_each_other(self) -> None:
+        path = self.path("log")
+        log = q.open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(log, b"one\n")
+            subprocess.run([sys.executable, "-c", "print('two')"], stdout=log, check=True)
+            os.write(log, b"three\n")
+            os.lseek(log, 0, os.SEEK_SET)
+            self.assertEqual(b"one", os.read(log, 3))
+            os.write(log, b"four\n")
+            with open(path, "rb") as file:
+                self.assertEqual([b"one", b"two", b"three", b"four"], file.read().split())
+            q.empty_file(log)
+            os.write(log, b"five\n")
+            self.assertEqual(5, os.path.getsize(path))
+        finally:
+            os.close(log)
+
+    def test_what_is_open_can_be_renamed_replaced_and_removed(self) -> None:
+        for name, action in (("renamed", lambda path: q.replace_file(path, path + ".aside")),
+                             ("removed", q.remove_file)):  # fmt: skip
+            path = self.path(name, b"x")
+            fd = q.open_file(path, os.O_RDONLY)
+            try:
+                action(path)
+            finally:
+                os.close(fd)
+            self.assertFalse(os.path.exists(path))
+        path = self.path("replaced", b"old")
+        fd = q.open_file(path, os.O_RDONLY)
+        threading.Timer(0.2, os.close, [fd]).start()  # Windows refuses as long as it is open
+        q.replace_file(self.path("new", b"new"), path)
+        with open(path, "rb") as file:
+            self.assertEqual(b"new", file.read())
+
+    def test_opening_fails_as_os_open_does(self) -> None:
+        path = self.path("there", b"x")
+        with self.assertRaises(FileExistsError):
+            q.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        with self.assertRaises(FileNotFoundError):
+            q.open_file(self.path("none"), os.O_RDONLY)
+        with self.assertRaises(ValueError):
+            q.open_file("a\0b", os.O_RDONLY)
+        fd = q.open_file(path, os.O_RDONLY)
+        self.assertFalse(os.get_inheritable(fd))
+        os.close(fd)
+
+    def test_a_lock_is_free_when_its_holder_is_gone(self) -> None:
+        path = self.path("lock")
+        code = """
+            fd = q.open_file(sys.argv[1], os.O_RDWR | os.O_CREAT)
+            print(q.lock_fd(fd), flush=True)
+            time.sleep(600)
+        """
+        child = self.start(code, path)
+        self.assertEqual(b"True", child.stdout.readline().strip())
+        fd = q.open_file(path, os.O_RDWR)
+        self.addCleanup(os.close, fd)
+        self.assertFalse(q.lock_fd(fd))
+        q.kill_process(child.pid)
+        self.assertTrue(wait_until(lambda: q.lock_fd(fd)))
+        q.unlock_fd(fd)
+        other = q.open_file(path, os.O_RDWR)
+        self.assertTrue(q.lock_fd(other))
+        os.close(other)
+
+    @unittest.skipUnless(POSIX, "Windows has access lists")
+    def test_what_others_can_write_to_is_said(self) -> None:
+        path, folder = self.path("file", b""), self.path("folder/x", b"")[:-2]
+        link = os.path.join(self.folder, "link")
+        os.symlink(path, link)
+        for target, mode, words in ((path, 0o644, ""), (path, 0o622, "0622"), (folder, 0o777, "0777"), (folder, 0o755, ""),
+                                    (folder, 0o1777, ""), (path, 0o646, "0646"), (path, 0o1646, "1646")):  # fmt: skip
+            os.chmod(target, mode)
+            self.assertEqual("its mode is %s: others can write" % words if words else None, q.exposure(target))
+        self.assertIsNone(q.exposure(link))
+        group, user = mock.Mock(gr_name="me", gr_mem=[]), mock.Mock(pw_name="me", pw_gid=os.lstat(path).st_gid)
+        os.chmod(path, 0o664)
+        with mock.patch("grp.getgrgid", return_value=group), mock.patch("pwd.getpwuid", return_value=user):
+            self.assertIsNone(q.exposure(path))  # the user's own private group
+            group.gr_mem = ["me", "another"]
+            self.assertIn("0664", q.exposure(path) or "")
+        with mock.patch("os.geteuid", return_value=os.geteuid() + 1 if os.geteuid() else 0):
+            self.assertEqual(None if not os.geteuid() else "it belongs to user %d" % os.geteuid(), q.exposure(folder))
+        with self.assertRaises(OSError):
+            q.exposure(self.path("none"))
+
+    @unittest.skipIf(POSIX, "drives")
+    def test_a_folder_at_the_root_of_a_drive_is_anybodys(self) -> None:
+        home = os.path.expanduser("~")
+        for path, is_exposed in (("C:\\node_modules", True), ("c:\\node_modules\\.bin", False), ("C:\\", False), (home, False),
+                                 ("C:\\Windows", False), ("C:\\Program Files", False), ("C:\\Use", True)):  # fmt: skip
+            self.assertEqual(is_exposed, q.exposure(path) is not None, path)
+
+    # -- the network
+
+    def test_who_listens_is_who_gets_the_connection(self) -> None:
+        with socket.socket() as ours, sleeper() as other:
+            ours.bind(("127.0.0.1", 0))
+            port = ours.getsockname()[1]
+            self.assertEqual(q.NOBODY, q.who_listens("127.0.0.1", port, os.getpid()))
+            ours.listen()
+            self.assertEqual(q.OURS, q.who_listens("127.0.0.1", port, os.getpid()))
+            self.assertEqual(q.OURS if POSIX else q.STRANGER, q.who_listens("127.0.0.1", port, other.pid))  # one group
+            with sleeper(start_new_session=True) if POSIX else sleeper() as stranger:
+                self.assertEqual(q.STRANGER, q.who_listens("127.0.0.1", port, stranger.pid))
+
+    def test_a_listener_for_ipv6_alone_gets_no_ipv4_connection(self) -> None:
+        try:
+            with socket.socket(socket.AF_INET6) as six:
+                six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                six.bind(("::", 0))
+                six.listen()
+                port = six.getsockname()[1]
+                me = os.getpid()
+                self.assertEqual((q.NOBODY, q.OURS), (q.who_listens("127.0.0.1", port, me), q.who_listens("::1", port, me)))
+                with socket.socket() as four:
+                    four.setsockopt(socket.SOL_SOCKET, q.LISTEN_OPTION, 1)
+                    four.bind(("127.0.0.1", port))
+                    four.listen()
+                    self.assertEqual(q.OURS, q.who_listens("127.0.0.1", port, me))
+        except OSError as error:
+            self.skipTest("no IPv6: %s" % error)
+
+    # -- runner and serve
+
+    def channel(self, code: str, params: bytes = b"") -> Any:
+        log = os.open(self.path("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            channel = q.RunnerChannel(self.argv(code), log, params)
+        finally:
+            os.close(log)
+        self.addCleanup(channel.close)
+        return channel
+
+    def heard(self, channel: Any) -> bytes:
+        data, ended = b"", False
+        deadline = time.monotonic() + PATIENCE
+        while not ended and time.monotonic() < deadline:
+            more, ended = channel.read(0.25)
+            data += more
+        self.assertTrue(ended)
+        return data
+
+    def test_a_runner_gets_its_parameters_and_reports(self) -> None:
+        params = os.urandom(100000)
+        channel = self.channel("""
+            import hashlib
+            params, fd = q.report_channel()
+            os.write(fd, hashlib.sha256(params).hexdigest().encode() + b"\\n")
+            print("not a report", flush=True)
+            assert os.read(0, 1) == b"" and not os.get_inheritable(fd)
+            time.sleep(0.3)
+            os.write(fd, b"last\\n")
+        """, params)  # fmt: skip
+        import hashlib
+
+        self.assertEqual([hashlib.sha256(params).hexdigest().encode(), b"last"], self.heard(channel).split())
+        self.assertEqual((b"", True), channel.read(0.1))
+
+    def test_a_runner_that_does_not_read_does_not_stop_its_client(self) -> None:
+        began = time.monotonic()
+        channel = self.channel("time.sleep(600)", bytes(1 << 20))
+        self.assertEqual((b"", False), channel.read(0.1))
+        self.assertLess(time.monotonic() - began, 8)
+        pid = getattr(channel._child, "pid", channel._child)
+        if not POSIX:
+            q.kill_process(pid)  # elsewhere close() does: it has not detached
+        channel.close()
+        wait_until(lambda: self.gone(pid))
+
+    def test_the_end_of_a_runner_that_fails_is_heard(self) -> None:
+        channel = self.channel("sys.stderr.write('why'); os._exit(3)", bytes(100000))
+        self.assertEqual(b"", self.heard(channel))
+        self.assertEqual(3, wait_until(channel.close) if not POSIX else channel.close())
+        with open(self.path("log"), "rb") as file:
+            self.assertEqual(b"why", file.read())
+
+    FAMILY = """
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, flush=True)
+        time.sleep(600)
+    """
+
+    def serve_pids(self) -> List[int]:
+        """Those that a FAMILY has written into the log."""
+        def written() -> List[int]:
+            with open(self.path("log"), "rb") as file:
+                return [int(word) for word in file.read().split()]
+
+        return wait_until(written)
+
+    def test_a_serve_and_what_it_started(self) -> None:
+        log = q.open_file(self.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        serve = q.ServeProcess(self.argv(self.FAMILY), dict(os.environ), log, self.folder)
+        os.close(log)
+        (worker,) = self.serve_pids()
+        self.assertIsNone(serve.ended())
+        self.assertLessEqual({serve.pid, worker}, set(q.group_members(q.group_of(serve.pid))))
+        serve.check_watchdog()
+        if POSIX:  # somebody kills it, and for a moment there is no process to be had
+            q.kill_process(serve._watchdog)
+            with mock.patch("os.posix_spawn", side_effect=BlockingIOError):
+                wait_until(lambda: raises(BlockingIOError, serve.check_watchdog))
             serve.check_watchdog()
-            serve.kill_group()
-            self.assertEqual(1, self.kernel.TerminateJobObject.call_count)
-            child.poll.return_value = 3
-            self.assertEqual(((3, None), True), (serve.ended(), serve.group_is_empty()))
+            self.assertEqual(serve._group, os.getpgid(serve._watchdog))
+        q.kill_process(serve.pid)
+        wait_until(serve.ended)
+        self.assertFalse(serve.group_is_empty())
+        self.assertFalse(self.gone(worker))
+        serve.kill_group()
+        wait_until(lambda: self.gone(worker))
+        serve.reap()
+
+    def test_a_serve_is_asked_to_end(self) -> None:
+        """By a runner as it is started, for on Windows the two have to share a console."""
+        channel = self.channel("""
+            _, fd = q.report_channel()
+            log = q.open_file(sys.argv[0], os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            code = "import time; print(1, flush=True); time.sleep(600)"  # takes SIGTERM, and Ctrl-Break, as they come
+            serve = q.ServeProcess([sys.executable, "-c", code], dict(os.environ), log, os.path.abspath(os.sep))
+            q.wait_until(lambda: os.fstat(log).st_size, 20)
+            asked, serve._child = getattr(serve, "_child", None), None  # no other way to end it is left
+            serve.terminate()
+            serve._child = asked
+            ended = q.wait_until(lambda: serve.ended() and serve.group_is_empty(), 20)
             serve.reap()
-            self.assertEqual((1, 1), (child.wait.call_count, self.kernel.CloseHandle.call_count))
+            os.write(fd, b"%r %d" % (ended, serve.ended() == (0, None)))
+        """.replace("sys.argv[0]", repr(self.path("serve.log"))))  # fmt: skip
+        self.assertEqual(b"True 0", self.heard(channel))
 
-    def test_the_stop_ladder_runs_on_it(self) -> None:
-        serve = mock.Mock()
-        ends = [None, None, (0, None)]
-        serve.ended.side_effect = lambda: ends.pop(0) if len(ends) > 1 else ends[0]
-        serve.group_is_empty.return_value = True
-        self.bank.stop_serve_process(serve)
-        calls = [call[0] for call in serve.method_calls if call[0] not in ("ended", "group_is_empty")]
-        self.assertEqual(["terminate", "kill_group", "reap"], calls)
+    def test_the_whole_group_ends_with_its_runner_however_that_ends(self) -> None:
+        code = """
+            log = q.open_file(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            serve = q.ServeProcess([sys.executable, "-c", sys.argv[2]], dict(os.environ), log, os.getcwd())
+            print(serve.pid, flush=True)
+            time.sleep(600)
+        """
+        runner = self.start(code, self.path("log"), self.argv(self.FAMILY)[2])
+        serve, (worker,) = int(runner.stdout.readline()), self.serve_pids()
+        q.kill_process(runner.pid)
+        wait_until(lambda: self.gone(serve) and self.gone(worker))
 
-    def test_parents_are_read_from_a_snapshot(self) -> None:
-        rows = [(4, 0), (400, 4), (4242, 400)]
+    def test_a_command_that_is_not_there_starts_nothing(self) -> None:
+        for name in (os.path.join(self.folder, "none"), "no-such-command-anywhere"):
+            with self.assertRaises(OSError):
+                q.ServeProcess([name], dict(os.environ), 2, self.folder)
 
-        def next_row(_: Any, entry: Any) -> int:
-            if rows:
-                entry._obj.th32ProcessID, entry._obj.th32ParentProcessID = rows.pop(0)
-                return 1
-            return 0
+    def test_a_wait_ends_with_a_wake_up_and_a_request_to_stop(self) -> None:
+        code = """
+            import signal, threading
+            q.watch_signals()
+            def waited(seconds):
+                began = time.monotonic()
+                q.wait_for_event(seconds)
+                return time.monotonic() - began
+            q.wake_up()
+            print(waited(20) < 5, waited(-1) < 5, waited(0.3) > 0.2, q.was_asked_to_stop())
+            threading.Timer(0.2, q.wake_up).start()
+            print(waited(20) < 5, q.was_asked_to_stop())
+            threading.Timer(0.2, signal.raise_signal if sys.version_info > (3, 8) else 0, [signal.SIGINT]).start()
+            print(waited(20) < 5, q.was_asked_to_stop())
+        """
+        out, _ = self.start(code).communicate(timeout=PATIENCE)
+        self.assertEqual("True True True False True False True True", " ".join(out.decode().split()))
 
-        self.kernel.Process32FirstW.side_effect = self.kernel.Process32NextW.side_effect = next_row
-        self.assertEqual({4: 0, 400: 4, 4242: 400}, self.bank._parents())
-        self.assertEqual(1, self.kernel.CloseHandle.call_count)
-        self.assertEqual([True, True, False, False], [
-            self.bank._descends(4242, ancestor, {4242: 400, 400: 4, 4: 400}) for ancestor in (4242, 400, 7, 0)])  # fmt: skip
+    # -- another interpreter
 
-    def test_nobody_listens_where_no_connection_is_taken(self) -> None:
-        with mock.patch.object(self.bank, "_accepts_connections", return_value=False):
-            self.assertEqual(q.NOBODY, self.bank.who_listens("127.0.0.1", 8080, 5))
-            self.assertEqual(q.NOBODY, load_for("darwin").who_listens("127.0.0.1", 8080, 5))
+    def reexecuted(self, folder: str, *args: str) -> Any:
+        """Run the echo serve of the copy in FOLDER with arguments that it refuses, as it says with exit code 2."""
+        code = "import sys; sys.path.insert(0, %r); import qvac_managed as q; print(ascii(q.reexec_argv('echo', '--no', " \
+               "pycache=%r)))" % (folder, self.path("cache"))  # fmt: skip
+        argv = eval(subprocess.run([sys.executable, "-B", "-c", code], stdout=subprocess.PIPE, check=True).stdout)
+        return subprocess.run([*argv, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
 
-    def test_a_file_asks_the_runner_to_stop(self) -> None:
-        self.assertFalse(self.bank.was_asked_to_stop(self.home))
-        self.bank.ask_to_stop(5, [self.home])
-        self.assertTrue(self.bank.was_asked_to_stop(self.home))
-        folder = os.path.join(q.ensure_managed_serves_dir(), KEY + ".0123abcd.d")
-        os.mkdir(folder)
-        self.bank.ask_to_stop(5, [folder])
-        q.remove_serve_folder(KEY, folder)
-        self.assertFalse(os.path.exists(folder))
+    def test_exactly_this_file_is_loaded_with_its_bytecode_elsewhere(self) -> None:
+        folder = self.path("app/x", b"")[:-2]
+        shutil.copy(MODULE, folder)
+        trap = b"import sys; print('the wrong file'); sys.exit(9)\n"
+        done = self.reexecuted(folder)
+        self.assertEqual(2, done.returncode, done.stdout)
+        (cached,) = (os.path.join(where, name) for where, _, names in os.walk(self.path("cache")) for name in names)
+        self.assertFalse(os.path.exists(os.path.join(folder, "__pycache__")))
+        # What another user can put beside it: a package, compiled code with the right time and size in it.
+        self.path("app/qvac_managed/__init__.py", trap)
+        import py_compile
 
-    def test_the_parent_is_watched_by_its_handle(self) -> None:
-        handle = self.bank.parent_handle()
-        self.assertEqual(77, handle)
-        for state, gone in ((0, True), (258, False)):  # WAIT_OBJECT_0, WAIT_TIMEOUT
-            self.kernel.WaitForSingleObject.return_value = state
-            self.assertEqual(gone, self.bank.parent_has_gone(handle))
+        copy, source = os.path.join(folder, "qvac_managed.py"), self.path("trap.py", trap)
+        with open(py_compile.compile(source, self.path("trap.pyc")) or "", "rb") as file:
+            compiled = file.read()
+        with open(cached, "rb") as file:
+            header = file.read(16)
+        self.path(os.path.join("app", "__pycache__", os.path.basename(cached)), header + compiled[16:])
+        self.path("app/qvac_managed.pyc", header + compiled[16:])
+        self.assertEqual(2, self.reexec_beside(folder, copy).returncode)
+        with open(cached, "r+b") as file:
+            file.truncate(3000)  # as a full disk leaves it
+        self.assertEqual(2, self.reexec_beside(folder, copy).returncode)
+        self.assertFalse(os.path.exists(cached))
 
-    def test_a_shim_of_npm_stands_for_its_script(self) -> None:
-        for shim, modules in ((("npm", "qvac.cmd"), ("npm", "node_modules")),
-                              (("project", "node_modules", ".bin", "qvac.CMD"), ("project", "node_modules"))):  # fmt: skip
-            script = os.path.join(self.home, *modules, "@qvac", "cli", "dist", "index.js")
-            path = os.path.join(self.home, *shim)
-            for each in (script, path):
-                os.makedirs(os.path.dirname(each), exist_ok=True)
-                open(each, "w").close()
-            self.assertEqual(["node", script], self.bank.command_for(path))
-            os.unlink(script)
-            self.assertEqual([path], self.bank.command_for(path))
-        self.assertEqual(["qvac.exe"], self.bank.command_for("qvac.exe"))
+    def reexec_beside(self, folder: str, copy: str) -> Any:
+        argv = q.reexec_argv("echo", "--no", pycache=self.path("cache"))
+        argv = [copy if word == q._THIS_FILE else word for word in argv]
+        argv.remove("-B") if "-B" in argv else None
+        return subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
 
-    def test_group_and_signals(self) -> None:
-        self.process()
-        self.assertEqual([5], self.bank.group_members(5))
-        self.process(exit_code=0)
-        self.assertEqual([], self.bank.group_members(5))
-        with mock.patch("subprocess.run") as run:
-            self.bank.kill_group_of(5)
-        self.assertEqual(["taskkill", "/F", "/T", "/PID", "5"], run.call_args[0][0])
-        with mock.patch.object(signal, "SIGBREAK", 21, create=True), mock.patch("signal.signal") as install:
-            self.bank.watch_signals()
-        self.assertEqual({2, 15, 21}, {int(call[0][0]) for call in install.call_args_list})
+    def test_a_real_interpreter_is_looked_for(self) -> None:
+        self.assertTrue(os.path.basename(q.interpreter()).lower().startswith("python"))
+        host = self.path("uwsgi.exe", b"")
+        os.chmod(host, 0o755)
+        for name in (host, "", None):
+            with mock.patch.multiple(sys, create=True, executable=name, _base_executable=name):
+                found = q.interpreter()
+            done = subprocess.run([found, "-c", "import sys; print(sys.version_info[:2])"], stdout=subprocess.PIPE, check=True)
+            self.assertEqual(str(sys.version_info[:2]), done.stdout.decode().strip())
+        with mock.patch.multiple(sys, create=True, executable=host, _base_executable=None, exec_prefix=self.folder,
+                                 base_exec_prefix=self.folder), \
+                mock.patch.dict(os.environ, PATH=os.pathsep.join(["", ".", self.folder])), \
+                self.assertRaisesRegex(q.ServeSpawnFailedError, "uwsgi.*no python3.*external mode"):  # fmt: skip
+            q.interpreter()
+
+    def test_commands_are_found_in_absolute_folders_of_path_alone(self) -> None:
+        ending = "" if POSIX else ".cmd"
+        planted = self.path("here/tool" + ending, b"")
+        found = self.path("there/tool" + ending, b"")
+        for path in (planted, found):
+            os.chmod(path, 0o755)
+        self.path("there/plain", b"")
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(os.path.dirname(planted))
+        path = os.pathsep.join(["", ".", os.path.join("..", "here"), os.path.dirname(found)])
+        self.assertEqual(found, q.find_on_path("tool", path))
+        self.assertEqual(found, q.find_on_path("tool" + ending, path))
+        self.assertIsNone(q.find_on_path("tool", os.pathsep.join(["", "."])))
+        for name in ("plain", "none", found, os.path.join("there", "tool"), ""):
+            self.assertIsNone(q.find_on_path(name, path), name)
 
 
 class MacFunctionsTest(Unit):
     """With libproc and the system's tools injected."""
 
-    NETSTAT = """Active Internet connections (including servers)
-Proto Recv-Q Send-Q  Local Address          Foreign Address        (state)
-tcp4       0      0  127.0.0.1.8080         127.0.0.1.51000        ESTABLISHED
-tcp4       0      0  127.0.0.1.51000        127.0.0.1.8080         ESTABLISHED
-tcp4       0      0  127.0.0.1.8080         127.0.0.1.51001        CLOSE_WAIT
-tcp4       0      0  127.0.0.1.8080         127.0.0.1.51002        TIME_WAIT
-tcp6       0      0  ::1.8080               ::1.51003              ESTABLISHED
-tcp4       0      0  127.0.0.1.18080        127.0.0.1.51004        ESTABLISHED
-tcp46      0      0  *.8080                 *.*                    LISTEN
-udp4       0      0  127.0.0.1.8080         *.*
-"""
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.bank = load_for("darwin")
-
     def setUp(self) -> None:
         super().setUp()
+        import ctypes
+
+        self.bank = load_for("darwin")
         self.processes_there: Dict[int, Dict[str, int]] = {}
         self.tools: Dict[str, str] = {}
-        patched = mock.patch.multiple(
-            self.bank, _libproc=lambda: self, _run_tool=lambda *argv: self.tools.get(os.path.basename(argv[0]), ""),
-            _accepts_connections=lambda *_: True)  # fmt: skip
-        patched.start()
-        self.addCleanup(patched.stop)
+        for patched in (
+            mock.patch.object(ctypes, "CDLL", lambda path: self),
+            mock.patch.multiple(self.bank, _run_tool=lambda *argv: self.tools.get(os.path.basename(argv[0]), ""),
+                                group_of=lambda pid: pid, _accepts_connections=lambda *_: True),
+        ):  # fmt: skip
+            patched.start()
+            self.addCleanup(patched.stop)
 
     def proc_pidinfo(self, pid: int, kind: int, _: Any, buffer: Any, size: int) -> int:
         import struct
@@ -3845,27 +4137,19 @@ udp4       0      0  127.0.0.1.8080         *.*
         facts = self.processes_there.get(pid)
         if facts is None:
             return 0
-        if kind == 4:
-            struct.pack_into("=QQ", buffer, 0, 10**12, facts["rss"])
-            return 96
+        self.assertEqual((3, 136), (kind, size))
         struct.pack_into("=IIIIII", buffer, 0, 0, facts.get("status", 2), 0, pid, facts.get("ppid", 1), facts.get("uid", 501))
-        struct.pack_into("=I", buffer, 100, facts.get("pgid", pid))
         struct.pack_into("=QQ", buffer, 120, facts.get("start", 1700000000), 250000)
         return 136
 
-    def proc_listpids(self, kind: int, pgid: int, pids: Any, size: int) -> int:
-        members = [pid for pid, facts in self.processes_there.items() if facts.get("pgid", pid) == pgid]
-        pids[: len(members)] = members
-        return 4 * len(members)
-
     def test_a_process_is_told_by_its_start(self) -> None:
         self.processes_there = {5: {"ppid": 3}, 6: {"status": 5}}
-        self.assertEqual("1700000000250000", self.bank.process_start(5))
-        self.assertEqual(1700000000.25, self.bank.process_started_at(5))
-        self.assertEqual(3, self.bank.parent_of(5))
-        self.assertIsNone(self.bank.process_start(6))  # SZOMB
-        self.assertIsNone(self.bank.parent_of(7))
-        self.assertIsNone(self.bank.process_started_at(7))
+        self.assertEqual(("1700000000250000", 1700000000.25, 501, 3), self.bank.look_at(5))
+        self.assertIsNone(self.bank.look_at(6))  # SZOMB
+        self.tools["sysctl"] = "0A1B2C3D-0000-0000-0000-000000000000\n"
+        self.assertRegex(self.bank.place(), "^[0-9a-f]{8}:0A1B2C3D:0$")
+        self.assertEqual(q.ALIVE, self.bank.judge_process(5, "1700000000250000", self.bank.place()))
+        self.assertEqual(q.DEAD, self.bank.judge_process(5, "1600000000250000", self.bank.place()))
 
     def test_what_libproc_does_not_know_is_asked_of_the_kernel(self) -> None:
         me = os.getpid()
@@ -3874,35 +4158,34 @@ udp4       0      0  127.0.0.1.8080         *.*
         self.assertIsNone(self.bank.process_start(me))
         self.assertIsNone(self.bank.process_start(2**40))
         with mock.patch("os.kill", side_effect=PermissionError):
-            self.assertEqual("", self.bank.process_start(me))
-        with mock.patch("os.kill", side_effect=ProcessLookupError):
-            self.assertIsNone(self.bank.process_start(me))
+            self.assertEqual("", self.bank.process_start(os.getppid()) if not self.tools.clear() else None)
 
-    def test_a_group_and_its_memory(self) -> None:
-        self.processes_there = {5: {"rss": 100}, 6: {"pgid": 5, "rss": 20}, 7: {"rss": 1}, 8: {"pgid": 5, "status": 5, "rss": 0}}
+    def test_without_ctypes_a_process_lives_and_no_more_is_known(self) -> None:
+        with mock.patch.object(self.bank, "ctypes", self.bank._Lazy("no_such_module")):
+            self.assertEqual(self.bank._UNREADABLE, self.bank.look_at(os.getpid()))
+
+    def test_a_group_its_memory_and_the_systems(self) -> None:
+        self.tools["ps"] = "    5     5 Ss\n    6     5 R+\n    7     7 S\n    8     5 Z\n"
         self.assertEqual([5, 6], self.bank.group_members(5))
-        self.assertEqual(120, self.bank.rss_bytes([5, 6, 9]))
-        self.assertIsNone(self.bank.rss_bytes([9]))
+        self.tools["ps"] = " 100\n  20\n"
+        self.assertEqual(120 * 1024, self.bank.rss_bytes([5, 6]))
+        self.tools["ps"] = "/bin/sh -c x\n"
+        self.assertEqual(["/bin/sh", "-c", "x"], self.bank.command_line(5))
+        self.tools["vm_stat"] = (
+            "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:       10.\n"
+            "Pages active:     99.\nPages inactive:   20.\nPages speculative: 3.\nPages purgeable:  4.\n")  # fmt: skip
+        self.assertEqual(37 * 16384, self.bank.free_memory())
+        self.tools.clear()
+        self.assertEqual(([], None, None, None), (
+            self.bank.group_members(5), self.bank.rss_bytes([9]), self.bank.command_line(9), self.bank.free_memory()))  # fmt: skip
 
     def test_who_listens_as_far_as_lsof_sees(self) -> None:
-        self.processes_there = {5: {}, 6: {"pgid": 5}}
-        for output, expected in (("5\n", q.OURS), ("6\n", q.OURS), ("5\n6\n", q.OURS), ("7\n", q.STRANGER),
-                                 ("5\n7\n", q.STRANGER), ("", q.UNKNOWN)):  # fmt: skip
+        self.tools["ps"] = "5 5 S\n6 5 S\n"
+        for output, expected in (("5\n", q.OURS), ("6\n", q.OURS), ("5\n7\n", q.OURS), ("7\n", q.STRANGER), ("", q.UNKNOWN)):
             self.tools["lsof"] = output
             self.assertEqual(expected, self.bank.who_listens("127.0.0.1", 8080, 5), output)
-
-    def test_connections_are_read_from_netstat(self) -> None:
-        self.tools["netstat"] = self.NETSTAT
-        self.assertEqual((2, {"127.0.0.1.51002"}), self.bank.connections_to("127.0.0.1", 8080))
-        self.assertEqual((0, set()), self.bank.connections_to("127.0.0.1", 80))
-
-    def test_the_place_is_the_boot_session(self) -> None:
-        self.tools["sysctl"] = "0A1B2C3D-0000-0000-0000-000000000000\n"
-        self.bank._places.clear()
-        self.assertRegex(self.bank.place(), "^[0-9a-f]{8}:0A1B2C3D:0$")
-        self.processes_there = {5: {}}
-        self.assertEqual(q.ALIVE, self.bank.judge_process(5, "1700000000250000", self.bank.place()))
-        self.assertEqual(q.DEAD, self.bank.judge_process(5, "1600000000250000", self.bank.place()))
+        self.bank._accepts_connections = lambda *_: False
+        self.assertEqual(q.NOBODY, self.bank.who_listens("127.0.0.1", 8080, 5))
 
     def test_a_tool_that_is_missing_or_fails_says_nothing(self) -> None:
         run_tool = load_for("darwin")._run_tool
@@ -4030,6 +4313,15 @@ class ReexecutionTest(Case):
         code = "import os, sys\nsys.path.insert(0, 'app')\nimport qvac_managed as q\nos.chdir('/')\n" + HOST
         self.run_host("-c", code, cwd=self.home)
 
+    @unittest.skipUnless(POSIX, "a script stands for the program")
+    def test_as_a_frozen_program(self) -> None:
+        self.put("app/qvac_managed.py", self.source)
+        head = "#!%s\nimport sys\nsys.frozen, sys.executable = True, __file__\nsys.path.insert(0, %r)\n" % (
+            sys.executable, os.path.join(self.home, "app"))  # fmt: skip
+        program = self.put("bin/program", head + "import qvac_managed as q\nq.freeze_support()\n" + HOST)
+        os.chmod(program, 0o755)
+        self.run_host(program)
+
     def test_modules_beside_it_that_are_named_like_the_librarys_are_not_imported(self) -> None:
         """The host has to be able to import the library itself: it has the folder last on its path."""
         witness = os.path.join(self.home, "witness")
@@ -4054,22 +4346,29 @@ class NoInterpreterTest(Case):
 
     def assert_told(self, words: str, **changes: Any) -> None:
         for path in (q.ECHO, self.fake()):
-            with mock.patch.multiple(sys, create=True, **changes):
+            with mock.patch.multiple(sys, create=True, **changes), mock.patch.dict(os.environ, PATH="/nowhere"):
                 began = time.monotonic()
                 with self.assertRaisesRegex(q.ServeSpawnFailedError, words):
                     self.create(serve_bin_path=path)
                 self.assertLess(time.monotonic() - began, 5)  # at once, not after the start timeout
             self.assert_all_gone()
 
-    def test_an_empty_executable_is_told(self) -> None:
-        self.assert_told("sys.executable, which is empty here.*external mode", executable="")
-        self.assert_told("sys.executable, which is empty here", executable=None)
+    def test_a_program_with_python_inside_is_told_where_there_is_no_other(self) -> None:
+        for name in ("", None, "/usr/bin/uwsgi"):
+            self.assert_told("No Python to run the runner with.*%r.*external mode" % (name,), executable=name,
+                             _base_executable=name, exec_prefix="/nowhere", base_exec_prefix="/nowhere")  # fmt: skip
 
     def test_a_frozen_program_is_told(self) -> None:
-        self.assert_told("a frozen program", frozen=True)
+        self.assert_told("A frozen program.*freeze_support", frozen=True)
 
     def test_an_interpreter_that_fails_is_told(self) -> None:
-        self.assert_told("exit code 1 before", executable="/bin/false" if os.path.exists("/bin/false") else "/usr/bin/false")
+        path = os.path.join(self.home, "python3")
+        shutil.copy(shutil.which("false") or "", path)
+        self.assert_told("exit code 1 before", executable=path)
+
+    def test_a_program_with_python_inside_uses_another_interpreter(self) -> None:
+        with mock.patch.multiple(sys, executable="/usr/bin/uwsgi"):
+            self.assertEqual("hi", self.create().chat("hi"))
 
 
 @unittest.skipUnless(LINUX, "looks into /proc")
@@ -8784,70 +9083,6 @@ class LockOwnerTest(Case):
         self.assertEqual([True], results)
         q.release_lock(key)
         self.assertTrue(os.path.exists(q.lock_path(key)))
-
-
-class WindowsBankTest(Case):
-    """The functions for Windows, as far as they can be called elsewhere."""
-
-    NETSTAT = """
-Aktive Verbindungen
-  Proto  Lokale Adresse         Remoteadresse          Status           PID
-  TCP    127.0.0.1:8080         0.0.0.0:0              ABH\u00d6REN         4100
-  TCP    127.0.0.1:8080         127.0.0.1:50001        HERGESTELLT     4100
-  TCP    127.0.0.1:50001        127.0.0.1:8080         HERGESTELLT     9
-  TCP    127.0.0.1:8080         127.0.0.1:50002        WARTEND         0
-  TCP    [::1]:18080            [::]:0                 ABH\u00d6REN         9
-"""
-
-    def setUp(self) -> None:
-        super().setUp()
-        import importlib.util
-
-        spec = importlib.util.spec_from_file_location("qvac_managed_windows", MODULE)
-        assert spec is not None and spec.loader is not None
-        self.bank: Any = importlib.util.module_from_spec(spec)
-        with mock.patch.object(sys, "platform", "win32"):
-            spec.loader.exec_module(self.bank)
-        self.bank._netstat = lambda: self.NETSTAT
-        self.bank._accepts_connections = lambda host, port: True
-
-    def test_who_listens_in_any_language_and_through_a_wrapper(self) -> None:
-        self.bank._parents = lambda: {4100: 4000, 4000: 1, 9: 8, 8: 9}
-        found = [self.bank.who_listens("127.0.0.1", port, pid) for port, pid in
-                 ((8080, 4100), (8080, 4000), (8080, 9), (18080, 4100), (8081, 4100))]  # fmt: skip
-        self.assertEqual([q.OURS, q.OURS, q.STRANGER, q.STRANGER, q.UNKNOWN], found)
-
-    def test_connections_in_any_language(self) -> None:
-        self.assertEqual((1, {"127.0.0.1:50002"}), self.bank.connections_to("127.0.0.1", 8080))
-
-    def test_a_runners_reports_come_line_by_line_and_its_end_last(self) -> None:
-        code = "import time; print('one', flush=True); time.sleep(0.3); print('two'); print('three')"
-        log = os.open(os.devnull, os.O_WRONLY)
-        self.addCleanup(os.close, log)
-        flags = {"CREATE_NO_WINDOW": 0, "CREATE_NEW_PROCESS_GROUP": 0}
-        with mock.patch.multiple(subprocess, create=True, **flags):
-            channel = self.bank.RunnerChannel([sys.executable, "-c", code], log)
-        self.assertEqual((b"one\n", False), channel.read(PATIENCE))
-        self.assertEqual((b"", False), channel.read(0.01))
-        heard = [channel.read(PATIENCE) for _ in range(4)]
-        self.assertEqual([(b"two\n", False), (b"three\n", False), (b"", True), (b"", True)], heard)
-        channel._child.wait()
-
-    def test_a_file_that_is_being_read_is_replaced_a_moment_later(self) -> None:
-        new, old = self.write("new", "new"), self.write("old", "old")
-        replace, tries = os.replace, [PermissionError, PermissionError]
-
-        def sometimes(source: str, target: str) -> None:
-            if tries:
-                raise tries.pop()
-            replace(source, target)
-
-        with mock.patch.object(os, "replace", sometimes):
-            self.bank.replace_file(new, old)
-        with open(old) as file:
-            self.assertEqual("new", file.read())
-        with self.assertRaises(FileNotFoundError):
-            self.bank.remove_file(new)
 
 
 class UnreadableLeftoverTest(Case):
