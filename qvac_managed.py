@@ -4611,6 +4611,10 @@ def _retarget(url: str, base_url: str) -> str:
     return origin + (path if path.startswith("/") else "/" + path)
 
 
+def _live(read: Any, doc: str) -> Any:
+    return property(read, doc=doc)
+
+
 class ManagedQvac(Qvac):
     """A client of a managed serve: create_qvac("managed", ...). Also a context manager, `async with` too.
 
@@ -4631,12 +4635,12 @@ class ManagedQvac(Qvac):
         self._failure: Optional[Tuple[_Target, BaseException]] = None
         self._failed_at = 0.0
 
-    port = property(lambda self: self._target.port, doc="The serve's TCP port.")
-    pid = property(lambda self: self._target.serve_pid, doc="The serve's process id.")
-    runner_pid = property(lambda self: self._target.runner_pid, doc="The process id of the serve's runner.")
-    fleet_key = property(lambda self: self._resolver.key, doc="The key that names the serve: see compute_fleet_key().")
-    reused = property(lambda self: self._target.reused, doc="True if the serve was there before this client.")
-    closed = property(lambda self: self._resolver.cancelled, doc="True after close().")
+    port: int = _live(lambda self: self._target.port, "The serve's TCP port.")
+    pid: int = _live(lambda self: self._target.serve_pid, "The serve's process id.")
+    runner_pid: int = _live(lambda self: self._target.runner_pid, "The process id of the serve's runner.")
+    fleet_key: str = _live(lambda self: self._resolver.key, "The key that names the serve: see compute_fleet_key().")
+    reused: bool = _live(lambda self: self._target.reused, "True if the serve was there before this client.")
+    closed: bool = _live(lambda self: self._resolver.cancelled, "True after close().")
 
     def open(
         self, target: Union[str, urllib.request.Request], data: Union[bytes, Dict[str, Any], List[Any], None] = None,
@@ -7453,12 +7457,15 @@ class _Conversation:
 
     def make_room(self, prompt: str) -> None:
         """Leave out so many of the oldest turns that the prompt fits, with a quarter of the context for the answer."""
-        if self.context:
-            room = self.context * 3 // 4 - _guessed_tokens(prompt)
-            kept = len(self.turns)
-            while kept and sum(tokens for _, _, tokens in self.turns[-kept:]) > room:
-                kept -= 1
-            self.leave_out(len(self.turns) - kept)
+        def taken(count: int) -> int:
+            return sum(tokens for _, _, tokens in self.turns[count:]) + _guessed_tokens(prompt)
+
+        count = 0
+        if self.context and taken(0) > self.context * 3 // 4:
+            # To a half at once: each time that the beginning changes, the model reads all of it again.
+            while count < len(self.turns) and taken(count) > self.context // 2:
+                count += 1
+        self.leave_out(count)
 
     def leave_out(self, count: int) -> None:
         if count:
