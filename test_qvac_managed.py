@@ -10018,8 +10018,8 @@ class ChatTest(CommandLineCase):
         client = FakeChatter(context=1000, tokens=200)
         _, stderr = self.converse(client, *"abcdef")
         self.assertIn("1,000 tokens of context (--ctx-size)", stderr)
-        self.assertEqual([1, 3, 5, 7, 7, 7], [len(messages) for messages in client.seen])
-        self.assertEqual(2, stderr.count("the oldest turn is left out"))
+        self.assertEqual([1, 3, 5, 7, 5, 7], [len(messages) for messages in client.seen])
+        self.assertEqual(1, stderr.count("the 2 oldest turns are left out"))
         self.assertEqual(["c", "answer", "d", "answer", "e", "answer", "f"], client.seen[-1])
         client = FakeChatter(context=1000, tokens=20)  # the count is too low: the serve knows better
         client.fail = lambda: len(client.seen[-1]) > 3 and q.AnswerCutShortError(q.Answer(), "ctx_size", "no room")
