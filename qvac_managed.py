@@ -4039,7 +4039,7 @@ class Qvac:
         context; ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer
         that a limit ended in its middle has the `finish_reason` "length".
         """
-        reading = _Reading(self, self._chat_body("chat", prompt_or_messages, model, params))
+        reading = _Reading(self, prompt_or_messages, model, params)
         try:
             self._json("/chat/completions", reading.body, timeout,
                        lambda answer: (reading.take(answer), answer["choices"][0]))  # fmt: skip
@@ -4052,8 +4052,8 @@ class Qvac:
         """chat(), piece by piece, each as soon as the serve sends it: see Stream. With `reasoning`, what the model
         thinks comes too. An answer that breaks off is a ConnectionResetError, never a short answer.
         """
-        body = self._chat_body("stream_chat", prompt_or_messages, model, params)
-        return Stream(self, {"stream_options": {"include_usage": True}, **body, "stream": True}, timeout, reasoning)
+        return Stream(_Reading(self, prompt_or_messages, model, params, stream=True, stream_options={
+            "include_usage": True}), timeout, reasoning)  # fmt: skip
 
     async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: object) -> Answer:  # fmt: skip
@@ -4113,11 +4113,6 @@ class Qvac:
     def _context(self, _model: str) -> Optional[int]:
         """The model's context in tokens, None where that is not known."""
         return None
-
-    def _chat_body(self, verb: str, prompt: Any, model: Optional[str], params: Mapping[str, Any]) -> Dict[str, Any]:
-        if "stream" in params:
-            raise InvalidManagedModelError("%s() takes no `stream`: stream_chat() streams, chat() does not." % verb)
-        return {"model": self._model(model), "messages": _as_messages(prompt), **params}
 
     def _model(self, model: Optional[str]) -> str:
         if model is None and self._default_model is None:
@@ -4219,15 +4214,23 @@ class Answer(str):
 class _Reading:
     """An answer as it is read: out of the events of a stream, or of the one JSON object of an answer in one piece."""
 
-    def __init__(self, client: Qvac, body: Dict[str, Any]) -> None:
-        self.client, self.body, self.context = client, body, client._context(body["model"])
+    def __init__(self, client: Qvac, prompt: Any, model: Optional[str], params: Mapping[str, Any], **more: Any) -> None:
+        if "stream" in params:
+            raise InvalidManagedModelError("There is no option `stream`: stream_chat() streams, chat() does not.")
+        self.client, self.model = client, client._model(model)
+        self.body = {"model": self.model, "messages": _as_messages(prompt), **more, **params}
         self.content: List[str] = []
         self.reasoning: List[str] = []
-        self.finish_reason: Optional[str] = None
         self.refusal = ""
+        self.finish_reason: Optional[str] = None
         self.usage: Dict[str, Any] = {}
         self.tool_calls: Dict[int, Dict[str, Any]] = {}
-        self.check_fits()
+        self.context = client._context(self.model)
+        # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
+        self.may_overflow = len(json.dumps(self.body, default=str)) + PROMPT_FRAME > (self.context or DEFAULT_CONTEXT // 2)
+        words = len(json.dumps(self.body["messages"], default=str, separators=(",", ":")).split())
+        if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
+            raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
 
     def take(self, event: Any) -> List[Piece]:
         """The pieces of text in an event; LookupError, TypeError ... for what is none, ServeHTTPError for an error."""
@@ -4267,7 +4270,7 @@ class _Reading:
     def answer(self) -> Answer:
         """What has come so far."""
         answer = Answer("".join(self.content))
-        answer.reasoning, answer.model = "".join(self.reasoning), str(self.body["model"])
+        answer.reasoning, answer.model = "".join(self.reasoning), self.model
         answer.finish_reason, answer.usage = self.finish_reason, self.usage
         answer.tool_calls = [self.tool_calls[index] for index in sorted(self.tool_calls)]
         return answer
@@ -4297,27 +4300,13 @@ class _Reading:
 
     def _named_context(self) -> str:
         size = f"{self.context:,} tokens" if self.context else f"{DEFAULT_CONTEXT:,} tokens unless set"
-        return f"the context of {self.body['model']} ({size})"
-
-    def check_fits(self) -> None:
-        """AnswerCutShortError if the prompt can by no means fit the context."""
-        # A token is never more than one word, in any tokenizer in use; how many a word has, only the serve knows.
-        words = sum(len(_text_of(message.get("content")).split()) for message in self.body["messages"])
-        if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
-            raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
-
-    def may_overflow(self) -> bool:
-        """Whether the prompt may be longer than the context. A token is a byte at least."""
-        size = len(json.dumps(self.body, default=str)) + PROMPT_FRAME
-        return size > (self.context or DEFAULT_CONTEXT // 2)
+        return f"the context of {self.model} ({size})"
 
     def reason(self, error: ServeHTTPError) -> QvacManagedModeError:
         """The error that stands behind the serve's: CLI 0.13.1 says of an overflow that it is an internal error."""
-        if error.status != 500 or "internal error" not in error.message.lower() or not self.may_overflow():
-            return error
-        length = sum(len(_text_of(message.get("content"))) for message in self.body["messages"])
-        return self._overflow(
-            f"The serve failed ({error.message}), probably as the prompt ({length:,} characters) is longer than")
+        if error.status == 500 and "internal error" in error.message.lower() and self.may_overflow:
+            return self._overflow(f"The serve failed ({error.message}), probably as the prompt is longer than")
+        return error
 
     def _overflow(self, what: str) -> AnswerCutShortError:
         return AnswerCutShortError(Answer(), "ctx_size", "%s %s: shorten it, or give the model more, as in %s." % (
@@ -4347,17 +4336,17 @@ class Stream:
     answer before it began.
     """
 
-    def __init__(self, client: Qvac, body: Dict[str, Any], timeout: Optional[float], reasoning: bool) -> None:
-        self._reading, self._reasoning, self._is_over = _Reading(client, body), reasoning, False
+    def __init__(self, reading: _Reading, timeout: Optional[float], reasoning: bool) -> None:
+        self._reading, self._reasoning, self._is_over = reading, reasoning, False
         self._ready: List[Piece] = []
         call = getattr(_under_way, "call", None) or _Call()
         with call:
             try:
-                self._response = client._open_json("/chat/completions", body, timeout)
+                self._response = reading.client._open_json("/chat/completions", reading.body, timeout)
             except ServeHTTPError as error:
-                raise self._reading.reason(error) from None
+                raise reading.reason(error) from None
         self._events = _events_of(self._response)
-        self._watch = _SilenceWatch(self._reading, call) if self._reading.may_overflow() else None
+        self._watch = _SilenceWatch(reading, call) if reading.may_overflow else None
 
     def __iter__(self) -> Stream:
         return self
