@@ -4339,14 +4339,14 @@ class Stream:
     def __init__(self, reading: _Reading, timeout: Optional[float], reasoning: bool) -> None:
         self._reading, self._reasoning, self._is_over = reading, reasoning, False
         self._ready: List[Piece] = []
-        call = getattr(_under_way, "call", None) or _Call()
-        with call:
+        self._call = getattr(_under_way, "call", None) or _Call()
+        with self._call:
             try:
                 self._response = reading.client._open_json("/chat/completions", reading.body, timeout)
             except ServeHTTPError as error:
                 raise reading.reason(error) from None
         self._events = _events_of(self._response)
-        self._watch = _SilenceWatch(reading, call) if reading.may_overflow else None
+        self._watch = _SilenceWatch(reading, self._call) if reading.may_overflow else None
 
     def __iter__(self) -> Stream:
         return self
@@ -4375,6 +4375,8 @@ class Stream:
                 self._watch.end()
             self._ready = [piece for piece in pieces if self._reasoning or piece.kind == "content"]
             return
+        if self._is_over:  # another thread has closed it
+            return
         self.close()
         if self._watch is not None and self._watch.found is not None:  # then the watch has ended it
             raise self._watch.found
@@ -4387,10 +4389,11 @@ class Stream:
         return self._reading.answer()
 
     def close(self) -> None:
-        """End the request, if it is not over. Idempotent."""
+        """End the request, if it is not over, also from another thread than the one that reads. Idempotent."""
         self._is_over = True
         if self._watch is not None:
             self._watch.end()
+        self._call.end()  # first: closing alone would wait for whoever reads
         self._response.close()
 
     def __enter__(self) -> Stream:

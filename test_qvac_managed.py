@@ -3372,7 +3372,14 @@ class EndedRequestTest(Unit):
         self.assertEqual([], list(stream))
         stream = client.stream_chat("long " * 200, "m")
         del stream
-        self.assert_ended(self.speaking, 2)
+        stream, read = client.stream_chat("x", "m"), []
+        reader = threading.Thread(target=lambda: read.extend(stream))
+        reader.start()
+        wait_until(lambda: stream.answer == "a")
+        stream.close()
+        reader.join(5)
+        self.assertEqual((False, ["a"]), (reader.is_alive(), read))
+        self.assert_ended(self.speaking, 3)
 
     def test_answers_come_through_the_asynchronous_verbs(self) -> None:
         import asyncio
@@ -10594,6 +10601,61 @@ class RealModelTest(RealCase):
         self.assertIn('unknown model constant "A_MODEL_OF_TOMORROW"', caught.exception.tail)
         self.assertEqual(1, caught.exception.exit_code)
         self.assert_all_gone()
+
+
+class RealAnswersTest(RealCase):
+    """Models that think, that talk for ever, and one with real words (QVAC_TEST_GGUF names the folder of the first two)."""
+
+    def models(self, **files: str) -> List[Dict[str, Any]]:
+        folder = os.path.dirname(os.path.abspath(GGUF))
+        known = {"smollm2": os.path.join(os.path.dirname(os.path.abspath(REAL)), "models", "smollm2.gguf")}
+        found = []
+        for name in files:
+            path = known.get(name) or os.path.join(folder, name + ".gguf")
+            if not os.path.exists(path):
+                self.skipTest("no " + path)
+            found.append({"name": name, "src": path, "config": {"device": "cpu"}})
+        return found
+
+    def test_thinking_limits_and_overflows(self) -> None:
+        with self.real(self.models(think="", ponder="", talk="")) as client:
+            for answer in (client.chat("hi"), self.streamed(client, "hi")):
+                self.assertEqual((" yes indeed", " hmm well so", "stop"), (answer, answer.reasoning, answer.finish_reason))
+                self.assertGreater(q.tokens_used(answer.usage), 0)
+            for params, limit in (({"max_tokens": 20}, "max_tokens"), ({}, "ctx_size")):
+                with self.assertRaisesRegex(q.AnswerCutShortError, "went into thinking") as caught:
+                    self.streamed(client, "hi", model="ponder", **params)
+                self.assertEqual(limit, caught.exception.limit)
+            began = time.monotonic()
+            for ask in (client.chat, lambda *args: self.streamed(client, *args)):
+                with self.assertRaisesRegex(q.AnswerCutShortError, r"probably.*the context of talk \(1,024 tokens\)"):
+                    ask("la" * 2000, "talk")
+            self.assertLess(time.monotonic() - began, 20)
+            self.assertEqual("length", client.chat("hi", "talk").finish_reason)
+
+    def streamed(self, client: q.Qvac, *args: Any, **params: Any) -> q.Answer:
+        with client.stream_chat(*args, **params) as stream:
+            for _ in stream:
+                pass
+        return stream.answer
+
+    def test_real_words_and_twenty_turns_at_the_default_context(self) -> None:
+        with self.real(self.models(smollm2="")) as client:
+            question = "Which city is the capital of France? Answer in English."
+            self.assertEqual("The capital of France is Paris.", client.chat(question, temperature=0))
+            args = type("Args", (), {"quiet": False, "json": False, "stats": False, "no_think": False, "system": None,
+                                     "temperature": 0.0, "max_tokens": None})()  # fmt: skip
+            typed = iter(["Tell me something about the number %d in three sentences." % number for number in range(20)])
+            streams = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+            with mock.patch.multiple(sys, **streams), mock.patch.object(q, "_read_line", lambda _: next(typed, None)):
+                conversation = q._Conversation(args, client)
+                self.assertEqual(0, conversation.hold())
+            said = streams["stderr"].getvalue()
+            self.assertIn("smollm2, 1,024 tokens of context", said)
+            self.assertIn("left out", said)
+            self.assertNotIn("qvac-managed:", said)
+            self.assertIn("number 19", conversation.turns[-1][0]["content"])
+            self.assertGreater(len(conversation.turns[-1][1]["content"]), 20)
 
 
 class RealDownloadTest(RealCase):
