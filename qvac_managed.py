@@ -5328,7 +5328,7 @@ class Qvac:
         context; ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer
         that a limit ended in its middle has the `finish_reason` "length".
         """
-        reading = _Reading(self, self._chat_body("chat", prompt_or_messages, model, params))
+        reading = _Reading(self, prompt_or_messages, model, params)
         try:
             self._json("/chat/completions", reading.body, timeout,
                        lambda answer: (reading.take(answer), answer["choices"][0]))  # fmt: skip
@@ -5341,8 +5341,8 @@ class Qvac:
         """chat(), piece by piece, each as soon as the serve sends it: see Stream. With `reasoning`, what the model
         thinks comes too. An answer that breaks off is a ConnectionResetError, never a short answer.
         """
-        body = self._chat_body("stream_chat", prompt_or_messages, model, params)
-        return Stream(self, {"stream_options": {"include_usage": True}, **body, "stream": True}, timeout, reasoning)
+        return Stream(_Reading(self, prompt_or_messages, model, params, stream=True, stream_options={
+            "include_usage": True}), timeout, reasoning)  # fmt: skip
 
     async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: object) -> Answer:  # fmt: skip
@@ -5402,11 +5402,6 @@ class Qvac:
     def _context(self, _model: str) -> Optional[int]:
         """The model's context in tokens, None where that is not known."""
         return None
-
-    def _chat_body(self, verb: str, prompt: Any, model: Optional[str], params: Mapping[str, Any]) -> Dict[str, Any]:
-        if "stream" in params:
-            raise InvalidManagedModelError("%s() takes no `stream`: stream_chat() streams, chat() does not." % verb)
-        return {"model": self._model(model), "messages": _as_messages(prompt), **params}
 
     def _model(self, model: Optional[str]) -> str:
         if model is None and self._default_model is None:
@@ -5508,15 +5503,23 @@ class Answer(str):
 class _Reading:
     """An answer as it is read: out of the events of a stream, or of the one JSON object of an answer in one piece."""
 
-    def __init__(self, client: Qvac, body: Dict[str, Any]) -> None:
-        self.client, self.body, self.context = client, body, client._context(body["model"])
+    def __init__(self, client: Qvac, prompt: Any, model: Optional[str], params: Mapping[str, Any], **more: Any) -> None:
+        if "stream" in params:
+            raise InvalidManagedModelError("There is no option `stream`: stream_chat() streams, chat() does not.")
+        self.client, self.model = client, client._model(model)
+        self.body = {"model": self.model, "messages": _as_messages(prompt), **more, **params}
         self.content: List[str] = []
         self.reasoning: List[str] = []
-        self.finish_reason: Optional[str] = None
         self.refusal = ""
+        self.finish_reason: Optional[str] = None
         self.usage: Dict[str, Any] = {}
         self.tool_calls: Dict[int, Dict[str, Any]] = {}
-        self.check_fits()
+        self.context = client._context(self.model)
+        # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
+        self.may_overflow = len(json.dumps(self.body, default=str)) + PROMPT_FRAME > (self.context or DEFAULT_CONTEXT // 2)
+        words = len(json.dumps(self.body["messages"], default=str, separators=(",", ":")).split())
+        if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
+            raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
 
     def take(self, event: Any) -> List[Piece]:
         """The pieces of text in an event; LookupError, TypeError ... for what is none, ServeHTTPError for an error."""
@@ -5556,7 +5559,7 @@ class _Reading:
     def answer(self) -> Answer:
         """What has come so far."""
         answer = Answer("".join(self.content))
-        answer.reasoning, answer.model = "".join(self.reasoning), str(self.body["model"])
+        answer.reasoning, answer.model = "".join(self.reasoning), self.model
         answer.finish_reason, answer.usage = self.finish_reason, self.usage
         answer.tool_calls = [self.tool_calls[index] for index in sorted(self.tool_calls)]
         return answer
@@ -5586,27 +5589,13 @@ class _Reading:
 
     def _named_context(self) -> str:
         size = f"{self.context:,} tokens" if self.context else f"{DEFAULT_CONTEXT:,} tokens unless set"
-        return f"the context of {self.body['model']} ({size})"
-
-    def check_fits(self) -> None:
-        """AnswerCutShortError if the prompt can by no means fit the context."""
-        # A token is never more than one word, in any tokenizer in use; how many a word has, only the serve knows.
-        words = sum(len(_text_of(message.get("content")).split()) for message in self.body["messages"])
-        if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
-            raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
-
-    def may_overflow(self) -> bool:
-        """Whether the prompt may be longer than the context. A token is a byte at least."""
-        size = len(json.dumps(self.body, default=str)) + PROMPT_FRAME
-        return size > (self.context or DEFAULT_CONTEXT // 2)
+        return f"the context of {self.model} ({size})"
 
     def reason(self, error: ServeHTTPError) -> QvacManagedModeError:
         """The error that stands behind the serve's: CLI 0.13.1 says of an overflow that it is an internal error."""
-        if error.status != 500 or "internal error" not in error.message.lower() or not self.may_overflow():
-            return error
-        length = sum(len(_text_of(message.get("content"))) for message in self.body["messages"])
-        return self._overflow(
-            f"The serve failed ({error.message}), probably as the prompt ({length:,} characters) is longer than")
+        if error.status == 500 and "internal error" in error.message.lower() and self.may_overflow:
+            return self._overflow(f"The serve failed ({error.message}), probably as the prompt is longer than")
+        return error
 
     def _overflow(self, what: str) -> AnswerCutShortError:
         return AnswerCutShortError(Answer(), "ctx_size", "%s %s: shorten it, or give the model more, as in %s." % (
@@ -5636,17 +5625,17 @@ class Stream:
     answer before it began.
     """
 
-    def __init__(self, client: Qvac, body: Dict[str, Any], timeout: Optional[float], reasoning: bool) -> None:
-        self._reading, self._reasoning, self._is_over = _Reading(client, body), reasoning, False
+    def __init__(self, reading: _Reading, timeout: Optional[float], reasoning: bool) -> None:
+        self._reading, self._reasoning, self._is_over = reading, reasoning, False
         self._ready: List[Piece] = []
-        call = getattr(_under_way, "call", None) or _Call()
-        with call:
+        self._call = getattr(_under_way, "call", None) or _Call()
+        with self._call:
             try:
-                self._response = client._open_json("/chat/completions", body, timeout)
+                self._response = reading.client._open_json("/chat/completions", reading.body, timeout)
             except ServeHTTPError as error:
-                raise self._reading.reason(error) from None
+                raise reading.reason(error) from None
         self._events = _events_of(self._response)
-        self._watch = _SilenceWatch(self._reading, call) if self._reading.may_overflow() else None
+        self._watch = _SilenceWatch(reading, self._call) if reading.may_overflow else None
 
     def __iter__(self) -> Stream:
         return self
@@ -5675,6 +5664,8 @@ class Stream:
                 self._watch.end()
             self._ready = [piece for piece in pieces if self._reasoning or piece.kind == "content"]
             return
+        if self._is_over:  # another thread has closed it
+            return
         self.close()
         if self._watch is not None and self._watch.found is not None:  # then the watch has ended it
             raise self._watch.found
@@ -5687,10 +5678,11 @@ class Stream:
         return self._reading.answer()
 
     def close(self) -> None:
-        """End the request, if it is not over. Idempotent."""
+        """End the request, if it is not over, also from another thread than the one that reads. Idempotent."""
         self._is_over = True
         if self._watch is not None:
             self._watch.end()
+        self._call.end()  # first: closing alone would wait for whoever reads
         self._response.close()
 
     def __enter__(self) -> Stream:
@@ -5900,6 +5892,10 @@ def _retarget(url: str, base_url: str) -> str:
     return origin + (path if path.startswith("/") else "/" + path)
 
 
+def _live(read: Any, doc: str) -> Any:
+    return property(read, doc=doc)
+
+
 class ManagedQvac(Qvac):
     """A client of a managed serve: create_qvac("managed", ...). Also a context manager, `async with` too.
 
@@ -5935,13 +5931,13 @@ class ManagedQvac(Qvac):
         now = read_record(record.fleet_key)
         return now if now is not None and now.runner_start == record.runner_start else record
 
-    port = property(lambda self: self._target.record.port, doc="The serve's TCP port.")
-    pid = property(lambda self: self._record.serve_pid, doc="The serve's process id; its runner's while it sleeps or starts.")
-    runner_pid = property(lambda self: self._target.record.runner_pid, doc="The process id of the serve's runner.")
-    fleet_key = property(lambda self: self._resolver.key, doc="The key that names the serve: see compute_fleet_key().")
-    reused = property(lambda self: self._target.reused, doc="True if the serve was there before this client.")
-    closed = property(lambda self: self._resolver.cancelled, doc="True after close().")
-    notes = property(lambda self: list(self._resolver.notes), doc="What a person should know of the start, in words.")
+    port: int = _live(lambda self: self._target.record.port, "The serve's TCP port.")
+    pid: int = _live(lambda self: self._record.serve_pid, "The serve's process id; its runner's while there is none.")
+    runner_pid: int = _live(lambda self: self._target.record.runner_pid, "The process id of the serve's runner.")
+    fleet_key: str = _live(lambda self: self._resolver.key, "The key that names the serve: see compute_fleet_key().")
+    reused: bool = _live(lambda self: self._target.reused, "True if the serve was there before this client.")
+    closed: bool = _live(lambda self: self._resolver.cancelled, "True after close().")
+    notes: List[str] = _live(lambda self: list(self._resolver.notes), "What a person should know of the start.")
 
     def open(
         self, target: Union[str, urllib.request.Request], data: Union[bytes, Dict[str, Any], List[Any], None] = None,
@@ -9302,12 +9298,15 @@ class _Conversation:
 
     def make_room(self, prompt: str) -> None:
         """Leave out so many of the oldest turns that the prompt fits, with a quarter of the context for the answer."""
-        if self.context:
-            room = self.context * 3 // 4 - _guessed_tokens(prompt)
-            kept = len(self.turns)
-            while kept and sum(tokens for _, _, tokens in self.turns[-kept:]) > room:
-                kept -= 1
-            self.leave_out(len(self.turns) - kept)
+        def taken(count: int) -> int:
+            return sum(tokens for _, _, tokens in self.turns[count:]) + _guessed_tokens(prompt)
+
+        count = 0
+        if self.context and taken(0) > self.context * 3 // 4:
+            # To a half at once: each time that the beginning changes, the model reads all of it again.
+            while count < len(self.turns) and taken(count) > self.context // 2:
+                count += 1
+        self.leave_out(count)
 
     def leave_out(self, count: int) -> None:
         if count:

@@ -3345,6 +3345,377 @@ print(*sorted(set(sys.modules) - before))
         self.assertEqual([], sorted(heavy & set(loaded)))
 
 
+def sse(*events: Any, end: bytes = b"\n") -> bytes:
+    """A stream of these events (JSON values, or text as it is)."""
+    texts = [event if isinstance(event, str) else json.dumps(event) for event in events]
+    return b"".join(b"data: %b%b%b" % (text.encode(), end, end) for text in texts)
+
+
+def delta(content: Any = None, finish: Optional[str] = None, index: Any = 0, **more: Any) -> Dict[str, Any]:
+    return {"choices": [{"index": index, "delta": {"content": content, **more}, "finish_reason": finish}]}
+
+
+class AnswerTest(Unit):
+    """Answers, and streams of them, out of what a serve may send."""
+
+    BASE, client = ClientUnitTest.BASE, ClientUnitTest.client
+
+    def stream(self, *events: Any, **options: Any) -> q.Stream:
+        return self.client(sse(*events)).stream_chat("hi", "m", **options)
+
+    def test_a_stream_is_read_however_it_is_cut_and_whatever_ends_its_lines(self) -> None:
+        import io
+
+        class Trickle(io.BytesIO):
+            step = 1
+
+            def read1(self, _: Any = -1) -> bytes:
+                return self.read(self.step)
+
+        whole = json.dumps(delta("ü b"), ensure_ascii=False)
+        half = whole.index(",") + 1
+        text = ("\ufeffdata:%s\n\n: a comment\n\nevent: x\nid: 7\ndata: %s\ndata: %s\n\nretry: 1\n\ndata\n\n"
+                "data: [DONE]\n\n" % (json.dumps(delta("a")), whole[:half], whole[half:]))  # fmt: skip
+        for end in ("\n", "\r", "\r\n"):
+            for step in (1, 2, 7, 10000):
+                answer = Trickle(text.replace("\n", end).encode())
+                answer.step = step
+                client = self.client()
+                with mock.patch.object(client._opener, "open", lambda *_, **__: answer):
+                    self.assertEqual(["a", "ü b"], list(client.stream_chat("hi", "m")), (end, step))
+        self.assertEqual(["a"], list(self.client(sse(delta("a", "stop"))[:-2]).stream_chat("hi", "m")))  # no last line end
+
+    def test_every_event_is_read_or_an_error(self) -> None:
+        self.assertEqual(["a", "b", "c"], list(self.stream(
+            delta("x", "stop", index=1), delta("a"), {"choices": []}, delta([{"type": "text", "text": "b"}]), {"usage": {}},
+            delta("c", index=None), {"choices": [{"delta": None}], "error": None}, delta(finish="stop"))))  # fmt: skip
+        for event, words in (
+            ("{broken", "{broken"), ("[1]", r"\[1\]"), ("null", "null"), ({}, "{}"), ({"type": "ping"}, "ping"),
+            ({"error": {"message": "oops"}}, "oops"), ({"error": "oops"}, "oops"), ({"object": "error", "message": "oops"}, "oops"),
+            ({"detail": "oops"}, "oops"), (delta(5), "no part of an answer"), (delta({"a": 1}), "no part"),
+            (delta(tool_calls=[{"function": {"arguments": {"a": 1}}}]), "no part"),
+        ):  # fmt: skip
+            stream = self.stream(delta("a"), event, delta("b", "stop"))
+            with self.subTest(event), self.assertRaisesRegex(q.ServeHTTPError, words):
+                self.assertEqual("a", next(stream))
+                next(stream)
+            self.assertEqual([], list(stream))
+        with self.assertRaisesRegex(q.ServeHTTPError, "refuses to answer: never"):
+            list(self.stream(delta(refusal="ne"), delta(None, "stop", refusal="ver")))
+        for answer in ({"object": "error", "message": "oops"}, {"error": "oops"}, {"detail": "oops"}):
+            with self.assertRaisesRegex(q.ServeHTTPError, "oops"):
+                self.client(answer).chat("hi", "m")
+        with self.assertRaises(ConnectionResetError):
+            list(self.stream(delta("a")))
+        self.assertEqual(["a"], list(self.stream(delta("a"), "[DONE]", "{never read")))
+
+    def test_an_answer_has_what_came_beside_it(self) -> None:
+        import copy
+        import pickle
+
+        usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+                 {"id": "2", "type": "function", "function": {"name": "g", "arguments": ""}}]  # fmt: skip
+        message = {"content": "yes", "reasoning_content": "hm", "tool_calls": calls}
+        whole = self.client({"choices": [{"message": message, "finish_reason": "tool_calls"}], "usage": usage}).chat("hi", "m")
+        stream = self.stream(
+            delta(reasoning="h"), delta(reasoning_content="m"), delta("y"), delta("es"),
+            delta(tool_calls=[{"index": 0, "id": "1", "function": {"name": "f", "arguments": '{"a"'}}]),
+            delta(tool_calls=[{"index": 1, "id": "2", "function": {"name": "g"}}, {"index": 0, "function": {"arguments": ": 1}"}}]),
+            delta(finish="tool_calls"), {"choices": [], "usage": usage}, "[DONE]", reasoning=True)  # fmt: skip
+        self.assertEqual("", stream.answer)
+        pieces = list(stream)
+        self.assertEqual([("reasoning", "h"), ("reasoning", "m"), ("content", "y"), ("content", "es")],
+                         [(piece.kind, piece) for piece in pieces])  # fmt: skip
+        for answer in (whole, stream.answer, copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+            self.assertEqual(("yes", "hm", "tool_calls", usage, calls, "m"), (
+                answer, answer.reasoning, answer.finish_reason, answer.usage, answer.tool_calls, answer.model))  # fmt: skip
+        self.assertEqual({"include_usage": True}, self.opener.body()["stream_options"])
+        self.assertEqual(["yes"], list(self.stream(delta(reasoning="hm"), delta("yes", "stop"))))
+        only_calls = self.client({"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "length"}]})
+        self.assertEqual(("", 2), (lambda a: (a, len(a.tool_calls)))(only_calls.chat("hi", "m")))
+        unnumbered = [{"id": "1", "function": {"name": "f"}}, {"function": {"arguments": "x"}}, {"id": "2", "function": {}}]
+        stream = self.stream(*(delta(tool_calls=[call]) for call in unnumbered), "[DONE]")
+        self.assertEqual([], list(stream))
+        self.assertEqual([("1", "x"), ("2", "")],
+                         [(call["id"], call["function"]["arguments"]) for call in stream.answer.tool_calls])  # fmt: skip
+
+    def test_an_answer_that_was_cut_before_it_began_is_an_error_that_names_the_limit(self) -> None:
+        usage = {"completion_tokens": 20}
+        for params, used, limit, words in (
+            ({"max_tokens": 20}, usage, "max_tokens", "max_tokens=20: all of it went into thinking"),
+            ({"max_completion_tokens": 20}, {}, "max_tokens", "max_tokens=20"),
+            ({"max_tokens": 50}, usage, "ctx_size", "the context of m .*ctx_size"), ({}, usage, "ctx_size", "the context of m"),
+        ):  # fmt: skip
+            for stream in (False, True):
+                client, event = self.client(), dict(delta(" \n", "length", reasoning_content="hm"), usage=used)
+                if not stream:
+                    event["choices"][0]["message"] = event["choices"][0].pop("delta")
+                client._opener.answers = [sse(event) if stream else event]
+                with self.subTest(limit, stream=stream), self.assertRaisesRegex(q.AnswerCutShortError, words) as caught:
+                    list(client.stream_chat("hi", "m", **params)) if stream else client.chat("hi", "m", **params)
+                self.assertEqual((limit, "hm", used), (
+                    caught.exception.limit, caught.exception.answer.reasoning, caught.exception.answer.usage))  # fmt: skip
+        self.assertEqual("length", self.client(
+            {"choices": [{"message": {"content": "a"}, "finish_reason": "length"}]}).chat("hi", "m").finish_reason)  # fmt: skip
+        with self.assertRaisesRegex(q.ServeHTTPError, "content_filter"):
+            list(self.stream(delta(finish="content_filter")))
+
+    def test_a_prompt_that_cannot_fit_is_an_error_before_it_is_sent(self) -> None:
+        client = self.client(*[{"choices": [{"message": {"content": "a"}}]}] * 2)
+        with mock.patch.object(q.Qvac, "_context", lambda *_: 1000):
+            for call in (client.chat, client.stream_chat):
+                with self.assertRaisesRegex(q.AnswerCutShortError, r"1,025 words.*the context of m \(1,000 tokens\)"):
+                    call("a " * 1024 + "a", "m")
+            self.assertEqual([], self.opener.requests)
+            self.assertEqual("a", client.chat("a " * 1023 + "a", "m"))  # the engine makes it 1,024
+        self.assertEqual("a", client.chat("a " * 10**6, "m"))  # nobody knows its context
+        overflow = http_error(500, b'{"error": {"message": "An internal error occurred."}}')
+        with self.assertRaisesRegex(q.AnswerCutShortError, r"internal error.*probably.*1,024 tokens unless set"):
+            self.client(overflow).chat("a" * 2000, "m")
+        overflow = http_error(500, b'{"error": {"message": "An internal error occurred."}}')
+        with mock.patch.object(q.Qvac, "_context", lambda *_: 4096), self.assertRaises(q.ServeHTTPError):
+            self.client(overflow).chat("a" * 2000, "m")
+
+    def test_slips_are_named(self) -> None:
+        client = self.client({"choices": [{"message": {"content": "a"}}]}, http_error(404, b"Not found"))
+        message = {"role": "user", "content": "hi"}
+        self.assertEqual("a", client.chat(message, "m"))
+        self.assertEqual([message], self.opener.body()["messages"])
+        for prompt in (5, None, b"x", [], ["hi"], {}, [{"content": "x"}], {"rol": "user"}):
+            with self.subTest(prompt), self.assertRaisesRegex(q.InvalidManagedModelError, "A prompt is a string, a message"):
+                client.chat(prompt, "m")
+        with self.assertRaisesRegex(q.InvalidManagedModelError, r"stream_chat\(\) streams"):
+            client.chat("x", "m", stream=True)
+        for url in ("http://h:1/v1\r", "http://h:1/v1\n", "http://h :1/v1"):
+            with self.assertRaisesRegex(q.InvalidManagedModelError, "base_url has a character that no URL has"):
+                q.create_qvac(base_url=url)
+        client = q.create_qvac(base_url="http://h:1", opener=FakeOpener(http_error(404, b"Not found")))
+        with self.assertRaisesRegex(q.ServeHTTPError, "base_url ends in /v1 as a rule; http://h:1 does not"):
+            client.chat("x", "m")
+        for model, words in (
+            ("./tiny.gguf", r"is a model file.*\"src\": os.path.abspath\('./tiny.gguf'\)"), (Path("tiny.gguf"), '"name": .tiny'),
+            ({"model": "QWEN", "ctx_size": 8192}, "needs a `name`"),
+            ({"name": "qwen3.5-2b", "ctx_size": 8192}, r"unknown field 'ctx_size'.*\"config\": {\"ctx_size\": 8192}"),
+        ):  # fmt: skip
+            with self.subTest(model), self.assertRaisesRegex(q.InvalidManagedModelError, words):
+                q.synthesize_serve_config([model])
+        path = Path(self.home, "m.gguf")
+        path.touch()
+        entry = q.synthesize_serve_config([{"name": "m", "src": path}])["serve"]["models"]["m"]
+        self.assertEqual(str(path), entry["src"])
+
+    def test_options_of_the_other_mode_are_refused_by_name(self) -> None:
+        for mode, option in [("external", option) for option in (
+                {"models": ["x"]}, {"serve_port": 1}, {"serve_args": ["x"]}, {"serve_idle_timeout": None}, {"reuse": False},
+                {"require_ready": False}, {"on_progress": None})] + [("managed", {"base_url": "http://h/v1"}), ("managed", {"api_key": "k"})]:  # fmt: skip
+            with self.subTest(option), self.assertRaisesRegex(q.InvalidManagedModelError, "^%s goes with" % [*option][0]):
+                q.create_qvac(mode, **option)
+        for option in ({"serve_args": "--x"}, {"serve_args": [1]}, {"serve_sleep_timeout": -1}, {"serve_sleep_timeout": "1m"},
+                       {"on_progress": "yes"}):  # fmt: skip
+            with self.subTest(option), self.assertRaisesRegex(q.InvalidManagedModelError, "^%s is" % [*option][0]):
+                q.create_qvac("managed", models=[MODEL], serve_bin_path=q.ECHO, **option)
+        with q.create_qvac() as client:
+            self.assertIs(q.Qvac, type(client))
+
+    def test_type_hints_of_all_that_is_public_can_be_evaluated(self) -> None:
+        code = """
+import qvac_managed as q, sys
+assert "typing" not in sys.modules
+import typing
+for name in q.__all__:
+    public = getattr(q, name)
+    members = [m for n, m in vars(public).items() if n[0] != "_"] if isinstance(public, type) else []
+    for one in [public, *members]:
+        one = getattr(one, "fget", one)
+        if isinstance(one, type) or hasattr(one, "__code__"):
+            typing.get_type_hints(one)
+hints = typing.get_type_hints(q.create_qvac)
+assert hints["base_url"] == typing.Optional[str] and hints["return"] is q.Qvac, hints
+assert typing.get_type_hints(q.Qvac.models)["return"] == typing.List[typing.Dict[str, typing.Any]]
+"""
+        folder = os.path.dirname(os.path.abspath(q.__file__))
+        subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=folder)
+
+    def test_progress_is_shown_where_somebody_sees_it_and_late(self) -> None:
+        import io
+
+        class Screen(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        notebook = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+        still = q.Progress("downloading", 25.0, 0, 1_300_000_000, 21.0, ["big"])
+        for stream, is_seen in ((Screen(), True), (notebook(), True), (io.StringIO(), False)):
+            with mock.patch.multiple(sys, stderr=stream), mock.patch.object(q, "_shown_progress", None):
+                q.show_progress(q.Progress("loading", 0.9))
+                self.assertEqual("", stream.getvalue())
+                q.show_progress(still)
+                seen = stream.getvalue()
+                self.assertEqual(is_seen, "the download of big (1.3 GB) does not move: is this machine online?" in seen, seen)
+                q.show_progress(q.Progress("ready", 26.0))
+                self.assertEqual(is_seen, stream.getvalue().endswith("\r"))
+        self.assertEqual("the download of a and b (5 MB of 1.3 GB) does not move: is this machine online?",
+                         q.progress_words("downloading", 5 * 10**6 + 4 * 10**4, 13 * 10**8, 20, ["a", "b"]).replace("5.0", "5"))  # fmt: skip
+        self.assertEqual(["downloading", "loading"], [q.progress_words("downloading", 0, 5, 19.9), q.progress_words("loading", still_s=99)])
+
+    def test_last_words_are_words(self) -> None:
+        output = "Error: no network\n    at connect (file:///x.js:1:2)\n  code: 7\n}\n\nNode.js v22.1.0\n});\n"
+        self.assertEqual(["code: 7", "", ""], [q.last_words(output), q.last_words("}\n]);\n 12\n"), q.last_words("")])
+
+
+class SilenceTest(EchoCase):
+    """What the real serve does with a prompt that is longer than the context, done by the echo serve."""
+
+    def setUp(self) -> None:
+        slow = {"model": "M", "config": {"echo_token_seconds": 0.3}}
+        self.start({"small": {"model": "M", "config": {"ctx_size": 10}}, "slow": slow})
+        self.client = q.create_qvac(base_url=self.url, api_key=self.key)
+        patched = mock.patch.object(q, "SILENT_STREAM", 0.15)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def test_a_stream_that_will_never_speak_is_an_error(self) -> None:
+        prompt = "longer words " * 20
+        for call in (self.client.chat, lambda *args: list(self.client.stream_chat(*args))):
+            with self.assertRaisesRegex(q.AnswerCutShortError, "internal error.*probably.*longer than the context of small"):
+                call(prompt, "small")
+
+    def test_a_stream_that_is_only_slow_is_left_alone(self) -> None:
+        text = "a " + "slow " * 3 + "x" * 400  # the pause comes before the first word
+        self.assertEqual(text, "".join(self.client.stream_chat(text, "slow")))
+        self.assertFalse([thread for thread in threading.enumerate() if "silence" in thread.name and wait_for(
+            lambda thread=thread: not thread.is_alive(), "the watch's end")])  # fmt: skip
+
+    def test_thinking_and_limits_of_the_echo_serve(self) -> None:
+        prompt = "<think>one two</think> three"
+        self.assertEqual((" three", "one two"), (lambda a: (a, a.reasoning))(self.client.chat(prompt, "small")))
+        with self.client.stream_chat(prompt, "small", reasoning=True) as stream:
+            self.assertEqual(["one", " two", " three"], list(stream))
+        with self.assertRaises(q.AnswerCutShortError):
+            self.client.chat("<think>one two", "small", max_tokens=1)
+        self.assertEqual("one", self.client.chat("one two", "small", max_tokens=1))
+
+    def test_responses(self) -> None:
+        status, answer = self.ask("POST", "/responses", {"model": "slow", "input": "a b"})
+        self.assertEqual((200, "response", "completed", "a b"), (
+            status, answer["object"], answer["status"], answer["output"][0]["content"][0]["text"]))  # fmt: skip
+        events = self.ask("POST", "/responses", {"model": "slow", "stream": True, "input": [{"role": "user", "content": "a b"}]})[1]
+        self.assertEqual(["a", " b"], [e["delta"] for e in events[:-1] if e["type"] == "response.output_text.delta"])
+        self.assertEqual(answer["output"][0]["content"], events[-2]["response"]["output"][0]["content"])
+        self.assert_error(self.ask("POST", "/responses", {"model": "slow"}), 400, "missing_input")
+
+
+class SilentServer:
+    """Takes requests, answers with HEAD and nothing more, and notes when their connections end."""
+
+    def __init__(self, case: unittest.TestCase, head: bytes = b"") -> None:
+        import socket
+
+        self.listener, self.head, self.begun, self.ended = socket.create_server(("127.0.0.1", 0)), head, 0, 0
+        case.addCleanup(self.listener.close)
+        self.url = "http://127.0.0.1:%d/v1" % self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, connection: Any) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            self.begun += 1
+            connection.sendall(self.head)
+            while connection.recv(65536):
+                pass
+        self.ended += 1
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+
+
+class EndedRequestTest(Unit):
+    """A request that nobody waits for any more has ended at the serve."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.silent = SilentServer(self)
+        self.speaking = SilentServer(self, STREAM_HEAD + sse(delta("a")))
+
+    def assert_ended(self, server: SilentServer, count: int) -> None:
+        wait_until(lambda: (server.begun, server.ended) == (count, count), 5, "the end of the request")
+        wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith("qvac_managed")], 5, "threads")
+
+    def test_a_cancelled_coroutine_and_the_loop_goes_on(self) -> None:
+        import asyncio
+
+        client, speaking = (q.create_qvac(base_url=server.url) for server in (self.silent, self.speaking))
+
+        async def read(stream: Any) -> None:
+            async for piece in stream:
+                self.assertEqual("a", piece)
+
+        async def main() -> None:
+            for number, coroutine in enumerate((client.achat("x", "m"), client.aembed("x", "m"), read(client.astream_chat("x", "m")))):
+                task = asyncio.ensure_future(coroutine)
+                while self.silent.begun == number:  # the loop goes on
+                    await asyncio.sleep(0.01)
+                task.cancel()
+                with self.assertRaises(asyncio.CancelledError):
+                    await task
+            task = asyncio.ensure_future(read(speaking.astream_chat("x", "m")))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+            async with speaking.astream_chat("x", "m") as stream:
+                self.assertEqual("a", await stream.__anext__())
+                self.assertEqual("a", stream.answer)
+            with self.assertRaises(StopAsyncIteration):
+                await stream.__anext__()
+            stream = speaking.astream_chat("x", "m")
+            await stream.__anext__()
+            del stream  # dropped
+
+        asyncio.run(main())
+        self.assert_ended(self.silent, 3)
+        self.assert_ended(self.speaking, 3)
+
+    def test_a_closed_and_a_dropped_stream(self) -> None:
+        client = q.create_qvac(base_url=self.speaking.url)
+        with client.stream_chat("long " * 200, "m") as stream:
+            self.assertEqual("a", next(stream))
+        self.assertEqual([], list(stream))
+        stream = client.stream_chat("long " * 200, "m")
+        del stream
+        stream, read = client.stream_chat("x", "m"), []
+        reader = threading.Thread(target=lambda: read.extend(stream))
+        reader.start()
+        wait_until(lambda: stream.answer == "a")
+        stream.close()
+        reader.join(5)
+        self.assertEqual((False, ["a"]), (reader.is_alive(), read))
+        self.assert_ended(self.speaking, 3)
+
+    def test_answers_come_through_the_asynchronous_verbs(self) -> None:
+        import asyncio
+
+        async def main() -> None:
+            answer = {"choices": [{"message": {"content": "a"}}]}
+            opener = FakeOpener(answer, {"data": [{"embedding": [1.0]}]}, sse(delta("b"), delta("c", "stop")), http_error(404, b"no"))
+            client = q.create_qvac(base_url="http://h/v1", opener=opener)
+            self.assertEqual("a", await client.achat("x", "m"))
+            self.assertEqual([[1.0]], await client.aembed("x", "m"))
+            stream = client.astream_chat("x", "m")
+            self.assertEqual(["b", "c"], [piece async for piece in stream])
+            self.assertEqual(("bc", "stop"), (stream.answer, stream.answer.finish_reason))
+            with self.assertRaises(q.ServeHTTPError):
+                await client.achat("x", "m")
+
+        asyncio.run(main())
+
+
 class FindCliTest(Unit):
     def setUp(self) -> None:
         super().setUp()
@@ -10250,8 +10621,8 @@ class ChatTest(CommandLineCase):
         client = FakeChatter(context=1000, tokens=200)
         _, stderr = self.converse(client, *"abcdef")
         self.assertIn("1,000 tokens of context (--ctx-size)", stderr)
-        self.assertEqual([1, 3, 5, 7, 7, 7], [len(messages) for messages in client.seen])
-        self.assertEqual(2, stderr.count("the oldest turn is left out"))
+        self.assertEqual([1, 3, 5, 7, 5, 7], [len(messages) for messages in client.seen])
+        self.assertEqual(1, stderr.count("the 2 oldest turns are left out"))
         self.assertEqual(["c", "answer", "d", "answer", "e", "answer", "f"], client.seen[-1])
         client = FakeChatter(context=1000, tokens=20)  # the count is too low: the serve knows better
         client.fail = lambda: len(client.seen[-1]) > 3 and q.AnswerCutShortError(q.Answer(), "ctx_size", "no room")
@@ -10854,6 +11225,61 @@ class RealModelTest(RealCase):
         self.assertIn('unknown model constant "A_MODEL_OF_TOMORROW"', caught.exception.tail)
         self.assertEqual(1, caught.exception.exit_code)
         self.assert_all_gone()
+
+
+class RealAnswersTest(RealCase):
+    """Models that think, that talk for ever, and one with real words (QVAC_TEST_GGUF names the folder of the first two)."""
+
+    def models(self, **files: str) -> List[Dict[str, Any]]:
+        folder = os.path.dirname(os.path.abspath(GGUF))
+        known = {"smollm2": os.path.join(os.path.dirname(os.path.abspath(REAL)), "models", "smollm2.gguf")}
+        found = []
+        for name in files:
+            path = known.get(name) or os.path.join(folder, name + ".gguf")
+            if not os.path.exists(path):
+                self.skipTest("no " + path)
+            found.append({"name": name, "src": path, "config": {"device": "cpu"}})
+        return found
+
+    def test_thinking_limits_and_overflows(self) -> None:
+        with self.real(self.models(think="", ponder="", talk="")) as client:
+            for answer in (client.chat("hi"), self.streamed(client, "hi")):
+                self.assertEqual((" yes indeed", " hmm well so", "stop"), (answer, answer.reasoning, answer.finish_reason))
+                self.assertGreater(q.tokens_used(answer.usage), 0)
+            for params, limit in (({"max_tokens": 20}, "max_tokens"), ({}, "ctx_size")):
+                with self.assertRaisesRegex(q.AnswerCutShortError, "went into thinking") as caught:
+                    self.streamed(client, "hi", model="ponder", **params)
+                self.assertEqual(limit, caught.exception.limit)
+            began = time.monotonic()
+            for ask in (client.chat, lambda *args: self.streamed(client, *args)):
+                with self.assertRaisesRegex(q.AnswerCutShortError, r"probably.*the context of talk \(1,024 tokens\)"):
+                    ask("la" * 2000, "talk")
+            self.assertLess(time.monotonic() - began, 20)
+            self.assertEqual("length", client.chat("hi", "talk").finish_reason)
+
+    def streamed(self, client: q.Qvac, *args: Any, **params: Any) -> q.Answer:
+        with client.stream_chat(*args, **params) as stream:
+            for _ in stream:
+                pass
+        return stream.answer
+
+    def test_real_words_and_twenty_turns_at_the_default_context(self) -> None:
+        with self.real(self.models(smollm2="")) as client:
+            question = "Which city is the capital of France? Answer in English."
+            self.assertEqual("The capital of France is Paris.", client.chat(question, temperature=0))
+            args = type("Args", (), {"quiet": False, "json": False, "stats": False, "no_think": False, "system": None,
+                                     "temperature": 0.0, "max_tokens": None})()  # fmt: skip
+            typed = iter(["Tell me something about the number %d in three sentences." % number for number in range(20)])
+            streams = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+            with mock.patch.multiple(sys, **streams), mock.patch.object(q, "_read_line", lambda _: next(typed, None)):
+                conversation = q._Conversation(args, client)
+                self.assertEqual(0, conversation.hold())
+            said = streams["stderr"].getvalue()
+            self.assertIn("smollm2, 1,024 tokens of context", said)
+            self.assertIn("left out", said)
+            self.assertNotIn("qvac-managed:", said)
+            self.assertIn("number 19", conversation.turns[-1][0]["content"])
+            self.assertGreater(len(conversation.turns[-1][1]["content"]), 20)
 
 
 class RealDownloadTest(RealCase):
