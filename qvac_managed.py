@@ -141,7 +141,7 @@ if not TYPE_CHECKING:
     for _name in "Any Callable Dict Iterator List Literal Mapping NoReturn Optional Sequence Tuple Union".split():
         globals()[_name] = _TypingName(_name)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # starting and using
