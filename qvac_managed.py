@@ -213,6 +213,7 @@ UNWATCHED_START = 30.0  # seconds a first start goes on for nobody: without a ma
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
 LOCK_REREAD = 0.25  # seconds after which a provider that stole our lock has shown itself; a start looks that often
 HEARTBEAT = 20.0  # seconds between touches of the record: on a home without locks, other machines see only these
+UNUSABLE_REAP = 180.0  # seconds beyond the idle timeout after which a serve is reaped though its folder is unusable
 FOREIGN_LOCK_STALE = 60.0  # seconds after which another namespace's lock is dead: it is held for a runner's first moment
 FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
@@ -4719,8 +4720,8 @@ class _Runner:
     def restart(self, is_wanted: bool) -> None:
         """It ended by itself. Held connections go on when it is there again; what it was working on is broken off."""
         self.front.hold("restarting")
-        crash = self.what_ended()
-        self.log("the serve ended (%s)" % ("signal %s" % crash.signal if crash.signal else "exit code %s" % crash.exit_code))
+        crash, (exit_code, number) = self.what_ended(), (self.serve.ended() if self.serve else None) or (None, None)
+        self.log("the serve ended (%s)" % ("signal %s" % number if number else "exit code %s" % exit_code))
         if not is_wanted and not self.stays:
             self.state = "stopping"
             return
@@ -4752,8 +4753,10 @@ class _Runner:
                 error.args = (error.exit_code, error.signal, error.tail, error.what)
             raise error
 
-    def what_ended(self) -> ServeExitedError:
+    def what_ended(self) -> QvacManagedModeError:
         exit_code, number = (self.serve.ended() if self.serve else None) or (None, None)
+        if refuses_key_file(self.tail()):
+            return ServeSpawnFailedError("This qvac CLI knows no --api-key-file: update @qvac/cli (npm, or install-cli).")
         return ServeExitedError(exit_code, number, self.tail())
 
     def stop_serve(self) -> None:
@@ -4825,8 +4828,15 @@ class _Runner:
         A provider's client knows no guard: it has a moment to show itself, with the front still open. The spawn lock is
         ours until the serve is gone: whoever comes meanwhile waits, and gets either this one or the next.
         """
-        if not try_lock(self.key, timeout=1.0):
-            return  # a client is about to look again
+        try:
+            if not try_lock(self.key, timeout=1.0):
+                return  # a client is about to look again
+        except RegistryError:
+            if time.monotonic() - self.used_at < self.idle_timeout + UNUSABLE_REAP:
+                raise
+            if self.front.close_if_unused(self.idle_timeout):  # nobody has been able to come for minutes
+                self.state = "stopping"
+            return
         try:
             with guard(timeout=1.0):
                 if live_consumers(self.key) or self.front.idle_s() < self.idle_timeout:
@@ -5025,6 +5035,13 @@ def origins_of(serve_args: Sequence[str]) -> List[str]:
     """The origins of --cors-origin among more arguments for the CLI: the front answers preflights itself."""
     pairs = [*zip(serve_args, serve_args[1:]), *(argument.partition("=")[::2] for argument in serve_args)]
     return [value for name, value in pairs if name == "--cors-origin" and value]
+
+
+def refuses_key_file(output: str) -> bool:
+    """Whether an old CLI says that it does not know the option; not one that names it and fails for another reason."""
+    words = [(verb, kind) for verb in ("unknown", "unrecognized") for kind in ("option", "argument")]
+    return any("--api-key-file" in line and any("%s %s" % pair in line for pair in words)
+               for line in output.lower().splitlines())  # fmt: skip
 
 
 def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:

@@ -6003,11 +6003,10 @@ class FailingStartTest(LifeCase):
             self.assertIn(path, str(error))
 
     def test_a_runner_that_cannot_start_is_told_at_once(self) -> None:
-        missing = os.path.join(self.home, "python-that-was-upgraded-away")
-        for program in (missing, "/bin/false", "/bin/echo"):
-            with mock.patch.object(sys, "executable", program):
+        for program in ("/bin/false", "/bin/echo"):
+            with mock.patch.object(q, "interpreter", lambda: program):
                 error = self.assert_fails(q.ServeSpawnFailedError, serve_bin_path=self.fake())  # the contract says 1 s
-            self.assertIn(program if program == missing else "runner ended", str(error))
+            self.assertIn("runner ended", str(error))
 
     def test_a_start_after_a_failed_one_is_a_new_try(self) -> None:
         serve = self.fake(exit=1, fail_starts=1)
@@ -6016,26 +6015,16 @@ class FailingStartTest(LifeCase):
         self.assertEqual("hi", self.create(serve_bin_path=serve).chat("hi"))
         self.assertEqual([], [name for name in self.files() if name.endswith(".error")])
 
-    def test_an_old_cli_gets_the_key_on_its_command_line(self) -> None:
-        with self.assertLogs("qvac_managed", "WARNING") as logged:
-            client = self.create(serve_bin_path=self.fake(old_cli=True))
-        self.assertIn("Update @qvac/cli", logged.output[0])
-        self.assertEqual("hi", client.chat("hi"))
-        self.assertEqual(2, len(self.fake_events("start")))
-        self.assertIn("--api-key", self.fake_events("start")[-1]["argv"])
-        self.assertIn("Update @qvac/cli", self.log())
-        end_process(client.pid)
-        self.assertEqual("again", client.chat("again"))
-        self.assertEqual(3, len(self.fake_events("start")), "the restart knows what the CLI can do")
-
-    def test_a_cli_that_fails_for_another_reason_gets_no_key_on_its_command_line(self) -> None:
-        """Though it prints its arguments, and calls something unknown."""
+    def test_a_cli_that_is_too_old_is_told_to_be_updated(self) -> None:
+        error = self.assert_fails(q.ServeSpawnFailedError, serve_bin_path=self.fake(old_cli=True))
+        self.assertIn("update @qvac/cli", str(error))
+        self.assertEqual(1, len(self.fake_events("start")))
         for said, expected in (
             ("error: unknown option '--api-key-file'", True), ("Unknown argument: --api-key-file", True),
             ("unrecognized arguments: --api-key-file /x", True), ("error: unknown option '--port'\n", False),
             ("qvac serve --api-key-file /x\nerror: unknown architecture", False), ("unknown option\n--api-key-file", False),
         ):  # fmt: skip
-            self.assertEqual(expected, q._refuses_key_file(said), said)
+            self.assertEqual(expected, q.refuses_key_file(said), said)
 
     def test_a_growing_model_file_extends_the_start(self) -> None:
         path = os.path.join(self.home, ".qvac", "models", "some", "model.gguf")
@@ -6079,36 +6068,25 @@ class PortTest(LifeCase):
         self.assert_all_gone()
         self.assertEqual(b"", stranger.received)
 
-    def test_a_pinned_port_that_a_stranger_takes_during_the_start_is_an_error(self) -> None:
+    def test_a_pinned_port_is_nobody_elses_from_the_start_on(self) -> None:
+        import socket
+
         serve, port = self.fake(preload_s=1.0), q.allocate_free_port("127.0.0.1")
         starting = in_thread(self.create, serve_bin_path=serve, serve_port=port)
         wait_until(lambda: self.fake_events("start"))
-        stranger = Stranger(self, port)
-        self.assertRaises(q.PortAllocationFailedError, starting)
-        self.assert_all_gone()
-        self.assertEqual(b"", stranger.received)
+        with socket.socket() as stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.assertRaises(OSError, stranger.bind, ("127.0.0.1", port))
+        self.assertEqual(port, starting().port)
 
     def test_a_stranger_on_the_port_of_a_dead_serve_gets_nothing(self) -> None:
         client = self.create(serve_bin_path=self.fake())
-        self.signal_all(signal.SIGKILL, "runner-params")
+        self.signal_all(signal.SIGKILL, "detach runner")
         self.assert_gone(client.pid)
         stranger = Stranger(self, client.port)
         self.assertEqual("hi", client.chat("hi"))
         self.assertNotEqual(stranger.port, client.port)
         self.assertEqual(b"", stranger.received)
-
-    @unittest.skipUnless(LINUX, "other systems look now and then")
-    def test_a_line_in_the_log_ends_the_runners_wait(self) -> None:
-        q.ensure_managed_serves_dir()
-        child = self.python("q.watch_signals()\nwatch = q.watch_folder(sys.argv[1])\nprint(flush=True)\n"
-                            "began = time.monotonic()\nq.wait_for_event(10)\nos.close(watch)\n"
-                            "print('woken' if time.monotonic() - began < 9 else 'late', flush=True)\n"
-                            "q.wait_for_event(0.5)\nprint('over')", self.folder)  # fmt: skip
-        child.stdout.readline()
-        self.write("some.log", "listening")
-        self.assertEqual("woken\n", child.stdout.readline())
-        self.write("some.log", "after the watch")
-        self.assertEqual("over\n", child.communicate(timeout=PATIENCE)[0])
 
     @unittest.skipUnless(LINUX, "other systems ask lsof or netstat")
     def test_a_socket_that_outlives_its_dying_serve_is_no_strangers(self) -> None:
@@ -6210,11 +6188,12 @@ class IdleTest(LifeCase):
     def test_a_wish_made_during_a_restart_counts(self) -> None:
         serve = self.fake(preload_s=0.5)
         first = self.create(serve_bin_path=serve, serve_idle_timeout=0.2)
-        os.kill(first.pid, signal.SIGKILL)
+        pid = first.pid
+        os.kill(pid, signal.SIGKILL)
         wait_until(lambda: self.record(first.fleet_key).is_resting)
         later = self.create(serve_bin_path=serve, serve_idle_timeout=600)
-        self.assertEqual(600000, self.record(first.fleet_key).idle_timeout_ms)
-        self.assertNotEqual(first.pid, later.pid)
+        wait_until(lambda: self.record(first.fleet_key).idle_timeout_ms == 600000, what="the longer wish")
+        self.assertNotEqual(pid, later.pid)
 
     def test_none_means_until_stopped(self) -> None:
         first = self.create(serve_idle_timeout=0.1)
@@ -6222,7 +6201,7 @@ class IdleTest(LifeCase):
         first.close()
         until_stopped.close()
         self.assert_lives(first.pid, 1.5)
-        self.assertIsNone(q.list_serves()[0].time_left_s)
+        self.assertEqual((None, None), (q.list_serves()[0].ends_in_s, q.list_serves()[0].idle_timeout_s))
         self.assertTrue(q.stop_serve(first.fleet_key))
         self.assert_all_gone()
 
@@ -6243,19 +6222,15 @@ class RawUseTest(LifeCase):
     def test_an_open_connection_keeps_it_alive(self) -> None:
         import socket
 
-        client = self.create()
+        client = self.create(serve_bin_path=self.fake(answer_delay_s=self.IDLE + 2.0))
+        request = in_thread(q.create_qvac(base_url=client.base_url, api_key=client.api_key).chat, "hi", model=MODEL)
+        wait_until(lambda: [event for event in self.fake_events("request") if "chat" in event["path"]])
         client.close()
-        with socket.create_connection(("127.0.0.1", client.port)):
-            time.sleep(self.IDLE + 1.5)
-            self.assertTrue(q.process_alive(client.pid))
-            self.assertEqual(1, q.list_serves()[0].connections)
-        self.assert_all_gone()
-
-    def test_our_own_look_is_no_open_connection(self) -> None:
-        """Not even where the serve closes it a while after we have."""
-        client = self.create(serve_bin_path=self.fake(close_delay_s=0.5))
-        wait_until(lambda: q.connections_to("127.0.0.1", client.port)[0] == 0, what="the end of the start's look")
-        self.assertEqual(0, q.list_serves()[0].connections)
+        time.sleep(self.IDLE + 1.0)
+        self.assertTrue(q.process_alive(client.pid))
+        self.assertEqual("hi", request())
+        with socket.create_connection(("127.0.0.1", client.port)):  # one without a request is no use
+            self.assert_all_gone()
 
     def test_short_requests_keep_it_alive(self) -> None:
         client = self.create()
@@ -6345,8 +6320,6 @@ class RestartTest(LifeCase):
         answers = [in_thread(client.chat, "thread %d" % number) for number in range(8)]
         self.assertEqual(["thread %d" % number for number in range(8)], [answer() for answer in answers])
         self.assertEqual(2, len(self.fake_events("start")))
-        looks = [event for event in self.fake_events("request") if event["path"] == "/v1/models"]
-        self.assertEqual(2, len(looks))
 
     def test_it_does_not_come_back_for_nobody(self) -> None:
         client = self.create(reuse=False)
@@ -6355,47 +6328,6 @@ class RestartTest(LifeCase):
         os.kill(client.pid, signal.SIGKILL)
         os.kill(client.runner_pid, signal.SIGCONT)
         self.assert_all_gone()
-
-    def test_a_restart_waits_out_trouble_with_the_folder(self) -> None:
-        """A full disk, say: here a file lies where the serve's folder has to be."""
-        import shutil
-
-        client = self.create()
-        before = (client.port, client.api_key, client.runner_pid)
-        folder = os.path.dirname(self.record(client.fleet_key).config_path)
-        shutil.rmtree(folder)
-        self.write(os.path.basename(folder), "in the way")
-        os.kill(client.pid, signal.SIGKILL)
-        wait_until(lambda: "will try again" in self.log(), what="trouble in the log")
-        os.unlink(folder)
-        self.assertEqual("hi", client.chat("hi"))
-        self.assertEqual(before, (client.port, client.api_key, client.runner_pid))
-
-    def test_a_step_of_a_restart_is_tried_again_as_long_as_the_serve_is_wanted(self) -> None:
-        runner, steps = q._Runner.__new__(q._Runner), [OSError(28, "full"), q.RegistryError("held"), None]
-        runner.key, runner.folder, runner.log_fd, runner.api_key, runner.idle_timeout_ms = "0" * 16, self.home, -1, "key", 1e3
-
-        def step() -> None:
-            problem = steps.pop(0)
-            if problem is not None:
-                raise problem
-
-        with mock.patch.object(q, "RUNNER_TICK", 0.01), mock.patch.object(q._Runner, "_log"):
-            runner.used_at = time.monotonic()
-            runner._insist(step)
-            steps[:] = [OSError(28, "full"), None]
-            runner.used_at = time.monotonic() - 2
-            with mock.patch.object(q, "live_consumers", side_effect=q.RegistryError("too many open files")):
-                runner._insist(step)
-            steps[:] = [OSError(28, "full")]
-            self.assertRaises(OSError, runner._insist, step)
-
-    def test_a_start_that_trouble_interrupts_leaves_no_serve(self) -> None:
-        runner, done = q._Runner.__new__(q._Runner), []
-        stop = mock.patch.object(q._Runner, "_stop_serve", lambda _: done.append("stopped"))
-        with stop, mock.patch.object(q._Runner, "_bring_up", side_effect=OSError(28, "full")):
-            self.assertRaises(OSError, runner._bring_up_whole)
-        self.assertEqual(["stopped"], done)
 
     def test_a_config_folder_that_others_delete_is_made_again(self) -> None:
         """A provider's client that finds the record of a dead serve deletes the folder of its config."""
@@ -6408,15 +6340,6 @@ class RestartTest(LifeCase):
         self.assertEqual("hi", client.chat("hi"))
         self.assertEqual(port, client.port)
 
-    def test_a_restart_that_nobody_waits_for_is_not_called_off(self) -> None:
-        runner = q._Runner.__new__(q._Runner)
-        runner.key, runner.idle_timeout_ms = "0" * 16, 300000.0
-        runner.record = None
-        self.assertEqual(0.0, runner._fail_if_unwatched(0.0, 29.0))
-        self.assertRaises(q.ServeSpawnFailedError, runner._fail_if_unwatched, 0.0, 31.0)
-        runner.record = mock.sentinel.published
-        self.assertEqual(0.0, runner._fail_if_unwatched(0.0, 299.0))
-        self.assertRaises(q.ServeSpawnFailedError, runner._fail_if_unwatched, 0.0, 301.0)
 
 
 class CrashLoopTest(LifeCase):
@@ -6433,7 +6356,6 @@ class CrashLoopTest(LifeCase):
         self.assertIn("out of memory", str(caught.exception))
         self.assertEqual(9, caught.exception.exit_code)
         self.assertLessEqual(len(self.fake_events("start")), 8)
-        self.assertTrue(os.path.exists(q.error_path(client.fleet_key)))
         self.assertEqual([], q.read_all_records())
         wait_until(lambda: not self.processes())
         self.fake()
@@ -6460,8 +6382,8 @@ class RunnerDeathTest(LifeCase):
             starting = in_thread(self.create, serve_bin_path=serve)
             wait_until(lambda: len(self.fake_events("start")) > starts)
             began = time.monotonic()
-            self.assertTrue(self.signal_all(number, "runner-params"))
-            self.assertRaises(q.ServeSpawnFailedError, starting)
+            self.assertTrue(self.signal_all(number, "detach runner"))
+            self.assertRaises(q.ServeStoppedError, starting)
             self.assert_soon(began, 6)  # the contract says 1 s; what is left of the group has 1 s of grace
             self.assert_all_gone()
 
@@ -6508,8 +6430,10 @@ class RunnerDeathTest(LifeCase):
     def test_a_waiting_client_is_told_of_a_killed_runner(self) -> None:
         starting = in_thread(self.create, serve_bin_path=self.fake(preload_s=20))
         wait_until(lambda: self.fake_events("start"))
+        self.signal_all(signal.SIGKILL, "detach runner")
+        wait_until(lambda: len(self.fake_events("start")) == 2, what="the second try")
         began = time.monotonic()
-        self.signal_all(signal.SIGKILL, "runner-params")
+        self.signal_all(signal.SIGKILL, "detach runner")
         self.assertRaises(q.ServeSpawnFailedError, starting)
         self.assert_soon(began, 4)
         wait_until(lambda: not self.processes(), 6)
@@ -6523,9 +6447,9 @@ class RunnerKilledAnytimeTest(LifeCase):
         serve = self.fake(preload_s=0.1, grandchildren=["plain", "ignore_term", "stopped"])
         for delay in self.DELAYS:
             starting = in_thread(self.create, serve_bin_path=serve)
-            wait_until(lambda: self.signal_all(0, "runner-params"))
+            wait_until(lambda: self.signal_all(0, "detach runner"))
             time.sleep(delay)
-            self.signal_all(signal.SIGKILL, "runner-params")
+            self.signal_all(signal.SIGKILL, "detach runner")
             wait_until(lambda: not self.processes() or starting.done(), 6)
             with contextlib.suppress(q.QvacManagedModeError):
                 starting().close()
@@ -6686,7 +6610,7 @@ class FrozenTest(LifeCase):
             self.create(serve_bin_path=serve, serve_start_timeout=0.5)
         self.assert_soon(began, 6)
         self.assertIsNone(child.poll(), "the other still waits")
-        self.signal_all(signal.SIGKILL, "runner-params")
+        self.signal_all(signal.SIGKILL, "detach runner")
         child.kill()
 
     def test_a_frozen_runner_is_no_reason_to_refuse_its_serve(self) -> None:
@@ -6738,24 +6662,11 @@ class DamageTest(LifeCase):
         self.assertEqual(client.pid, self.record(client.fleet_key).serve_pid)
         self.assertEqual(client.pid, self.create().pid)
 
-    def test_a_record_that_others_delete_in_the_moment_of_its_heartbeat_is_published_again(self) -> None:
-        runner, written = q._Runner.__new__(q._Runner), []
-        runner.key = "0" * 16
-        runner.record = mock.Mock(serve_pid=1)
-        path = self.write(runner.key + ".json", "{}")
-        runner.record_version = q.file_version(path)
-        with mock.patch.object(q._Runner, "_heartbeat", lambda _, path: not os.unlink(path)):
-            runner._keep_record()
-        write = mock.patch.object(q._Runner, "_write_record", lambda _, pid: written.append(pid))
-        with write, mock.patch.object(q._Runner, "_another_owner", lambda _: None):
-            runner._keep_record()
-        self.assertEqual([1], written)
-
     def test_the_whole_folder_may_go(self) -> None:
         import shutil
 
         client = self.create()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # its runner may write into it in this moment
         self.assertEqual(client.pid, self.record(client.fleet_key).serve_pid)
         self.assertEqual("hi", client.chat("hi"))
         self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
@@ -6819,12 +6730,15 @@ class DamageTest(LifeCase):
 
     def test_a_folder_that_nobody_can_use_does_not_keep_it_for_ever(self) -> None:
         runner = q._Runner.__new__(q._Runner)
-        runner.key, runner.idle_timeout_ms, runner.log_fd, runner.api_key = "0" * 16, 1000.0, -1, "key"
+        runner.key, runner.idle_timeout, runner.log_fd, runner.api_key, runner.state = "0" * 16, 1.0, -1, "key", "ready"
+        runner.front = mock.Mock(close_if_unused=lambda idle: True)
         with mock.patch.object(q, "guard", side_effect=q.RegistryError("held")):
             runner.used_at = time.monotonic() - 60
-            self.assertRaises(q.RegistryError, runner._reap)
+            self.assertRaises(q.RegistryError, runner.reap)
+            self.assertEqual("ready", runner.state)
             runner.used_at = time.monotonic() - q.UNUSABLE_REAP - 2
-            self.assertTrue(runner._reap())
+            runner.reap()
+        self.assertEqual("stopping", runner.state)
 
 
 class ReapRaceTest(LifeCase):
@@ -7031,7 +6945,7 @@ class NamespaceTest(LifeCase):
         self.assertTrue(line, child.stderr)
         pid, answer, key, states = line.split(None, 3)
         self.assertEqual(("1", "inside"), (pid, answer))
-        self.assertTrue(key.startswith(client.fleet_key + "-priv-"), key)
+        self.assertTrue(q.is_valid_fleet_key(key) and key != client.fleet_key and not q.is_private_key(key), key)
         self.assertIn("foreign", states)
         self.assertLessEqual(set(files), set(self.files()), "nothing of the host's is gone")
         self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
@@ -7294,7 +7208,7 @@ class LeftoverTest(OrphanCase):
         child = self.python(HOLDER, repr([MODEL]), serve, "1")
         wait_until(lambda: self.fake_events("start"))
         left = [name for name in self.files() if name.endswith(".d")]
-        self.signal_all(signal.SIGKILL, "runner-params")
+        self.signal_all(signal.SIGKILL, "detach runner")
         child.kill()
         wait_until(lambda: set(self.processes()) == {self.canary.pid})
         self.assertEqual(1, len(left))
