@@ -4217,8 +4217,9 @@ class _Reading:
     def __init__(self, client: Qvac, prompt: Any, model: Optional[str], params: Mapping[str, Any], **more: Any) -> None:
         if "stream" in params:
             raise InvalidManagedModelError("There is no option `stream`: stream_chat() streams, chat() does not.")
+        messages = _as_messages(prompt)
         self.client, self.model = client, client._model(model)
-        self.body = {"model": self.model, "messages": _as_messages(prompt), **more, **params}
+        self.body = {"model": self.model, "messages": messages, **more, **params}
         self.content: List[str] = []
         self.reasoning: List[str] = []
         self.refusal = ""
@@ -4228,7 +4229,7 @@ class _Reading:
         self.context = client._context(self.model)
         # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
         self.may_overflow = len(json.dumps(self.body, default=str)) + PROMPT_FRAME > (self.context or DEFAULT_CONTEXT // 2)
-        words = len(json.dumps(self.body["messages"], default=str, separators=(",", ":")).split())
+        words = len(json.dumps(messages, default=str, separators=(",", ":")).split())
         if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
             raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
 
@@ -4240,7 +4241,7 @@ class _Reading:
             raise ServeHTTPError(200, str(message or error), json.dumps(event).encode())
         if "choices" not in event and "usage" not in event:
             raise LookupError
-        self.usage = event.get("usage") or self.usage
+        self.usage = dict(event.get("usage") or self.usage)
         pieces: List[Piece] = []
         for choice in event.get("choices") or ():
             if (choice.get("index") or 0) == 0:  # of several answers the first
@@ -4280,7 +4281,8 @@ class _Reading:
         answer = self.answer()
         if self.refusal:
             raise ServeHTTPError(200, "the model refuses to answer: %s" % self.refusal)
-        if answer.strip() or answer.tool_calls or self.finish_reason in (None, "stop"):
+        text = answer.strip() if answer.reasoning else answer
+        if text or answer.tool_calls or self.finish_reason in (None, "stop"):
             return answer
         if self.finish_reason != "length":
             raise ServeHTTPError(200, "the answer is empty, for the reason %r" % self.finish_reason)
