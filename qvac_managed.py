@@ -6603,7 +6603,7 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
     "system": ("--system", "TEXT", None, None, "the system message"),
-    "temperature": ("--temperature", "T", _temperature, None, "how freely to choose words: 0 always the likeliest"),
+    "temperature": ("--temperature", "T", _temperature, None, "how freely it chooses its words; 0: not at all"),
     "max_tokens": ("--max-tokens", "N", _number("a whole number above 0", 1), None, "the longest answer, with what it thinks"),
     "no_think": ("--no-think", "", None, False, "do not show what the model thinks"),
     "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
@@ -7267,9 +7267,9 @@ def _print_models(rows: List[Dict[str, Any]]) -> None:
 
 @_command(
     "MODEL [PROMPT]", None, "system temperature max_tokens no_think stats " + _START + "json quiet",
-    "Answer one prompt, or hold a conversation.\n"
-    "Text on standard input is the prompt, or is added to PROMPT. In a conversation /help lists the commands.\n"
-    "A PROMPT stands in the list of processes, where other users can read it; standard input does not.",
+    "Answer one prompt, or hold a conversation (/help lists its commands). What is\n"
+    "on standard input is the prompt, or is added to PROMPT; other users can read\n"
+    "PROMPT in the list of processes, standard input not.",
     "chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b 'Review this.'")  # fmt: skip
 def _do_chat(args: Any) -> int:
     words = list(args.words)

@@ -9351,7 +9351,7 @@ class HelpTest(CommandLineCase):
             texts[""] = q._overview()
         for name, text in texts.items():
             with self.subTest(command=name):
-                self.assertLessEqual(len(text.splitlines()), 30 if command == "chat" else 24)
+                self.assertLessEqual(len(text.splitlines()), 30 if name == "chat" else 24)
                 self.assertLessEqual(max(map(len, text.splitlines())), 80, text)
                 self.assertIn("qvac-managed " + name, text)
                 self.assertGreaterEqual(text.count("qvac-managed"), 2 if name else 1)
