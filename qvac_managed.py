@@ -7267,9 +7267,9 @@ def _print_models(rows: List[Dict[str, Any]]) -> None:
 
 @_command(
     "MODEL [PROMPT]", None, "system temperature max_tokens no_think stats " + _START + "json quiet",
-    "Answer one prompt, or hold a conversation (/help lists its commands). What is\n"
-    "on standard input is the prompt, or is added to PROMPT; other users can read\n"
-    "PROMPT in the list of processes, standard input not.",
+    "Answer one prompt, or hold a conversation.\n"
+    "Text on standard input is the prompt, or is added to PROMPT. Other users can\n"
+    "read PROMPT in the list of processes, standard input not.",
     "chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b 'Review this.'")  # fmt: skip
 def _do_chat(args: Any) -> int:
     words = list(args.words)
