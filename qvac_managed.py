@@ -5523,8 +5523,9 @@ class _Reading:
     def __init__(self, client: Qvac, prompt: Any, model: Optional[str], params: Mapping[str, Any], **more: Any) -> None:
         if "stream" in params:
             raise InvalidManagedModelError("There is no option `stream`: stream_chat() streams, chat() does not.")
+        messages = _as_messages(prompt)
         self.client, self.model = client, client._model(model)
-        self.body = {"model": self.model, "messages": _as_messages(prompt), **more, **params}
+        self.body = {"model": self.model, "messages": messages, **more, **params}
         self.content: List[str] = []
         self.reasoning: List[str] = []
         self.refusal = ""
@@ -5534,7 +5535,7 @@ class _Reading:
         self.context = client._context(self.model)
         # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
         self.may_overflow = len(json.dumps(self.body, default=str)) + PROMPT_FRAME > (self.context or DEFAULT_CONTEXT // 2)
-        words = len(json.dumps(self.body["messages"], default=str, separators=(",", ":")).split())
+        words = len(json.dumps(messages, default=str, separators=(",", ":")).split())
         if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
             raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
 
@@ -5546,7 +5547,7 @@ class _Reading:
             raise ServeHTTPError(200, str(message or error), json.dumps(event).encode())
         if "choices" not in event and "usage" not in event:
             raise LookupError
-        self.usage = event.get("usage") or self.usage
+        self.usage = dict(event.get("usage") or self.usage)
         pieces: List[Piece] = []
         for choice in event.get("choices") or ():
             if (choice.get("index") or 0) == 0:  # of several answers the first
@@ -5586,7 +5587,8 @@ class _Reading:
         answer = self.answer()
         if self.refusal:
             raise ServeHTTPError(200, "the model refuses to answer: %s" % self.refusal)
-        if answer.strip() or answer.tool_calls or self.finish_reason in (None, "stop"):
+        text = answer.strip() if answer.reasoning else answer
+        if text or answer.tool_calls or self.finish_reason in (None, "stop"):
             return answer
         if self.finish_reason != "length":
             raise ServeHTTPError(200, "the answer is empty, for the reason %r" % self.finish_reason)
@@ -8126,7 +8128,7 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
     "downloaded": ("--downloaded", "", None, False, "what lies on this disk, and where"),
     "system": ("--system", "TEXT", None, None, "the system message"),
-    "temperature": ("--temperature", "T", _temperature, None, "how freely to choose words: 0 always the likeliest"),
+    "temperature": ("--temperature", "T", _temperature, None, "how freely it chooses its words; 0: not at all"),
     "max_tokens": ("--max-tokens", "N", _number("a whole number above 0", 1), None, "the longest answer, with what it thinks"),
     "no_think": ("--no-think", "", None, False, "do not show what the model thinks"),
     "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
@@ -9132,8 +9134,8 @@ def _removable(word: str) -> List[Dict[str, Any]]:
 @_command(
     "MODEL [PROMPT]", None, "system temperature max_tokens no_think stats " + _START + "json quiet",
     "Answer one prompt, or hold a conversation.\n"
-    "Text on standard input is the prompt, or is added to PROMPT. In a conversation /help lists the commands.\n"
-    "A PROMPT stands in the list of processes, where other users can read it; standard input does not.",
+    "Text on standard input is the prompt, or is added to PROMPT. Other users can\n"
+    "read PROMPT in the list of processes, standard input not.",
     "chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b 'Review this.'")  # fmt: skip
 def _do_chat(args: Any) -> int:
     words = list(args.words)
