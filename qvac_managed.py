@@ -4509,9 +4509,10 @@ class _Runner:
                 except ValueError:
                     continue
                 attribute = name + "_timeout"
-                setattr(self, attribute, max(getattr(self, attribute), wished))
-                if attribute == "idle_timeout" and self.record and self.idle_timeout_ms() != self.record.idle_timeout_ms:
-                    self.record_version = None  # to be published again
+                if not wished > getattr(self, attribute):
+                    continue
+                setattr(self, attribute, wished)
+                self.record_version = None  # to be published again
             if "do" in query:
                 by = bytes.fromhex(query.get("by", "")).decode("utf-8", "replace")
                 by = _shorten(clean_text(by), 100) or "a client"
@@ -4916,7 +4917,8 @@ class _Runner:
             **self.progress(), version=__version__, restarts=self.restarts, pid=self.serve.pid if self.serve else 0,
             ready_at=self.ready_at, loaded=self.loaded,
             idle_timeout_s=None if self.idle_timeout == float("inf") else self.idle_timeout,
-            sleep_timeout_s=None if self.sleep_timeout == float("inf") else self.sleep_timeout)  # fmt: skip
+            sleep_timeout_s=None if self.sleep_timeout == float("inf") else self.sleep_timeout,
+            start_timeout_s=self.start_timeout)  # fmt: skip
 
     loaded: Mapping[str, Any] = {}
     inner_key = ""
@@ -6244,9 +6246,7 @@ class _Resolver:
 
     def _follow(self, record: ServeRecord) -> Optional[_Target]:
         """Wait in one request until the serve is ready, and pass its progress on."""
-        wish = {name: "inf" if value is None else value for name, value in (
-            ("idle", self.wish.idle_timeout), ("sleep", self.wish.sleep_timeout), ("start", self.wish.start_timeout))}
-        lines = front_says(record, max(1.0, min(5.0, self._left())), wait=1, **wish)
+        lines = front_says(record, max(1.0, min(5.0, self._left())), wait=1, start=self.wish.start_timeout)
         try:
             for facts in lines:
                 self._check_cancelled()
@@ -6258,11 +6258,14 @@ class _Resolver:
                         self._saw_a_kill = True  # by somebody; a system that is out of memory does it again
                         return None
                     raise error
+                if facts.get("models_busy"):
+                    raise TimeoutError("the serve does not answer GET /v1/models")  # slow is not dead
                 if facts["state"] in ("ready", "asleep"):
                     return self._accept(record, facts)
                 if facts["state"] == "stopping":
                     break
-                if facts.get("still_s", 0.0) > self.wish.start_timeout + CLIENT_MARGIN:
+                is_everybodys = facts.get("start_timeout_s", 0.0) <= self.wish.start_timeout  # then the runner tells
+                if facts.get("still_s", 0.0) > self.wish.start_timeout + (CLIENT_MARGIN if is_everybodys else 0.0):
                     raise ServeStartTimeoutError(start_timeout_text(facts, self.wish.start_timeout, ""), self.wish.start_timeout)
                 self._report(Progress(
                     str(facts.get("phase")), time.monotonic() - self._began, facts.get("bytes_done"),
@@ -6293,10 +6296,20 @@ class _Resolver:
             _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
         for path in changed:
             _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.", path, self.key, self.key)
+        self._wish_to_keep(record)
         self._report(Progress("ready", time.monotonic() - self._began, None, None))
         record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
         base_url = base_url_of(facts["address"], record.port)
         return _Target(base_url, record.api_key, record, reused=not self._starts)
+
+    def _wish_to_keep(self, record: ServeRecord) -> None:
+        """The longest wish wins, for both. Only once we are attached: who gives up leaves none to a serve it never used."""
+        wishes = (("idle", self.wish.idle_timeout, record.idle_timeout_ms),
+                  ("sleep", self.wish.sleep_timeout, record.sleep_timeout_ms))  # fmt: skip
+        longer = {name: "inf" if wish is None else wish for name, wish, now in wishes
+                  if (NEVER_MS if wish is None else wish * 1000) > now}  # fmt: skip
+        if longer and record.has_front:
+            look(record, **longer)
 
     def _others_use_it(self) -> bool:
         return any(name != self.consumer_id for name in _live_markers(self.key))
@@ -6905,8 +6918,9 @@ def _describe(record: ServeRecord) -> ServeInfo:
     return ServeInfo(
         fleet_key=record.fleet_key, base_url=base_url_of(loopback_of(record.host), record.port), host=record.host,
         port=record.port, pid=record.serve_pid, runner_pid=record.runner_pid, reused=True, private=record.is_private,
-        models=facts.get("models") or [{"id": alias, "state": "unknown"} for alias in config],
-        state={GONE: "dead", BUSY: "hung", WRONG: "hung"}.get(seen.state, seen.state), consumers=consumers,
+        models=(not facts.get("models_busy") and facts.get("models")) or [{"id": alias, "state": "unknown"} for alias in config],
+        state="hung" if facts.get("models_busy") else {GONE: "dead", BUSY: "hung", WRONG: "hung"}.get(seen.state, seen.state),
+        consumers=consumers,
         connections=facts.get("connections"), requests=facts.get("requests"), last_used_s=used,
         uptime_s=round(time.monotonic() - facts["ready_at"], 1) if facts.get("ready_at") else None, idle_timeout_s=None if never else idle, sleep_timeout_s=sleep,
         restarts=record.restarts, rss_bytes=rss_bytes(pids), started_at=record.started_at, sleeps_in_s=sleeps,

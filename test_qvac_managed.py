@@ -1315,7 +1315,7 @@ class CatalogTest(unittest.TestCase):
     def test_the_model_table_is_well_formed(self) -> None:
         models = q.all_models()
         self.assertEqual(411, len(models))
-        self.assertEqual(sorted({model.name for model in models}), [model.name for model in models])
+        self.assertEqual(len(models), len({model.name for model in models}))
         endpoints = {"chat", "translation", "transcription", "speech", "image", "embedding", "audiogen", "vla", "ocr",
                      "bci"}  # fmt: skip
         self.assertEqual(endpoints, {model.endpoint for model in models})
@@ -1323,15 +1323,12 @@ class CatalogTest(unittest.TestCase):
             self.assertRegex(model.name, r"^[A-Z][A-Z0-9_]+$")
             self.assertIs(int, type(model.size), model)
             self.assertGreater(model.size, 0)
-            self.assertNotIn("-", (model.params, model.quantization))
         self.assertRegex(q.MODEL_TABLE_SOURCE, r"^@qvac/cli \d+\.\d+\.\d+")
 
     def test_only_whole_names_are_in_the_model_table(self) -> None:
         self.assertTrue(q._in_model_table("WHISPER_TINY"))
-        first, second = q._MODEL_TABLE.splitlines()[:2]
-        self.assertTrue(q._in_model_table(first.split()[0]))
         for name in ("", " ", "WHISPER", "WHISPER_TIN", "HISPER_TINY", "chat", "-", "whisper_tiny", "WHISPER_TINY ",
-                     "WHISPER_TINY transcription", "\nWHISPER_TINY", "%s\n%s" % (first, second.split()[0])):  # fmt: skip
+                     "WHISPER_TINY transcription", "\nWHISPER_TINY", "WHISPER_"):  # fmt: skip
             self.assertFalse(q._in_model_table(name), name)
 
     def test_close_matches_are_the_nearest_names(self) -> None:
@@ -1743,6 +1740,7 @@ class ErrorsTest(unittest.TestCase):
         (q.RegistryError("folder"), "REGISTRY", {}, ("folder",)),
         (q.ServeHTTPError(503, "busy", b"{}"), "SERVE_HTTP", {"status": 503, "message": "busy", "body": b"{}"},
          ("503", "busy")),
+        (q.ServeStoppedError("process 1"), "SERVE_STOPPED", {"by": "process 1"}, ("stopped by process 1",)),
         (q.AnswerCutShortError(q.Answer(), "ctx_size", "too long"), "CUT_SHORT", {"answer": "", "limit": "ctx_size"},
          ("too long",)),
     )  # fmt: skip
@@ -2828,19 +2826,6 @@ class SpawnLockTest(Unit):
             self.assertTrue(q._move_stale_lock_away(KEY, q.file_version(self.path)))
             self.assertEqual([], self.files())
 
-    def test_a_runner_takes_over_exactly_the_lock_that_its_client_had(self) -> None:
-        self.assertTrue(q.try_lock(KEY))
-        clients = self.content()
-        self.assertIsNone(q.take_over_lock(KEY, clients + "x"))
-        self.assertEqual(clients, self.content())
-        runners = q.take_over_lock(KEY, clients)
-        self.assertEqual(runners, self.content())
-        self.assertTrue(self.content().split()[3].startswith(q.RUNNER_MARK))
-        self.assertIsNone(q.take_over_lock(KEY, clients))
-        q.release_lock(KEY)
-        self.assertIsNone(q.take_over_lock(KEY, clients))
-        self.assertEqual([], self.files())
-
     @unittest.skipUnless(POSIX, "forks")
     def test_a_forked_child_does_not_release_its_parents_lock(self) -> None:
         self.assertTrue(q.try_lock(KEY))
@@ -3304,7 +3289,7 @@ class ClientUnitTest(Unit):
             self.assertFalse(q.is_refused(error))
 
     def test_model_lists(self) -> None:
-        parse = q._parse_models
+        parse = q._models_in
         self.assertEqual([{"id": "a", "state": "ready"}], parse(b'{"data": [{"id": "a", "state": "ready", "x": 1}]}'))
         self.assertEqual([{"id": "a", "state": "unknown"}], parse(b'{"data": [{"id": "a", "state": 5}]}'))
         self.assertEqual([], parse(b'{"data": []}'))
@@ -3893,17 +3878,6 @@ class LogTest(Unit):
         self.assertEqual("a [key] b [key]", q.redact("a k b k", "k"))
         self.assertEqual("text", q.redact("text", ""))
 
-    def test_requests_and_looks_in_the_log(self) -> None:
-        right, left = "→ ".encode(), "← ".encode()
-        look, chat = right + b"GET /v1/models\n" + left + b"200 GET /v1/models (1ms)\n", right + b"POST /v1/chat/completions\n"
-        self.assertEqual((0, 0), q._requests_in(b""))
-        self.assertEqual((0, 0), q._requests_in(b"loading\nready\n-> POST /x\n"))
-        self.assertEqual((0, 1), q._requests_in(look))
-        self.assertEqual((0, 2), q._requests_in(look + look))
-        self.assertEqual((1, 1), q._requests_in(look + chat))
-        self.assertEqual(0, q._requests_in(b"it says: " + chat)[0])
-        self.assertGreater(q._requests_in(left + b"200 POST /v1/embeddings (5ms)\n")[0], 0)
-
     def test_the_reason_of_a_failed_load_is_the_serves_own(self) -> None:
         self.log(b'Failed to preload "other": no\nFailed to preload "m": old\nx\n'
                  b'Failed to preload "m": cannot open\n  caused by: sk-secret missing\n  caused by: disk\nx\n')  # fmt: skip
@@ -3961,8 +3935,7 @@ class LeftoversTest(Unit):
 
     def test_what_a_live_start_or_record_needs_is_kept(self) -> None:
         lock = KEY + ".lock"
-        for name, content in ((KEY + ".error", ""), (KEY + ".0123abcd.d", None), (KEY + ".consumers", None),
-                              (KEY + ".log", "")):  # fmt: skip
+        for name, content in ((KEY + ".error", ""), (KEY + ".consumers", None), (KEY + ".log", "")):
             self.assert_swept_after(None, name, content, beside=lock)
 
     def test_strangers_files_are_kept(self) -> None:
@@ -5109,7 +5082,7 @@ class ReentryTest(EndedServeCase):
         with self.assertRaises(q.ServeStartTimeoutError) as caught:
             hasty()
         self.assertEqual(1.0, caught.exception.seconds)
-        self.assertEqual(2, len(self.fake_events("start")))
+        self.assertEqual(1, len(self.fake_events("start")))
 
     @unittest.skipUnless(LINUX, "a working folder that is gone")
     def test_a_working_folder_that_is_gone_is_a_typed_error_for_a_relative_path(self) -> None:
@@ -5140,7 +5113,7 @@ for path in ("./qvac", "qvac-none", None):
                                                   repr([MODEL]), q.ECHO, "0.3"))  # fmt: skip
         wait_until(lambda: not self.processes(), what="the end of all")
         left = os.listdir(os.path.join(home, ".qvac", "managed-serves"))
-        self.assertEqual([], [name for name in left if not name.endswith((".log", ".guard"))])
+        self.assertEqual([], [name for name in left if not name.endswith((".log", ".guard", "pycache"))])
 
 
 class HostProgramTest(Case):
@@ -5216,7 +5189,7 @@ print(client.chat("hi"), client.pid, client.fleet_key)
         answer, pid, key = done.stdout.decode().split() or self.fail(done.stderr.decode())
         self.assertEqual("hi", answer)
         self.assertNotEqual(client.pid, int(pid))
-        self.assertIn("-priv-", key)
+        self.assertFalse(q.is_private_key(key) or key == client.fleet_key, "all of that network share it")
         self.assertTrue(os.path.exists(q.read_record(client.fleet_key).config_path))  # type: ignore[union-attr]
         self.assertEqual("hi", client.chat("hi"))
 
@@ -5321,7 +5294,7 @@ class CloseRaceTest(EndedServeCase):
         result = in_background(client.chat, "hi")
         time.sleep(0.1)
         client.close()
-        self.assert_refused(result, client)
+        self.assertEqual("hi", result(), "it waits at the front, where it needs no client")
         self.assert_all_gone()
         self.assertEqual(2, len(self.fake_events("start")))
 
@@ -6603,8 +6576,11 @@ class FrozenTest(LifeCase):
     def test_a_frozen_runner_is_no_reason_to_refuse_its_serve(self) -> None:
         client = self.create()
         os.kill(client.runner_pid, signal.SIGSTOP)
-        self.assertEqual((client.pid, "hi"), (self.create().pid, self.create().chat("hi")))
+        waiting, asking = in_thread(self.create), in_thread(client.chat, "hi")
+        time.sleep(q.HEALTH_TIMEOUT + 1.0)
+        self.assertEqual((False, False), (waiting.done(), asking.done()), "it is waited for")
         os.kill(client.runner_pid, signal.SIGCONT)
+        self.assertEqual((client.pid, "hi"), (waiting().pid, asking()))
 
     def test_a_frozen_starting_client_passes_its_lock_on(self) -> None:
         """Its runner takes the lock over, so the start goes on without it."""
@@ -6849,7 +6825,7 @@ class RecycledPidTest(RecycledCase):
         """The wall clock is held against the times of files and of the boot, and put into answers, never waited by."""
         with open(MODULE, encoding="utf-8") as file:
             uses = [line.strip() for line in file if "time.time(" in line]
-        self.assertEqual([], [use for use in uses if not any(text in use for text in ("mtime", "uptime", "created"))])
+        self.assertEqual([], [use for use in uses if not any(text in use for text in ("mtime", "uptime", "created", "- ago", "last_use"))])
 
     def test_a_clock_that_is_set_does_not_matter(self) -> None:
         """The client's: the runner's has no wall clock in its decisions either."""
