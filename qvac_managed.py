@@ -3608,7 +3608,6 @@ STRANGER_GRACE = 0.5  # seconds: those of a crowd have had no time to
 STRANGERS_LIMIT = 512  # and all of them together
 FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status request
 ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
-LIST_FRESH = 0.2  # seconds for which a list of models is told again without asking
 RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
 LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET and HEAD neither wake nor keep awake
 _UNAUTHORIZED = {"message": "Invalid or missing API key.", "type": "invalid_request_error", "code": "invalid_api_key"}
@@ -3842,7 +3841,7 @@ class Front:
         self.askers: List[_Link] = []  # status requests that wait for the list of models
         self.question: Optional[_Link] = None  # our own request for it
         self.verdict = ""  # what the last question has found: HEALTHY, BUSY or WRONG; "" while it is under way
-        self.detail, self.listed_at = "", 0.0  # in words; when the list came
+        self.detail = ""  # in words
         self.used_at = time.monotonic()
         self.follow_at = self.accept_at = self.reconnect_at = self.answer_by = 0.0
         self.poker, poked = socket.socketpair()
@@ -4199,7 +4198,7 @@ class Front:
             if self.state not in ("ready", "asleep"):
                 return self.write_line(link)
         self.askers.append(link)
-        if self.state == "ready" and (not self.listed_at or time.monotonic() - self.listed_at > LIST_FRESH):
+        if self.state == "ready":
             self.ask_for_models()
         else:
             self.tell_askers(False)
@@ -4221,7 +4220,7 @@ class Front:
             self.close(question.serve)
         self.verdict, self.detail, listing = read_listing(answer)
         if self.verdict == HEALTHY:
-            self.listing, self.listed_at = listing, time.monotonic()
+            self.listing = listing
         self.wake()
         self.tell_askers(self.state == "ready" and self.verdict != HEALTHY)
 
@@ -4808,7 +4807,7 @@ class _Runner:
     def keep_record(self) -> None:
         """Publish the record again if it is not what we wrote, and touch it now and then, which shows other machines that
         share the home that we live; give way to another live owner's once nothing is under way."""
-        if self.record is None or self.state == "stopping":
+        if self.record is None or self.state == "stopping" or self.home_is_gone():
             return
         path, now = record_path(self.key), time.monotonic()
         if self.record_version is None or file_version(path) != self.record_version:
@@ -6125,8 +6124,8 @@ class _Resolver:
     def _withdraw_marker(self) -> None:
         try:
             _unlink(self.marker)
-            if not os.path.exists(record_path(self.key)) and not os.path.exists(lock_path(self.key)):
-                _rmdir(consumers_dir(self.key))
+            if not os.path.exists(record_path(self.key)):
+                _rmdir(consumers_dir(self.key))  # if it is empty; who comes makes it again
         except RegistryError:
             pass
 
