@@ -3205,7 +3205,7 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
     Raises OSError and http.client's errors when it cannot be reached (`timeout` seconds in all, or with wait=1 for each
     line), NotProvedError when another program answers. Closing the generator ends the request.
     """
-    refusal: Optional[OSError] = None
+    refusal: Exception = ConnectionRefusedError(errno.ECONNREFUSED, "nothing listens")
     for address in _addresses_of(loopback_of(record.host)):
         nonce = os.urandom(16).hex()
         words = {"nonce": nonce, "proof": proof(record.api_key, "client", nonce, address, record.port), **query}
@@ -3213,29 +3213,37 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
             words["by"] = str(words["by"]).encode("utf-8", "replace").hex()
         url = "%s%s?%s" % (base_url_of(address, record.port)[: -len("/v1")], STATUS_PATH,
                            "&".join("%s=%s" % pair for pair in words.items()))  # fmt: skip
+        expected = proof(record.api_key, "server", nonce, address, record.port)
         try:
-            response = _openers()[0 if "wait" in query else 1].open(url, timeout=timeout)
+            with _openers()[0 if "wait" in query else 1].open(url, timeout=timeout) as response:
+                facts = _proved(response.readline(MAX_BODY_BYTES), expected)
+                while facts is not None:
+                    facts["address"] = address
+                    yield facts
+                    line = response.readline(MAX_BODY_BYTES)
+                    facts = _proved(line, "") if line else None
+                return
         except urllib.error.HTTPError as error:
             error.close()
-            raise NotProvedError("it answers %s with %d" % (STATUS_PATH, error.code)) from None
+            refusal = NotProvedError("it answers %s with %d" % (STATUS_PATH, error.code))
+        except NotProvedError as error:  # at another address of the name a stranger may listen
+            refusal = error
         except OSError as error:
             if not is_refused(error):
                 raise
             refusal = error
-            continue
-        with response:
-            expected = proof(record.api_key, "server", nonce, address, record.port)
-            for line in iter(lambda: response.readline(MAX_BODY_BYTES), b""):
-                facts = _strict_json(line)
-                if not isinstance(facts, dict) or not isinstance(facts.get("state"), str):
-                    raise NotProvedError("its status is none")
-                if expected and not hmac.compare_digest(str(facts.get("proof")).encode(), expected.encode()):
-                    raise NotProvedError("another program listens on its port")
-                expected = ""
-                facts["models"], facts["address"] = _listed_models(facts.get("models")) or [], address
-                yield facts
-        return
-    raise refusal or ConnectionRefusedError(errno.ECONNREFUSED, "nothing listens")
+    raise refusal
+
+
+def _proved(line: bytes, expected: str) -> Dict[str, Any]:
+    """What a line of a status says; NotProvedError if it is none, or lacks the EXPECTED proof."""
+    facts = _strict_json(line)
+    if not isinstance(facts, dict) or not isinstance(facts.get("state"), str):
+        raise NotProvedError("another program listens on its port")
+    if expected and not hmac.compare_digest(str(facts.get("proof")).encode("utf-8", "replace"), expected.encode()):
+        raise NotProvedError("another program listens on its port")
+    facts["models"] = _listed_models(facts.get("models")) or []
+    return facts
 
 
 def prove_on(sock: Any, record: ServeRecord) -> None:
@@ -3594,6 +3602,33 @@ def current_version(path: str) -> Optional[List[int]]:
     except (OSError, ValueError):
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+# -- what is proved before a signal
+
+def is_our_runner(record: ServeRecord) -> bool:
+    """Whether the process that a record names as its runner is one: ours holds the lock on `alive` in the serve's folder
+    and was started as this file's runner; a provider's is the parent of a serve that is_our_serve()."""
+    if record.judge_runner() != ALIVE:
+        return False
+    words = command_line(record.runner_pid)
+    if record.has_front:
+        is_one = words is None or "runner" in words
+        return is_one and record.has_identities and alive_state(os.path.dirname(record.config_path)) == ALIVE
+    return is_our_serve(record) and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid
+
+
+def is_our_serve(record: ServeRecord) -> bool:
+    """Whether the process that a record names as its serve is one: its command line names the record's config, which lies
+    where we or the provider put it, and for a provider's the port; where no command line can be read, its start time."""
+    if record.judge_serve() != ALIVE:
+        return False
+    words = command_line(record.serve_pid)
+    if words is None:
+        return record.has_identities
+    pairs = list(zip(words, words[1:]))
+    names_config = ("--config", record.config_path) in pairs
+    return names_config and (record.has_front or ("--port", str(record.port)) in pairs)
 
 
 # ==================================================================================================
@@ -4780,9 +4815,10 @@ class _Runner:
     def another_owner(self) -> bool:
         """Whether the record is another live runner's; not one that only says so."""
         other = _read_any_record(self.key)
-        if other is None or self.is_mine(other) or judge_record(other) == GONE:
+        if other is None or self.is_mine(other):
             return False
-        return other.has_identities or other.names_its_serve
+        state = judge_record(other)
+        return state == FOREIGN or (state == ALIVE and is_our_runner(other))
 
     @staticmethod
     def is_mine(record: ServeRecord) -> bool:
@@ -6081,6 +6117,7 @@ class _Resolver:
         self._began = self._reported = self._deadline = self._wrong_since = 0.0
         self._gone_version: Any = None  # of a provider's record whose serve has refused connections for too long
         self._starts = 0  # of runners, by this resolution
+        self._runner: Any = None  # pid and start of the last one
         self._saw_a_kill = False  # another's start failed because its serve was killed
 
     # -- being a consumer
@@ -6137,7 +6174,7 @@ class _Resolver:
 
     def resolve(self) -> _Target:
         """A serve to talk to: the one that is there, or a new one. On any failure nothing of ours is left behind."""
-        self._began, self._starts, self._saw_a_kill = time.monotonic(), 0, False
+        self._began, self._starts, self._saw_a_kill, self._runner = time.monotonic(), 0, False, None
         self._wrong_since, self._deadline = 0.0, self._began + self.wish.start_timeout
         try:
             return self._resolve()
@@ -6160,6 +6197,8 @@ class _Resolver:
                 target = self._attach(record)
                 if target is not None:
                     return target
+            elif self._runner and process_start(self._runner[0]) == self._runner[1]:
+                self._pause("its runner publishes again the record that others have removed")
             else:
                 if command is None:  # what a hit need not do
                     command = find_cli(self.wish.bin)
@@ -6213,10 +6252,10 @@ class _Resolver:
 
     def _attach(self, record: ServeRecord) -> Optional[_Target]:
         """A target once the record's serve is ready, after waiting for that in one request. None: look again."""
-        if record.host.strip("[]").lower() != self.wish.host.strip("[]").lower():
-            raise ServeSpawnFailedError("The record %s names the host %s: remove it." % (record_path(self.key), record.host))
         trouble = "it does not answer"
         try:
+            if record.host.strip("[]").lower() != self.wish.host.strip("[]").lower():
+                raise NotProvedError("its record names the host %s" % record.host)
             if record.has_front:
                 return self._follow(record)
             seen = look(record, min(HEALTH_TIMEOUT, max(0.1, self._left())))
@@ -6231,6 +6270,9 @@ class _Resolver:
             if seen.state == WRONG:
                 raise NotProvedError(seen.detail)
         except NotProvedError as error:
+            if not is_our_runner(record):  # a record that names others' processes: as if there were none
+                self._gone_version = record.version
+                return None
             # A record that somebody damaged is published again within a moment.
             self._wrong_since = self._wrong_since or time.monotonic()
             if time.monotonic() - self._wrong_since > WRONG_WAIT:
@@ -6362,6 +6404,8 @@ class _Resolver:
                 raise _error_from_json(report)
             if "superseded" in report:
                 self._starts -= 1
+            elif report.get("published"):
+                self._runner = report["published"], process_start(report["published"]) or None
         finally:
             channel.close()
 
@@ -7002,33 +7046,6 @@ def _told_to(word: str, fleet_key: str, states: Sequence[str], timeout: float) -
 def caller_words() -> str:
     """Who we are, for the log of a serve that we stop."""
     return "process %d (%s)" % (os.getpid(), " ".join([os.path.basename(word) for word in sys.argv[:1]] + sys.argv[1:3]))
-
-
-# -- what is proved before a signal
-
-def is_our_runner(record: ServeRecord) -> bool:
-    """Whether the process that a record names as its runner is one: ours holds the lock on `alive` in the serve's folder
-    and was started as this file's runner; a provider's is the parent of a serve that is_our_serve()."""
-    if record.judge_runner() != ALIVE:
-        return False
-    words = command_line(record.runner_pid)
-    if record.has_front:
-        is_one = words is None or "runner" in words
-        return is_one and record.has_identities and alive_state(os.path.dirname(record.config_path)) == ALIVE
-    return is_our_serve(record) and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid
-
-
-def is_our_serve(record: ServeRecord) -> bool:
-    """Whether the process that a record names as its serve is one: its command line names the record's config, which lies
-    where we or the provider put it, and for a provider's the port; where no command line can be read, its start time."""
-    if record.judge_serve() != ALIVE:
-        return False
-    words = command_line(record.serve_pid)
-    if words is None:
-        return record.has_identities
-    pairs = list(zip(words, words[1:]))
-    names_config = ("--config", record.config_path) in pairs
-    return names_config and (record.has_front or ("--port", str(record.port)) in pairs)
 
 
 def _end_runner(record: ServeRecord, patience: float) -> None:
