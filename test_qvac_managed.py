@@ -8085,7 +8085,7 @@ for limit in (0, 10, 60, 90, 150, 300, 600, 1 << 20):
             with contextlib.suppress(OSError):
                 while os.write(fd, b"x" * 4096):
                     pass
-            os.ftruncate(fd, os.fstat(fd).st_size // 4096 * 4096 - pages * 4096)
+            os.ftruncate(fd, max(0, os.fstat(fd).st_size // 4096 * 4096 - pages * 4096))
             os.close(fd)
             try:
                 with self.create() as client:
@@ -9218,7 +9218,7 @@ print(client.pid, len(q.live_consumers(client.fleet_key)))
         thread = threading.Thread(target=lambda: self.assertRaises(
             q.QvacManagedModeError, self.create, serve_bin_path=path))  # fmt: skip
         thread.start()
-        (folder,) = wait_until(lambda: [name for name in self.files() if name.endswith(".d")])
+        folder = wait_until(lambda: [name for name in self.files() if name.endswith(".d")])[0]
         log = q.log_path(folder.split(".")[0])
         wait_until(has_settled)
         self.assertLessEqual(os.path.getsize(log), q.MAX_LOG_BYTES)
