@@ -19,12 +19,12 @@ Who is who; every `====` is the border of a process:
     ====================            and passes on; holds, wakes           its `bare` worker
                                   detached: outlives the caller           ends with its runner
 
-A caller registers a marker, reads the record and asks the front for its status, which is health check and proof both ways in
-one request; if there is no live runner, it takes the spawn lock and starts one. The runner binds its front, publishes the
-record, and starts the serve; whoever comes waits at the front. It restarts a serve that dies in use, puts one to sleep that
-nobody has asked anything for long, wakes it with the next request, and reaps it once nobody has used it for the idle timeout.
-A second caller with the same models (from Python or from the JavaScript provider, npm @qvac/ai-sdk-provider) finds the record
-and shares the serve.
+A caller registers a marker, reads the record and asks the front for its status, which is health check and proof both
+ways in one request; if there is no live runner, it takes the spawn lock and starts one. The runner binds its front,
+publishes the record, and starts the serve; whoever comes waits at the front. It restarts a serve that dies in use, puts
+one to sleep that nobody has asked anything for long, wakes it with the next request, and reaps it once nobody has used
+it for the idle timeout. A second caller with the same models (from Python or from the JavaScript provider, npm
+@qvac/ai-sdk-provider) finds the record and shares the serve.
 
 File in ~/.qvac/managed-serves/     what it is                    who writes it    who deletes it
 ($QVAC_MANAGED_DIR)
@@ -56,8 +56,8 @@ table, and with find_cli into the installed SDK for a constant that the table la
 library: it needs nothing below.
 
 Names outside the index are internal even without an underscore: sections share them. Seven are not used
-here (is_process_alive, remove_consumer, health_check, find_reusable_serve, decide_reap, parent_is_gone, read_all_records):
-they are the provider's names for what we do in another way, for whoever compares the two.
+here (is_process_alive, remove_consumer, health_check, find_reusable_serve, decide_reap, parent_is_gone,
+read_all_records): they are the provider's names for what we do in another way, for whoever compares the two.
 
 Heavy modules (urllib, json, subprocess ...) are imported inside the functions that need them:
 importing this file has to stay cheap, and the runner, which lives long, has to stay small.
@@ -81,13 +81,30 @@ if sys.version_info < (3, 8):
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
-    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib, hmac  # noqa: E401
+    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib, hmac  # noqa: E401, I001
     import http.client, itertools, json, logging, msvcrt, pwd, queue, re, resource, select, selectors  # noqa: E401
     import shlex, shutil, signal, socket, struct, subprocess, tempfile, textwrap, threading, types  # noqa: E401
     import urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
     from ctypes import wintypes
-    from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, Literal, Mapping, NamedTuple,
-                        Optional, Protocol, Sequence, Set, Tuple, TypeVar, Union, overload)  # fmt: skip
+    from typing import (
+        Any,
+        BinaryIO,
+        Callable,
+        Dict,
+        Iterator,
+        List,
+        Literal,
+        Mapping,
+        NamedTuple,
+        Optional,  # fmt: skip
+        Protocol,
+        Sequence,
+        Set,
+        Tuple,
+        TypeVar,
+        Union,
+        overload,
+    )
 
     Client = TypeVar("Client", bound="Qvac")
     Models = Sequence[Union[str, Mapping[str, Any]]]
@@ -150,8 +167,8 @@ __all__ = [
     # answers
     "Answer", "Piece", "Stream", "AsyncStream",
     # looking after serves
-    "list_serves", "find_serves", "stop_serve", "sleep_serve", "restart_serve", "sweep_serves", "serve_info", "ServeInfo",
-    "find_cli",
+    "list_serves", "find_serves", "stop_serve", "sleep_serve", "restart_serve", "sweep_serves", "serve_info",
+    "ServeInfo", "find_cli",
     # the catalog
     "QVAC_CATALOG", "find_catalog_entry", "is_catalog_id", "resolve_model_constant", "all_models",
     "catalog_entries_with_unknown_constant",
@@ -214,11 +231,11 @@ LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may b
 LOCK_REREAD = 0.25  # seconds after which a provider that stole our lock has shown itself; a start looks that often
 HEARTBEAT = 20.0  # seconds between touches of the record: on a home without locks, other machines see only these
 UNUSABLE_REAP = 180.0  # seconds beyond the idle timeout after which a serve is reaped though its folder is unusable
-FOREIGN_LOCK_STALE = 60.0  # seconds after which another namespace's lock is dead: it is held for a runner's first moment
+FOREIGN_LOCK_STALE = 60.0  # seconds after which another namespace's lock is dead: it is held for a moment
 FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
 LEFTOVER_STALE = 3600.0  # seconds after which folders, temp files and errors without owner are swept
-FOLDER_STALE = 60.0  # seconds a serve's folder is left alone though nobody holds the lock in it: it may be in the making
+FOLDER_STALE = 60.0  # seconds a serve's folder is left alone though nobody locks it: it may be in the making
 LOG_STALE = 7 * 24 * 3600.0  # seconds a log outlives its serve
 CLOCK_SLACK = 2 * 3600.0  # seconds the wall clock may have been set by, when file times must do
 
@@ -751,17 +768,19 @@ def compute_fleet_key(
 class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idle_timeout sleep_timeout")):
     """What a serve was asked to be, and for how long: frozen, the same for client and runner, JSON by its fields.
 
-    `models` are the config's entries by alias; `port` is None for any free one, `bin` for the CLI that is found. Times are
-    seconds; None for `idle_timeout` and `sleep_timeout` is never.
+    `models` are the config's entries by alias; `port` is None for any free one, `bin` for the CLI that is found. Times
+    are seconds; None for `idle_timeout` and `sleep_timeout` is never.
     """
 
     __slots__ = ()
 
     def fleet_key(self, where: str = "") -> str:
-        """The provider's key; hashed again with more arguments for the CLI, or with a place that is to have its own serve."""
-        key = compute_fleet_key(self.config(), self.host, self.bin, self.port)
+        """The provider's key; hashed again with more arguments for the CLI, or with a place that is to have its own
+        serve."""
+        key: str = compute_fleet_key(self.config(), self.host, self.bin, self.port)
         more = [*self.serve_args, *([where] if where else [])]
-        return hashlib.sha256(_js_json([key, *more]).encode()).hexdigest()[:16] if more else key
+        hashed: str = hashlib.sha256(_js_json([key, *more]).encode()).hexdigest()[:16]
+        return hashed if more else key
 
     def config(self) -> Dict[str, Any]:
         """What the CLI gets: a client that gives up must not cancel a load that others wait for."""
@@ -769,7 +788,8 @@ class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idl
 
     @property
     def default_alias(self) -> str:
-        return next((alias for alias, entry in self.models.items() if entry.get("default")), next(iter(self.models)))
+        aliases: List[str] = [*(alias for alias, entry in self.models.items() if entry.get("default")), *self.models]
+        return aliases[0]
 
 
 def is_private_key(key: str) -> bool:
@@ -2200,7 +2220,7 @@ def put_right(folder: str, keep: int) -> None:
         status = os.fstat(fd)
         mode = (status.st_mode | 0o700) & (0o6000 | keep)
         if is_ours(status) and mode != status.st_mode & 0o7777 and not status.st_mode & 0o1000:
-            os.fchmod(fd, mode)
+            os.chmod(fd, mode)
     except OSError:
         pass
     if fd >= 0:
@@ -3017,7 +3037,7 @@ class _Call:
                 call.end()
 
 
-def _make_openers() -> Tuple[Any, Any]:
+def _make_openers() -> Tuple[Any, Any]:  # noqa: C901 - classes that need what is imported only here
     """urllib's machinery without proxies, redirects and cookies.
 
     By itself urllib sends loopback requests, key included, to $http_proxy, and follows redirects with
@@ -3199,8 +3219,8 @@ def proof(key: str, role: str, nonce: str, host: str, port: int) -> str:
 
 
 def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: Any) -> Iterator[Dict[str, Any]]:
-    """What the front of a record's serve says of it: one dict, or with wait=1 another every quarter of a second until the
-    serve is ready or has failed. The API key is not sent; the first dict is proved to come from who has it.
+    """What the front of a record's serve says of it: one dict, or with wait=1 another every quarter of a second until
+    the serve is ready or has failed. The API key is not sent; the first dict is proved to come from who has it.
 
     Raises OSError and http.client's errors when it cannot be reached (`timeout` seconds in all, or with wait=1 for each
     line), NotProvedError when another program answers. Closing the generator ends the request.
@@ -3216,12 +3236,12 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
         expected = proof(record.api_key, "server", nonce, address, record.port)
         try:
             with _openers()[0 if "wait" in query else 1].open(url, timeout=timeout) as response:
-                facts = _proved(response.readline(MAX_BODY_BYTES), expected)
-                while facts is not None:
-                    facts["address"] = address
-                    yield facts
+                line = response.readline(MAX_BODY_BYTES)
+                yield {**_proved(line, expected), "address": address}
+                while line:
                     line = response.readline(MAX_BODY_BYTES)
-                    facts = _proved(line, "") if line else None
+                    if line:
+                        yield {**_proved(line, ""), "address": address}
                 return
         except urllib.error.HTTPError as error:
             error.close()
@@ -3264,8 +3284,8 @@ def loopback_of(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
 
 
-# What a look at a serve finds; of a serve with a front, the front's own word for its state (`ready`, `asleep`, `loading`,
-# `waking`, `restarting`, `stopping`) takes the place of the last two.
+# What a look at a serve finds; of a serve with a front, the front's own word for its state (`ready`, `asleep`,
+# `loading`, `waking`, `restarting`, `stopping`) takes the place of the last two.
 GONE, ORPHANED = "gone", "orphaned"
 
 
@@ -3279,8 +3299,8 @@ class Look:
 def judge_record(record: Optional[ServeRecord]) -> str:
     """What processes and kernel say of a record, without a request: GONE, ORPHANED, FOREIGN or ALIVE.
 
-    A ladder, each rung one more guarantee: record, runner, serve, network. GONE: start another. FOREIGN: not to be trusted
-    nor cleared away. ORPHANED: its serve lives on without a runner.
+    A ladder, each rung one more guarantee: record, runner, serve, network. GONE: start another. FOREIGN: not to be
+    trusted nor cleared away. ORPHANED: its serve lives on without a runner.
     """
     if record is None:
         return GONE
@@ -3295,7 +3315,8 @@ def judge_record(record: Optional[ServeRecord]) -> str:
 def look(record: Optional[ServeRecord], timeout: float = HEALTH_TIMEOUT, **query: Any) -> Look:
     """judge_record(), then what its front says; of a provider's serve, which has none, what a health check finds.
 
-    BUSY: it lives and does not answer in time, which is no reason to start a second one. WRONG: another program answers.
+    BUSY: it lives and does not answer in time, which is no reason to start a second one. WRONG: another program
+    answers.
     """
     state = judge_record(record)
     if record is None or state != ALIVE:
@@ -3313,10 +3334,12 @@ def look(record: Optional[ServeRecord], timeout: float = HEALTH_TIMEOUT, **query
 
 
 def _look_at_providers(record: ServeRecord, timeout: float) -> Look:
-    """For a serve that a provider's runner owns: whether the listener is the serve's, where that can be told; then health."""
+    """For a serve that a provider's runner owns: whether the listener is the serve's, where that can be told; then
+    health."""
     health = check_serve(record, timeout)
     states = {HEALTHY: "ready", REFUSED: GONE, STRANGER: WRONG}
-    return Look(states.get(health.state, health.state), {"models": health.models, "address": health.address}, health.detail)
+    facts = {"models": health.models, "address": health.address}
+    return Look(states.get(health.state, health.state), facts, health.detail)
 
 
 def is_refused(error: BaseException) -> bool:
@@ -3536,16 +3559,22 @@ def model_files(folder: str) -> Dict[str, int]:
 def stop_serve_process(serve: ServeProcess, grace: float = STOP_GRACE) -> None:
     """The stop ladder. When it returns, nothing of the serve's group is left, but for what hangs in the kernel.
 
-    1. SIGTERM to the serve alone, if it still runs.  2. Wait up to `grace` seconds for its end; then SIGKILL to the group.
-    3. Whatever its end, its worker gets a short grace.  4. SIGKILL to the group, until it is empty.  5. Reap: until then
-    the group's id is nobody else's.
+    1. SIGTERM to the serve alone, if it still runs.  2. Wait up to `grace` seconds for its end; then SIGKILL to the
+    group.
+    3. Whatever its end, its worker gets a short grace.  4. SIGKILL to the group, until it is empty.  5. Reap: until
+    then the group's id is nobody else's.
     """
     if serve.ended() is None:
         serve.terminate()
         wait_until(serve.ended, grace, 0.05, wait_for_event)
     if serve.ended() is not None:
         wait_until(serve.group_is_empty, GROUP_GRACE, 0.01)
-    wait_until(lambda: serve.kill_group() or (serve.ended() is not None and serve.group_is_empty()), STOP_GRACE, 0.02)
+
+    def is_over() -> bool:
+        serve.kill_group()
+        return serve.ended() is not None and serve.group_is_empty()
+
+    wait_until(is_over, STOP_GRACE, 0.02)
     serve.reap()
 
 
@@ -3562,7 +3591,13 @@ def stop_stray_group(pid: int, grace: float = STOP_GRACE) -> bool:
         pass
     wait_until(lambda: not is_still_it(), grace)
     wait_until(lambda: is_still_it() or not group_members(group), GROUP_GRACE)
-    return bool(wait_until(lambda: not group_members(group) or kill_group_of(group), 1.0))
+
+    def is_over() -> bool:
+        if group_members(group):
+            kill_group_of(group)
+        return not group_members(group)
+
+    return bool(wait_until(is_over, 1.0))
 
 
 def accepts_connections(host: str, port: int) -> bool:
@@ -3607,8 +3642,8 @@ def current_version(path: str) -> Optional[List[int]]:
 # -- what is proved before a signal
 
 def is_our_runner(record: ServeRecord) -> bool:
-    """Whether the process that a record names as its runner is one: ours holds the lock on `alive` in the serve's folder
-    and was started as this file's runner; a provider's is the parent of a serve that is_our_serve()."""
+    """Whether the process that a record names as its runner is one: ours holds the lock on `alive` in the serve's
+    folder and was started as this file's runner; a provider's is the parent of a serve that is_our_serve()."""
     if record.judge_runner() != ALIVE:
         return False
     words = command_line(record.runner_pid)
@@ -3619,8 +3654,9 @@ def is_our_runner(record: ServeRecord) -> bool:
 
 
 def is_our_serve(record: ServeRecord) -> bool:
-    """Whether the process that a record names as its serve is one: its command line names the record's config, which lies
-    where we or the provider put it, and for a provider's the port; where no command line can be read, its start time."""
+    """Whether the process that a record names as its serve is one: its command line names the record's config, which
+    lies where we or the provider put it, and for a provider's the port; where no command line can be read, its start
+    time."""
     if record.judge_serve() != ALIVE:
         return False
     words = command_line(record.serve_pid)
@@ -3698,7 +3734,8 @@ class _Body:
 
 
 def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
-    """The three words of the first line, and the values by lower-case name. _Refusal for what two readers may read in two ways."""
+    """The three words of the first line, and the values by lower-case name. _Refusal for what two readers may read in
+    two ways."""
     lines = head.decode("latin-1").split("\r\n")
     words, fields = lines[0].split(" ", 2), {}  # type: List[str], Dict[str, List[str]]
     if len(words) < 2 or any(c in line for line in lines for c in "\r\n\0"):
@@ -3739,8 +3776,8 @@ class _End:
 class _Link:
     """A client's connection, and the one to the serve that carries its present request.
 
-    `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), following (a status
-    request that waits), closing (what is sent is read to its end, or the answer would be lost).
+    `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), following (a
+    status request that waits), closing (what is sent is read to its end, or the answer would be lost).
     """
 
     def __init__(self, front: Front, sock: Any) -> None:
@@ -3820,7 +3857,7 @@ class _Link:
                 count = self.reply.take(data)
                 self.client.out += data if count == len(data) else data[:count]
                 data = data[count:]
-            is_endless = self is self.front.question and len(self.client.out) >= FRONT_LIMIT  # that is no list of models
+            is_endless = self is self.front.question and len(self.client.out) >= FRONT_LIMIT  # no list of models
             if self.reply is not None and (self.reply.is_over or is_endless):
                 return self.front.end_answer(self)
 
@@ -3855,11 +3892,13 @@ class _Link:
 class Front:
     """Accepts, passes on, holds, and answers for a serve that is not there: one thread, no file, no wait.
 
-    `state` is ready, asleep, loading, waking, restarting or stopping. One lock is held while the thread works on what is
-    ready and by the runner's calls, each of which has taken effect when it returns.
+    `state` is ready, asleep, loading, waking, restarting or stopping. One lock is held while the thread works on what
+    is ready and by the runner's calls, each of which has taken effect when it returns.
     """
 
-    def __init__(self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()) -> None:
+    def __init__(
+        self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()
+    ) -> None:
         self.api_key, self.wake, self.origins = api_key, wake, list(origins)
         self.log_once, self.logged_at = log, 0.0
         self.state, self.port, self.serve_key, self.serve_pid = "loading", 0, "", 0
@@ -3895,7 +3934,7 @@ class Front:
                 sock.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bare != "::"))  # as Node.js
-                sock.bind((lookup_name(address[0]), port, *address[2:]))
+                sock.bind((lookup_name(str(address[0])), port, *address[2:]))
                 sock.listen(511)
                 sock.setblocking(False)
                 port = sock.getsockname()[1]
@@ -3931,7 +3970,8 @@ class Front:
         elif not isinstance(key.data, tuple):
             self.drain(key.data)
         elif key.data[1].events:  # not closed by what came before it in this turn
-            self.guarded(key.data[0], lambda: self.move(*key.data, events))
+            link, end = key.data
+            self.guarded(link, self.move, link, end, events)
 
     def drain(self, sock: Any) -> None:
         try:
@@ -3939,10 +3979,11 @@ class Front:
         except OSError:
             pass
 
-    def guarded(self, link: _Link, action: Callable[[], None]) -> None:
-        """Whatever one connection does, it costs only itself."""
+    def guarded(self, link: _Link, action: Callable[..., None], *args: Any) -> None:
+        """Do it, then send what waits. Whatever one connection does, it costs only itself."""
         try:
-            action()
+            action(*args)
+            self.settle(link)
         except _Refusal as error:
             if link.reply is not None or link.state not in ("head", "busy") or (link.serve and link.state == "busy"):
                 return self.drop(link)
@@ -3979,7 +4020,7 @@ class Front:
         if self.followers and now >= self.follow_at:
             self.follow_at = now + FOLLOW_PAUSE
             for link in list(self.followers):
-                self.guarded(link, lambda link=link: self.tell(link))  # type: ignore[misc]
+                self.guarded(link, self.tell, link)
 
     def log(self, text: str) -> None:
         """For the runner's thread to write, once a second at most."""
@@ -4006,7 +4047,7 @@ class Front:
             now, link = time.monotonic(), _Link(self, sock)
             self.links.add(link)
             self.strangers[link], self.deadlines[link] = now, now + HEAD_TIMEOUT
-            self.guarded(link, lambda link=link: self.move(link, link.client, selectors.EVENT_READ))  # type: ignore[misc]
+            self.guarded(link, self.move, link, link.client, selectors.EVENT_READ)
             while len(self.strangers) > STRANGERS_MOST:
                 oldest, came = next(iter(self.strangers.items()))
                 if now - came < STRANGER_GRACE and len(self.strangers) < STRANGERS_LIMIT:
@@ -4032,7 +4073,6 @@ class Front:
                 link.take(data)
             elif data:
                 link.take_answer(data)
-        self.settle(link)
 
     def settle(self, link: _Link) -> None:
         """Send what waits, then see what is over and what to wait for."""
@@ -4041,16 +4081,17 @@ class Front:
         for end in (link.client, link.serve):
             if end is not None and end.sock is not None and end.out and not end.is_connecting:
                 self.send(end)
-        client = link.client
-        if link.serve is not None and client.has_ended and link.body.is_over and not link.serve.out and not link.serve.is_shut:
-            link.serve.is_shut = True  # a half-closed connection stays half-closed
-            if not link.serve.is_connecting:
-                link.serve.sock.shutdown(socket.SHUT_WR)
+        client, serve = link.client, link.serve
+        if serve is not None and client.has_ended and link.body.is_over and not (serve.out or serve.is_shut):
+            serve.is_shut = True  # a half-closed connection stays half-closed
+            if not serve.is_connecting:
+                serve.sock.shutdown(socket.SHUT_WR)
         if link.state == "closing" and not client.out and not client.is_shut:
             client.is_shut = True
             client.sock.shutdown(socket.SHUT_WR)
             self.deadlines[link] = time.monotonic() + 2.0
-        if client.has_ended and (link.state in ("head", "closing", "following") or (link.state == "busy" and not link.body.is_over)):
+        is_cut_short = link.state == "busy" and not link.body.is_over
+        if client.has_ended and (is_cut_short or link.state in ("head", "closing", "following")):
             return self.drop(link)
         if link.state == "head" and link.inbox and link.knows_key:
             self.deadlines.setdefault(link, time.monotonic() + HEAD_TIMEOUT)
@@ -4108,7 +4149,8 @@ class Front:
     # -- requests
 
     def is_key(self, given: Sequence[str]) -> bool:
-        return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), ("Bearer " + self.api_key).encode("latin-1"))
+        expected = ("Bearer " + self.api_key).encode("latin-1")
+        return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), expected)
 
     def note_known(self, link: _Link) -> None:
         link.knows_key = True
@@ -4144,7 +4186,8 @@ class Front:
         elif name and found:
             link.answer(200, found[0])
         else:
-            code, what = ("model_not_found", "Model %r is not available." % name) if name else ("not_found", "Unknown endpoint")
+            code = "model_not_found" if name else "not_found"
+            what = "Model %r is not available." % name if name else "Unknown endpoint"
             link.answer(404, {"error": {"message": what, "type": "invalid_request_error", "code": code}})
 
     def models(self) -> List[Dict[str, Any]]:
@@ -4153,7 +4196,8 @@ class Front:
         return [model if state is None else {**model, "state": state} for model in self.listing]
 
     def connect(self, link: _Link) -> None:
-        """A connection of its own for each request: one that was kept could be closed by the serve in this very moment."""
+        """A connection of its own for each request: one that was kept could be closed by the serve in this very moment.
+        """
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # nor does it leave a port in TIME_WAIT
         link.serve = _End(sock)
@@ -4172,11 +4216,10 @@ class Front:
         if link is self.question:
             return self.drop(link)
         self.reconnect_at = time.monotonic() + RECONNECT_PAUSE
-        self.settle(link)
 
     def begin(self, link: _Link) -> None:
-        """The serve has taken the connection: from here on the request is never sent again. A process that is being killed
-        takes connections, too, until its memory is freed: it is looked at in between."""
+        """The serve has taken the connection: from here on the request is never sent again. A process that is being
+        killed takes connections, too, until its memory is freed: it is looked at in between."""
         assert link.serve is not None
         if process_start(self.serve_pid) is None:
             return self.try_again(link)
@@ -4208,7 +4251,6 @@ class Front:
         else:
             self.send(link.client)  # what there is
             return self.drop(link)
-        self.settle(link)
 
     # -- status
 
@@ -4246,7 +4288,7 @@ class Front:
             link.body, link.method, link.is_look, link.state = _Body("length"), "GET", True, "held"
             link.head = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close"
             self.answer_by = time.monotonic() + HEALTH_TIMEOUT
-            self.guarded(link, lambda: (self.connect(link), self.settle(link)) and None)  # type: ignore[func-returns-value]
+            self.guarded(link, self.connect, link)
 
     def end_question(self, answer: bytes) -> None:
         """All who have asked are told: the list, or the last one and that the serve does not answer."""
@@ -4262,7 +4304,7 @@ class Front:
     def tell_askers(self, is_silent: bool) -> None:
         askers, self.askers = self.askers, []
         for link in askers:
-            self.guarded(link, lambda link=link: self.end_status(link, is_silent))  # type: ignore[misc]
+            self.guarded(link, self.end_status, link, is_silent)
 
     def end_status(self, link: _Link, is_silent: bool) -> None:
         if link in self.followers:
@@ -4270,21 +4312,21 @@ class Front:
         else:
             facts = {**self.facts(), "models_busy": is_silent, "proof": link.head.decode()}
             link.answer(200, facts)
-        self.settle(link)
 
     def facts(self) -> Dict[str, Any]:
         return {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
-                "requests": sum(link.is_use for link in self.links), "last_used_s": round(self.idle_now(), 2)}  # fmt: skip
+                "requests": sum(link.is_use for link in self.links),
+                "last_used_s": round(self.idle_now(), 2)}  # fmt: skip
 
     def tell(self, link: _Link) -> None:
-        """The next line for one that follows; of a serve that has become ready, with the models as it lists them now."""
+        """The next line for one that follows; of a serve that has become ready, with the models as it lists them now.
+        """
         if link in self.askers:
             return
         if self.state == "ready":
             self.askers.append(link)
             return self.ask_for_models()
         self.write_line(link)
-        self.settle(link)
 
     def write_line(self, link: _Link, **more: Any) -> None:
         error = dict(self.error) if self.error and self.state == "stopping" else {}
@@ -4322,7 +4364,8 @@ class Front:
             self.deadlines = {link: deadline + seconds for link, deadline in self.deadlines.items()}
 
     def probe(self, port: int, key: str, pid: int) -> None:
-        """A serve listens there: ask it for its models. `verdict` tells what came of it; nothing else is passed on yet."""
+        """A serve listens there: ask it for its models. `verdict` tells what came of it; nothing else is passed on yet.
+        """
         with self.lock:
             self.port, self.serve_key, self.serve_pid = port, key, pid
             self.ask_for_models()
@@ -4339,7 +4382,7 @@ class Front:
     def let_go(self) -> None:
         for link in list(self.links):
             if link.state == "held" and link.serve is None and self.state == "ready":
-                self.guarded(link, lambda link=link: (self.connect(link), self.settle(link)) and None)  # type: ignore[misc]
+                self.guarded(link, self.connect, link)
 
     def hold(self, state: str) -> None:
         """The serve is not there, or about to go: requests wait. Those under way are broken off by its end."""
@@ -4365,16 +4408,16 @@ class Front:
         error = {"error": {"message": message, "type": "server_error", "code": code}}
         with self.lock:
             for link in [link for link in self.links if link.state == "held"]:
-                self.guarded(link, lambda link=link: (link.answer(status, error), self.settle(link)) and None)  # type: ignore[misc]
+                self.guarded(link, link.answer, status, error)
         self.poke()
 
     def stop(self, error: Optional[Mapping[str, Any]] = None) -> None:
-        """Nothing is taken any more: who waits is told why, and who comes. The listeners close as this process exits, not
-        before: as long as it lives, nobody else may have the port."""
+        """Nothing is taken any more: who waits is told why, and who comes. The listeners close as this process exits,
+        not before: as long as it lives, nobody else may have the port."""
         with self.lock:
             self.state, self.error = "stopping", error
             for link in [link for link in self.links if link.state == "held"]:
-                self.guarded(link, lambda link=link: (self.say_it_ends(link), self.settle(link)) and None)  # type: ignore[misc]
+                self.guarded(link, self.say_it_ends, link)
             self.follow_at = 0.0
         self.poke()
 
@@ -4422,7 +4465,8 @@ class _Superseded(Exception):
 class _Runner:
     """One serve's owner, from its start to its end, and the only one who writes its record.
 
-    The front's thread passes bytes on; this one decides, once in a while and whenever something happens, in look(). States:
+    The front's thread passes bytes on; this one decides, once in a while and whenever something happens, in look().
+    States:
 
         loading ----> ready ----> asleep ----> waking ----> ready      stopping
            |            |  `--------^  (wanted, but no request for the sleep timeout)
@@ -4483,7 +4527,8 @@ class _Runner:
         return 0 if self.failure is None else 1
 
     def listen(self) -> int:
-        """Bind the front. The runner that had a pinned port before lets go of it as it exits, a moment after its lock."""
+        """Bind the front. The runner that had a pinned port before lets go of it as it exits, a moment after its lock.
+        """
         deadline = time.monotonic() + 1.0
         while True:
             try:
@@ -4494,12 +4539,14 @@ class _Runner:
                 time.sleep(0.02)
 
     def say_whose_port(self, error: PortAllocationFailedError) -> PortAllocationFailedError:
-        """A pinned port is taken: by which serve of ours; by another user, who may then have seen the key that is kept."""
+        """A pinned port is taken: by which serve of ours; by another user, who may then have seen the key that is kept.
+        """
         for record in _each_record():
             if record.port == self.wish.port and record.fleet_key != self.key and judge_record(record) == ALIVE:
-                return PortAllocationFailedError("Port %d is taken by your serve %s (%s): stop it with `python -m qvac_managed "
-                    "stop %s`, or choose another serve_port." % (record.port, record.fleet_key[:8],
-                    ", ".join(record.models) or "of a JavaScript program", record.fleet_key[:8]))  # fmt: skip
+                name, models = record.fleet_key[:8], ", ".join(record.models) or "of a JavaScript program"
+                return PortAllocationFailedError(
+                    "Port %d is taken by your serve %s (%s): stop it with `python -m qvac_managed stop %s`, or choose "
+                    "another serve_port." % (record.port, name, clean_text(models), name))  # fmt: skip
         if self.wish.port and who_listens(loopback_of(self.wish.host), self.wish.port, os.getpid()) == STRANGER:
             _unlink(_registry_path(self.key, ".key"))
         return error
@@ -4595,7 +4642,8 @@ class _Runner:
     def sleep_if_it_is_time(self, is_wanted: bool) -> None:
         """In this order: the front passes nothing on any more, in one step with the proof that no request is under way;
         the record names this process, so that a provider's client finds it alive; then the serve is stopped."""
-        patience = 0.0 if self.is_to_sleep else self.sleep_timeout if is_wanted else min(self.sleep_timeout, self.idle_timeout)
+        patience = self.sleep_timeout if is_wanted else min(self.sleep_timeout, self.idle_timeout)
+        patience = 0.0 if self.is_to_sleep else patience
         if patience < float("inf") and self.front.sleep_if_unused(patience):
             self.is_to_sleep = False
             self.enter("asleep")
@@ -4622,7 +4670,8 @@ class _Runner:
     # -- bringing a serve up
 
     def start_serve(self) -> None:
-        """Start the serve on an inner port with an inner key, both new, out of a fresh folder. What fails goes to fail()."""
+        """Start the serve on an inner port with an inner key, both new, out of a fresh folder. What fails goes to
+        fail()."""
         now = self.since = self.moved_at = time.monotonic()
         self.probed_at = 0.0
         self.sizes = self.first_sizes = model_files(models_folder())
@@ -4644,7 +4693,8 @@ class _Runner:
         self.say()
 
     def prepare(self) -> Dict[str, str]:
-        """Config, key and scratch folder of one start, out of this process's memory; returns the serve's environment."""
+        """Config, key and scratch folder of one start, out of this process's memory; returns the serve's environment.
+        """
         self.make_folder()
         self.inner_key, self.inner_port = _new_api_key(), allocate_free_port("127.0.0.1")
         _write_new_file(os.path.join(self.folder, CONFIG_NAME), json.dumps(self.wish.config(), indent=2).encode())
@@ -4687,7 +4737,8 @@ class _Runner:
         if now - self.moved_at >= self.start_timeout:
             tail = self.tail()
             self.stop_serve()
-            self.fail(ServeStartTimeoutError(start_timeout_text(self.progress(), self.start_timeout, tail), self.start_timeout))
+            text = start_timeout_text(self.progress(), self.start_timeout, tail)
+            self.fail(ServeStartTimeoutError(text, self.start_timeout))
         elif self.state == "loading":
             is_awaited = self.front.is_awaited() or self.front.follower_count() or live_consumers(self.key)
             if not is_awaited and now - max(self.since, self.used_at) >= min(self.idle_timeout, UNWATCHED_START):
@@ -4769,10 +4820,10 @@ class _Runner:
     def fail(self, error: QvacManagedModeError) -> None:
         """A start, a wake or a restart has failed, or a serve has crashed: the end, a pause, or another port."""
         self.stop_serve()
-        if self.state == "loading" or self.state == "waking":
-            if "EADDRINUSE" in str(error) and self.port_attempts < PORT_ATTEMPTS:
-                self.port_attempts += 1
-                return self.log("port %d was taken: trying another" % self.inner_port)
+        was_taken = "EADDRINUSE" in str(error) and self.state != "restarting"
+        if was_taken and self.port_attempts < PORT_ATTEMPTS:
+            self.port_attempts += 1
+            return self.log("port %d was taken: trying another" % self.inner_port)
         pause = RESTART_BACKOFF[min(self.failures, len(RESTART_BACKOFF) - 1)]
         self.failures += 1
         self.start_at = time.monotonic() + pause
@@ -4791,7 +4842,7 @@ class _Runner:
     def what_ended(self) -> QvacManagedModeError:
         exit_code, number = (self.serve.ended() if self.serve else None) or (None, None)
         if refuses_key_file(self.tail()):
-            return ServeSpawnFailedError("This qvac CLI knows no --api-key-file: update @qvac/cli (npm, or install-cli).")
+            return ServeSpawnFailedError("This qvac CLI knows no --api-key-file: update @qvac/cli.")
         return ServeExitedError(exit_code, number, self.tail())
 
     def stop_serve(self) -> None:
@@ -4841,8 +4892,8 @@ class _Runner:
         self.record_version = write_record(self.record)
 
     def keep_record(self) -> None:
-        """Publish the record again if it is not what we wrote, and touch it now and then, which shows other machines that
-        share the home that we live; give way to another live owner's once nothing is under way."""
+        """Publish the record again if it is not what we wrote, and touch it now and then, which shows other machines
+        that share the home that we live; give way to another live owner's once nothing is under way."""
         if self.record is None or self.state == "stopping" or self.home_is_gone():
             return
         path, now = record_path(self.key), time.monotonic()
@@ -4896,13 +4947,13 @@ class _Runner:
     # -- ending
 
     def end(self) -> None:
-        """Take the lock, answer who waits, withdraw the record, stop the serve, remove its folder, leave KEY.error, release
-        the lock, tell the client; the front's listeners close with this process.
+        """Take the lock, answer who waits, withdraw the record, stop the serve, remove its folder, leave KEY.error,
+        release the lock, tell the client; the front's listeners close with this process.
 
-        In this order. The lock first: nobody is to start a second serve beside one that ends. The record before the serve:
-        nobody is to be handed one that is being stopped. KEY.error late, as a provider's client spins while it sees it
-        beside a held lock; before the release, as clients of ours read it then. The client last: it may start another at
-        once. Each step may fail (a full disk, a folder that is gone); the later ones are done all the same.
+        In this order. The lock first: nobody is to start a second serve beside one that ends. The record before the
+        serve: nobody is to be handed one that is being stopped. KEY.error late, as a provider's client spins while it
+        sees it beside a held lock; before the release, as clients of ours read it then. The client last: it may start
+        another at once. Each step may fail (a full disk, a folder that is gone); the later ones are done all the same.
         """
         report = {"superseded": True} if self.failure is None else _error_to_json(self.failure)
         steps: List[Callable[[], Any]] = [
@@ -5003,14 +5054,18 @@ def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None
     for record in _each_record():
         if record.fleet_key != own_key and record.has_front and not record.is_resting:
             seen = look(record, 0.5)
-            if seen.state == "ready" and not seen.facts.get("requests") and seen.facts.get("last_used_s", 0) >= ROOM_IDLE:
-                idle.append((-seen.facts["last_used_s"], record.fleet_key, record))
+            unused = seen.facts.get("last_used_s", 0.0)
+            if seen.state == "ready" and not seen.facts.get("requests") and unused >= ROOM_IDLE:
+                idle.append((-unused, record.fleet_key, record))
     for _, key, record in sorted(idle):
         if wanted <= (free_memory() or wanted):
             return
-        log("making room: %d MB wanted, %d MB free: %s is put to sleep" % (wanted >> 20, (free_memory() or 0) >> 20, key))
+        log("making room: %d MB wanted, %d MB free: %s is put to sleep" % (
+            wanted >> 20, (free_memory() or 0) >> 20, key))  # fmt: skip
         look(record, 0.5, do="sleep", by="the start of " + own_key)
-        wait_until(lambda: (_read_any_record(key) or record).is_resting, STOP_GRACE, 0.05)
+        deadline = time.monotonic() + STOP_GRACE
+        while not (_read_any_record(key) or record).is_resting and time.monotonic() < deadline:
+            time.sleep(LOOK_PAUSE)
     if wanted > (free_memory() or wanted):
         log("%d MB wanted, %d MB free: trying all the same" % (wanted >> 20, (free_memory() or 0) >> 20))
 
@@ -5054,7 +5109,8 @@ def remove_serve_folder(key: str, folder: str) -> None:
 
 
 def scratch_of(folder: str) -> str:
-    """The TMPDIR of the serve whose folder this is: in it, or, where that is too long for a socket's path, in SOCKET_DIR."""
+    """The TMPDIR of the serve whose folder this is: in it, or, where that is too long for a socket's path, in
+    SOCKET_DIR."""
     path = os.path.join(folder, SCRATCH_NAME)
     if not SOCKET_DIR or len(os.fsencode(path)) <= SCRATCH_MOST:
         return path
@@ -5309,8 +5365,8 @@ class _Target:
         return (self.record.judge_runner() if self.record.has_front else self.record.judge_serve()) == DEAD
 
     def check(self, sock: Any) -> None:
-        """Connected, and nothing sent yet: the front's listener lives as long as its runner, so if that one lives now, it
-        is what was reached. Where that cannot be told, it has to prove itself on this very connection."""
+        """Connected, and nothing sent yet: the front's listener lives as long as its runner, so if that one lives now,
+        it is what was reached. Where that cannot be told, it has to prove itself on this very connection."""
         if self.has_gone():
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
         if self.record is not None and self.record.has_front and not process_start(self.record.runner_pid):
@@ -5571,7 +5627,8 @@ class _Reading:
         self.tool_calls: Dict[int, Dict[str, Any]] = {}
         self.context = client._context(self.model)
         # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
-        self.may_overflow = len(json.dumps(self.body, default=str)) + PROMPT_FRAME > (self.context or DEFAULT_CONTEXT // 2)
+        size = len(json.dumps(self.body, default=str)) + PROMPT_FRAME
+        self.may_overflow = size > (self.context or DEFAULT_CONTEXT // 2)
         words = len(json.dumps(messages, default=str, separators=(",", ":")).split())
         if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
             raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
@@ -6026,8 +6083,8 @@ class ManagedQvac(Qvac):
     def ensure(self) -> None:
         """Make sure that a live serve stands behind `base_url`; cheap while the present one lives.
 
-        For a process that holds a serve for others: call it now and then. Raises what a start raises, and ServeStoppedError,
-        once, for one that somebody stopped on purpose: that one is not brought back.
+        For a process that holds a serve for others: call it now and then. Raises what a start raises, and
+        ServeStoppedError, once, for one that somebody stopped on purpose: that one is not brought back.
         """
         if not self._resolver.cancelled:
             self._resolver.register_again_if_lost()
@@ -6217,7 +6274,8 @@ class _Resolver:
         return os.path.lexists(lock_path(self.key)) and _judge_lock(self.key) == FOREIGN
 
     def _move_here(self) -> None:
-        """The serve is of another machine, pid or network namespace that shares the folder: all of us here share another."""
+        """The serve is of another machine, pid or network namespace that shares the folder: all of us here share
+        another."""
         self._withdraw_marker()
         key = self.wish.fleet_key(place())
         if key == self.key:
@@ -6291,7 +6349,8 @@ class _Resolver:
         try:
             for facts in lines:
                 self._check_cancelled()
-                self._deadline = max(self._deadline, time.monotonic() + self.wish.start_timeout - facts.get("still_s", 0.0))
+                patience = self.wish.start_timeout - facts.get("still_s", 0.0)
+                self._deadline = max(self._deadline, time.monotonic() + patience)
                 if "error" in facts:
                     error = _error_from_json(facts)
                     was_killed = isinstance(error, ServeExitedError) and error.signal == 9
@@ -6307,7 +6366,8 @@ class _Resolver:
                     break
                 is_everybodys = facts.get("start_timeout_s", 0.0) <= self.wish.start_timeout  # then the runner tells
                 if facts.get("still_s", 0.0) > self.wish.start_timeout + (CLIENT_MARGIN if is_everybodys else 0.0):
-                    raise ServeStartTimeoutError(start_timeout_text(facts, self.wish.start_timeout, ""), self.wish.start_timeout)
+                    text = start_timeout_text(facts, self.wish.start_timeout, "")
+                    raise ServeStartTimeoutError(text, self.wish.start_timeout)
                 self._report(Progress(
                     str(facts.get("phase")), time.monotonic() - self._began, facts.get("bytes_done"),
                     facts.get("bytes_total"), facts.get("still_s", 0.0), tuple(self.wish.models)))  # fmt: skip
@@ -6336,7 +6396,8 @@ class _Resolver:
         for alias in failed:
             _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
         for path in changed:
-            _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.", path, self.key, self.key)
+            _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.",
+                  path, self.key, self.key)  # fmt: skip
         self._wish_to_keep(record)
         self._report(Progress("ready", time.monotonic() - self._began, None, None))
         record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
@@ -6344,13 +6405,14 @@ class _Resolver:
         return _Target(base_url, record.api_key, record, reused=not self._starts)
 
     def _wish_to_keep(self, record: ServeRecord) -> None:
-        """The longest wish wins, for both. Only once we are attached: who gives up leaves none to a serve it never used."""
+        """The longest wish wins, for both. Only once we are attached: who gives up leaves none to a serve it never
+        used."""
         wishes = (("idle", self.wish.idle_timeout, record.idle_timeout_ms),
                   ("sleep", self.wish.sleep_timeout, record.sleep_timeout_ms))  # fmt: skip
         longer = {name: "inf" if wish is None else wish for name, wish, now in wishes
                   if (NEVER_MS if wish is None else wish * 1000) > now}  # fmt: skip
         if longer and record.has_front:
-            look(record, **longer)
+            look(record, HEALTH_TIMEOUT, **longer)
 
     def _others_use_it(self) -> bool:
         return any(name != self.consumer_id for name in _live_markers(self.key))
@@ -6369,7 +6431,8 @@ class _Resolver:
             pass
 
     def _start_runner(self, command: List[str]) -> None:
-        """With the spawn lock held: start a runner, and return once it has published its record; its typed error if not.
+        """With the spawn lock held: start a runner, and return once it has published its record; its typed error if
+        not.
 
         Nobody waits for it longer than the interpreter needs: what it is doing afterwards its front tells.
         """
@@ -6395,8 +6458,8 @@ class _Resolver:
                 data, ended = channel.read(min(0.25, max(0.0, deadline - time.monotonic())))
                 heard += data
                 if time.monotonic() > deadline:
-                    raise ServeSpawnFailedError("%s gives no sign of life as a runner: run this with an ordinary Python." % (
-                        interpreter()))  # fmt: skip
+                    raise ServeSpawnFailedError(
+                        "%s gives no sign of life as a runner: run this with an ordinary Python." % interpreter())
             report = _strict_json(heard.partition(b"\n")[0])
             if not isinstance(report, dict):
                 raise ServeSpawnFailedError(_runner_died(self.key, channel.close(), log_start))
@@ -6424,7 +6487,8 @@ class _Resolver:
         if record.models != self.wish.models:
             found.append(", ".join("%s %s" % (alias, _shorten(json.dumps(entry.get("config", {})), 80))
                                    for alias, entry in record.models.items()))  # fmt: skip
-        for word, theirs, ours in (("host", record.host, self.wish.host), ("port", record.pinned_port, self.wish.port or 0),
+        for word, theirs, ours in (("host", record.host, self.wish.host),
+                                   ("port", record.pinned_port, self.wish.port or 0),
                                    ("bin", record.serve_bin_path, self.wish.bin or ""),
                                    ("arguments", list(record.serve_args), list(self.wish.serve_args))):  # fmt: skip
             if theirs != ours:
@@ -6674,8 +6738,8 @@ def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, open
            on_progress: OnProgress = "auto", _wishes: Optional[Mapping[str, Any]] = None) -> ManagedQvac:  # fmt: skip
     """A client of a serve that runs already, by an alias of its or by its ID (four letters or more will do).
 
-    It keeps that serve's config, so it recovers like any other client. Raises UnknownManagedModelError, naming what runs, if
-    none fits, and InvalidManagedModelError, listing them, if several do and none of them is all default.
+    It keeps that serve's config, so it recovers like any other client. Raises UnknownManagedModelError, naming what
+    runs, if none fits, and InvalidManagedModelError, listing them, if several do and none of them is all default.
     """
     checked, found = _checked_headers(headers), find_serves(name_or_id)
     if not found:
@@ -6701,7 +6765,8 @@ def is_all_default(info: ServeInfo) -> bool:
 
 
 def wish_of(record: ServeRecord) -> Wish:
-    """What the serve of a record was asked to be. A provider's record does not say everything: see _Resolver._move_here."""
+    """What the serve of a record was asked to be. A provider's record does not say everything: see
+    _Resolver._move_here."""
     idle, sleep = record.idle_timeout_ms, record.sleep_timeout_ms if record.has_front else NEVER_MS
     return Wish(
         _record_models(record), record.host, record.pinned_port or None, record.serve_bin_path or None,
@@ -6844,13 +6909,13 @@ def _started_thread(name: str, work: Callable[[], None]) -> Any:
 class ServeInfo:
     """What can be said of one serve on disk, at one moment. Unknown values are None.
 
-    `state`: ready, asleep, loading, waking, restarting, stopping, hung (alive, no answer), orphaned (its runner is dead),
-    dead, or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not answer they
-    are what it was started with, in state "unknown"; `config` is the config's entry of each. `pid` is the runner's while
-    there is no serve. `consumers` are processes, `requests` those under way, `last_used_s` the seconds since the last one.
-    `idle_timeout_s` and `sleep_timeout_s` are None for never; `sleeps_in_s` and `ends_in_s` count down while nobody uses it.
-    `changed` are files that are not any more what it has loaded, `version` that of its runner. `reused` is False only from
-    serve_info(), for a client that started its serve.
+    `state`: ready, asleep, loading, waking, restarting, stopping, hung (alive, no answer), orphaned (its runner is
+    dead), dead, or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not
+    answer they are what it was started with, in state "unknown"; `config` is the config's entry of each. `pid` is the
+    runner's while there is no serve. `consumers` are processes, `requests` those under way, `last_used_s` the seconds
+    since the last one. `idle_timeout_s` and `sleep_timeout_s` are None for never; `sleeps_in_s` and `ends_in_s` count
+    down while nobody uses it. `changed` are files that are not any more what it has loaded, `version` that of its
+    runner. `reused` is False only from serve_info(), for a client that started its serve.
     """
 
     FIELDS = ("fleet_key", "base_url", "host", "port", "pid", "runner_pid", "models", "reused", "private", "state",
@@ -6901,8 +6966,8 @@ class ServeInfo:
 def list_serves() -> List[ServeInfo]:
     """The serves on disk, ours or the provider's, oldest first.
 
-    All are asked at the same time, so hung ones cost one health timeout altogether. Of several serves, one that takes much
-    longer still is left out: absence is no proof. Asking is no use. RegistryError if the folder cannot be read.
+    All are asked at the same time, so hung ones cost one health timeout altogether. Of several serves, one that takes
+    much longer still is left out: absence is no proof. Asking is no use. RegistryError if the folder cannot be read.
     """
     records = sorted(_each_record(), key=lambda record: (record.started_at, record.fleet_key))
     return _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0 + 0.05 * len(records))
@@ -6950,25 +7015,26 @@ def _describe(record: ServeRecord) -> ServeInfo:
     seen = look(record)
     facts, config = seen.facts, _record_models(record)
     consumers = len(set(live_consumers(record.fleet_key)))
-    never, idle = record.idle_timeout_ms >= NEVER_MS, record.idle_timeout_ms / 1000
+    idle = None if record.idle_timeout_ms >= NEVER_MS else record.idle_timeout_ms / 1000
     sleep = None if not record.has_front or record.sleep_timeout_ms >= NEVER_MS else record.sleep_timeout_ms / 1000
-    used = facts.get("last_used_s")
-    is_idle = used is not None and not facts.get("requests")
-    ends = None if never or consumers or not is_idle or record.pinned_port else round(max(0.0, idle - used), 1)
-    sleeps = round(max(0.0, sleep - used), 1) if is_idle and sleep is not None and seen.state == "ready" else None
-    is_here = seen.state not in (GONE, FOREIGN)
-    pids = [record.runner_pid, *([] if record.is_resting else group_members(group_of(record.serve_pid)))] if is_here else []
+    is_here, is_silent = seen.state not in (GONE, FOREIGN), bool(facts.get("models_busy"))
+    used = None if facts.get("requests") or facts.get("last_used_s") is None else float(facts["last_used_s"])
+    ends = None if idle is None or used is None or consumers or record.pinned_port else max(0.0, idle - used)
+    sleeps = None if sleep is None or used is None or seen.state != "ready" else max(0.0, sleep - used)
+    pids = [record.runner_pid, *([] if record.is_resting else group_members(group_of(record.serve_pid)))]
+    listed = [] if is_silent else facts.get("models", [])
     return ServeInfo(
         fleet_key=record.fleet_key, base_url=base_url_of(loopback_of(record.host), record.port), host=record.host,
         port=record.port, pid=record.serve_pid, runner_pid=record.runner_pid, reused=True, private=record.is_private,
-        models=(not facts.get("models_busy") and facts.get("models")) or [{"id": alias, "state": "unknown"} for alias in config],
-        state="hung" if facts.get("models_busy") else {GONE: "dead", BUSY: "hung", WRONG: "hung"}.get(seen.state, seen.state),
-        consumers=consumers,
-        connections=facts.get("connections"), requests=facts.get("requests"), last_used_s=used,
-        uptime_s=round(time.monotonic() - facts["ready_at"], 1) if facts.get("ready_at") else None, idle_timeout_s=None if never else idle, sleep_timeout_s=sleep,
-        restarts=record.restarts, rss_bytes=rss_bytes(pids), started_at=record.started_at, sleeps_in_s=sleeps,
-        ends_in_s=ends, config=config, bin=record.serve_bin_path or None, pinned_port=record.pinned_port or None,
-        serve_args=list(record.serve_args), changed=changed_files(facts), version=facts.get("version"))  # fmt: skip
+        models=listed or [{"id": alias, "state": "unknown"} for alias in config], consumers=consumers,
+        state="hung" if is_silent or seen.state in (BUSY, WRONG) else "dead" if seen.state == GONE else seen.state,
+        connections=facts.get("connections"), requests=facts.get("requests"), last_used_s=facts.get("last_used_s"),
+        uptime_s=round(time.monotonic() - facts["ready_at"], 1) if facts.get("ready_at") else None,
+        idle_timeout_s=idle, sleep_timeout_s=sleep, restarts=record.restarts, started_at=record.started_at,
+        rss_bytes=rss_bytes(pids) if is_here else None, sleeps_in_s=None if sleeps is None else round(sleeps, 1),
+        ends_in_s=None if ends is None else round(ends, 1), config=config, bin=record.serve_bin_path or None,
+        pinned_port=record.pinned_port or None, serve_args=list(record.serve_args), changed=changed_files(facts),
+        version=facts.get("version"))  # fmt: skip
 
 
 def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: float) -> List[Any]:
@@ -6997,8 +7063,8 @@ def stop_serve(fleet_key: str, forget_key: bool = False) -> bool:
     """Stop a serve now, whoever uses it, and return when it is gone. False: there is none with that key.
 
     It stays stopped: only a request of one of its consumers, or a new start, brings another. With `forget_key` the key
-    that a shared serve on a pinned port keeps from start to start goes, too. RegistryError for one that belongs to another
-    machine or container, or that cannot be proved to be a serve of ours: then nothing is signalled.
+    that a shared serve on a pinned port keeps from start to start goes, too. RegistryError for one that belongs to
+    another machine or container, or that cannot be proved to be a serve of ours: then nothing is signalled.
     """
     if forget_key and is_valid_fleet_key(fleet_key):
         _unlink(_registry_path(fleet_key, ".key"))
@@ -7018,14 +7084,14 @@ def stop_serve(fleet_key: str, forget_key: bool = False) -> bool:
 
 
 def sleep_serve(fleet_key: str, timeout: float = STOP_GRACE + 3 * GROUP_GRACE) -> bool:
-    """Put a serve's models out of memory as soon as no request is under way; its address stays. False if there is none, or
-    requests are still under way after `timeout` seconds: then it sleeps when they end."""
+    """Put a serve's models out of memory as soon as no request is under way; its address stays. False if there is none,
+    or requests are still under way after `timeout` seconds: then it sleeps when they end."""
     return _told_to("sleep", fleet_key, ("asleep",), timeout)
 
 
 def restart_serve(fleet_key: str, timeout: float = DEFAULT_START_TIMEOUT) -> bool:
-    """Start a serve again behind the same address, with the same key; requests under way are broken off, those that come
-    wait. False if there is none with that key, or it is not ready after `timeout` seconds."""
+    """Start a serve again behind the same address, with the same key; requests under way are broken off, those that
+    come wait. False if there is none with that key, or it is not ready after `timeout` seconds."""
     return _told_to("restart", fleet_key, ("ready",), timeout)
 
 
@@ -7045,7 +7111,7 @@ def _told_to(word: str, fleet_key: str, states: Sequence[str], timeout: float) -
 
 def caller_words() -> str:
     """Who we are, for the log of a serve that we stop."""
-    return "process %d (%s)" % (os.getpid(), " ".join([os.path.basename(word) for word in sys.argv[:1]] + sys.argv[1:3]))
+    return "process %d (%s)" % (os.getpid(), " ".join([*map(os.path.basename, sys.argv[:1]), *sys.argv[1:3]]))
 
 
 def _end_runner(record: ServeRecord, patience: float) -> None:
@@ -7056,14 +7122,18 @@ def _end_runner(record: ServeRecord, patience: float) -> None:
     for end in (None, terminate_process, kill_process, kill_process):
         if end is not None:
             if not is_our_runner(record):
-                raise RegistryError("Process %d is not proved to be the runner of %s: not stopped." % (pid, record.fleet_key))
+                raise RegistryError("Process %d is not proved to be the runner of %s: not stopped." % (
+                    pid, record.fleet_key))  # fmt: skip
             try:
                 end(pid)
             except OSError:
                 pass
             patience = STOP_GRACE + 3 * GROUP_GRACE
         # Where the start of a process cannot be had (no /proc), its listener tells: it lives as long.
-        if wait_until(lambda: process_start(pid) != start if start else look(record, 0.5).state == GONE, patience, 0.01):
+        def has_gone() -> bool:
+            return process_start(pid) != start if start else look(record, 0.5).state == GONE
+
+        if wait_until(has_gone, patience, 0.01):
             return
     raise RegistryError("Process %d, the runner of %s, could not be ended." % (pid, record.fleet_key))
 
@@ -7095,10 +7165,10 @@ def _drop_record(record: ServeRecord) -> bool:
 def sweep_serves(limit: float = float("inf")) -> List[str]:
     """Clear what the dead have left behind; returns the fleet keys of the records that were dropped.
 
-    A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it is proved to be ours,
-    else kept for a later sweep. A live serve with a live runner is never touched. Records are read for at most `limit`
-    seconds; the rest is left to the next sweep. Hung orphans cost one health timeout altogether, at most `limit` seconds
-    again. RegistryError if the folder cannot be read.
+    A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it is proved to be
+    ours, else kept for a later sweep. A live serve with a live runner is never touched. Records are read for at most
+    `limit` seconds; the rest is left to the next sweep. Hung orphans cost one health timeout altogether, at most
+    `limit` seconds again. RegistryError if the folder cannot be read.
     """
     swept, orphans, deadline = [], [], time.monotonic() + limit
     for record in _each_record():
@@ -7168,9 +7238,10 @@ def _clear_before_start(key: str) -> None:
         for name in _listdir(folder):
             if name.startswith(key + ".") and name.endswith((".runner-params.json", ".tmp", ".stale")):
                 _unlink(os.path.join(folder, name))
-            elif name.startswith(key + ".") and is_serve_folder_name(name):
-                if alive_state(os.path.join(folder, name)) != ALIVE:
-                    remove_serve_folder(key, os.path.join(folder, name))
+                continue
+            path = os.path.join(folder, name)
+            if name.startswith(key + ".") and is_serve_folder_name(name) and alive_state(path) != ALIVE:
+                remove_serve_folder(key, path)
 
 
 def _stale_after(rest: str, is_locked: bool, has_record: bool) -> Optional[float]:
@@ -7448,7 +7519,8 @@ class _EchoModel:
 
     def facts(self, prefix: str, kind: str) -> Dict[str, Any]:
         """What every answer begins with, plain or a piece of a stream."""
-        return {"id": f"{prefix}-{os.urandom(5).hex()}", "object": kind, "created": int(time.time()), "model": self.alias}
+        name = f"{prefix}-{os.urandom(5).hex()}"
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self.alias}
 
 
 class _EchoRequest:
@@ -7514,10 +7586,10 @@ def _echo_text(message: Any) -> str:
 
 def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
     """A field that is a string or a list of strings, as a list."""
-    values = body.get(name) if isinstance(body.get(name), list) else [body.get(name)]
+    values: Any = body.get(name) if isinstance(body.get(name), list) else [body.get(name)]
     if not values or not all(isinstance(one, str) for one in values):
         raise _EchoError(400, code, f'"{name}" must be a string or a list of strings.')
-    return values
+    return list(values)
 
 
 def _echo_words(text: str) -> List[str]:
@@ -7526,7 +7598,8 @@ def _echo_words(text: str) -> List[str]:
 
 
 def _echo_thinking(text: str, most: Any) -> Tuple[List[str], List[str], str]:
-    """`(thoughts, words, finish_reason)`: what follows <think> is thought, up to a </think>; no more than max_tokens."""
+    """`(thoughts, words, finish_reason)`: what follows <think> is thought, up to a </think>; no more than max_tokens.
+    """
     thought, content = "", text
     if text.startswith("<think>"):
         thought, _, content = text[len("<think>") :].partition("</think>")
@@ -8159,7 +8232,8 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "downloaded": ("--downloaded", "", None, False, "what lies on this disk, and where"),
     "system": ("--system", "TEXT", None, None, "the system message"),
     "temperature": ("--temperature", "T", _temperature, None, "how freely it chooses its words; 0: not at all"),
-    "max_tokens": ("--max-tokens", "N", _number("a whole number above 0", 1), None, "the longest answer, with what it thinks"),
+    "max_tokens": ("--max-tokens", "N", _number("a whole number above 0", 1), None,
+                   "the longest answer, with what it thinks"),
     "no_think": ("--no-think", "", None, False, "do not show what the model thinks"),
     "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
     "online": ("--online", "", None, False, "also the network that downloads need"),
@@ -9388,8 +9462,9 @@ def _read_line(prompt: str) -> Optional[str]:
     try:
         import readline
 
-        if "libedit" not in (readline.__doc__ or ""):
-            readline.parse_and_bind("set enable-bracketed-paste on")  # it then gives a paste as one line
+        editor: Any = readline  # there is none on Windows
+        if "libedit" not in (editor.__doc__ or ""):
+            editor.parse_and_bind("set enable-bracketed-paste on")  # it then gives a paste as one line
         own_marks = False
     except ImportError:
         own_marks = _is_terminal(sys.stdout)

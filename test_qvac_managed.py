@@ -8100,7 +8100,7 @@ for limit in (0, 10, 60, 90, 150, 300, 600, 1 << 20):
             self.assert_nothing_half_written()
         self.assertNotEqual("works", results[0])
         self.assertEqual("works", results[-1], results)
-        self.assertGreater(len(set(results)), 3, results)
+        self.assertGreater(len(set(results)), 2, results)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with self.assertRaises(q.RegistryError) as caught:
             self.create()
