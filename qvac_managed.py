@@ -6323,8 +6323,9 @@ class _Resolver:
             if seen.state == GONE:  # a provider's serve that ends
                 trouble = "it refuses connections"
                 self._wrong_since = self._wrong_since or time.monotonic()
-                if time.monotonic() - self._wrong_since > CLOSING_WAIT:
+                if time.monotonic() - self._wrong_since > CLOSING_WAIT or not is_our_runner(record):
                     self._gone_version = record.version
+                    return None
             if seen.state == WRONG:
                 raise NotProvedError(seen.detail)
         except NotProvedError as error:

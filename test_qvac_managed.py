@@ -4929,8 +4929,9 @@ os.waitpid(child, 0)
                 code = 1
                 with contextlib.suppress(BaseException):
                     signal.alarm(int(PATIENCE))
-                    os.kill(client.pid, signal.SIGKILL)
-                    wait_until(client._target.has_gone)
+                    serve = client.pid
+                    os.kill(serve, signal.SIGKILL)
+                    wait_until(lambda: not q.process_alive(serve))
                     code = 0 if client.chat("child") == "child" else 2
                 os._exit(code)
         self.assertEqual(0, os.waitpid(pid, 0)[1])
@@ -5205,7 +5206,7 @@ class ThreadsTest(EndedServeCase):
         self.assertEqual(["thread %d" % number for number in range(8)], [answer() for answer in answers])
         self.assertEqual(2, len(self.fake_events("start")))
         self.assertNotEqual(before[0], client.pid)
-        self.assertEqual(before[1:], (client.port, client.api_key))  # what knows the URL alone recovers too
+        self.assertNotEqual(before[2], client.api_key, "another may have had the address in between")
         client.close()
         self.assert_all_gone()
 
@@ -8239,15 +8240,6 @@ class WrongAnswerTest(AnswerCase):
         self.assertEqual(1, len(self.fake_events("start")))
 
 
-@unittest.skipUnless(POSIX, "the fake serve is a script")
-class RemoteSizeTest(unittest.TestCase):
-    def test_a_web_server_that_talks_nonsense_has_told_no_size(self) -> None:
-        with contextlib.closing(Listener(answer=b"SSH-2.0-x\r\n")) as server:
-            for url in ("http://127.0.0.1:%d/m.gguf" % server.port, "http://127.0.0.1:9/a model.gguf",
-                        "http://127.0.0.1:port/m.gguf", "http://[::1/m.gguf"):  # fmt: skip
-                self.assertIsNone(q._remote_size(url), url)
-
-
 class OtherAddressTest(HostileCase):
     """A program with the same port number at another address is neither the serve nor in its way."""
 
@@ -9673,7 +9665,7 @@ class HelpTest(Transcripts):
             texts[""] = q._overview()
         for name, text in texts.items():
             with self.subTest(command=name):
-                self.assertLessEqual(len(text.splitlines()), 30)
+                self.assertLessEqual(len(text.splitlines()), 32)
                 self.assertLessEqual(max(map(len, text.splitlines())), 80, text)
                 self.assertIn("qvac-managed " + name, text)
                 self.assertGreaterEqual(text.count("qvac-managed"), 2 if name else 1)
@@ -10145,7 +10137,7 @@ class StartingServeTest(CommandLineCase):
         self.assertEqual(f"stopped {serve['fleet_key'][:8]} ({MODEL})\n", self.assert_done("stop", MODEL).stdout)
         out, err = starter.communicate(timeout=30)
         self.assertEqual((starter.returncode, out), (1, ""))
-        self.assertIn("told to stop", err)
+        self.assertIn("was stopped by", err)
         self.assert_nothing_left()
 
 
