@@ -4829,6 +4829,7 @@ class _Runner:
         self.start_at = time.monotonic() + pause
         if self.state == "waking":
             self.log("the wake failed: %s" % str(error).split("\n")[0])
+            self.front.hold("asleep")
             self.front.refuse(503, "model_load_failed", redact(str(error), self.inner_key))
             self.enter("asleep")
         elif self.state == "loading":
@@ -7464,7 +7465,7 @@ def run_echo_serve(argv: List[str]) -> int:
     """
     options, words = {"port": "11434", "host": "127.0.0.1", "api-key": ""}, iter(argv)
     for word in words:
-        if word in ("--config", "--port", "--host", "--api-key", "--api-key-file"):
+        if word in ("--config", "--port", "--host", "--api-key", "--api-key-file", "--cors-origin"):
             options[word[2:]] = next(words, "")
         elif word not in ("serve", "--openai", "--no-default"):
             _echo_log(f"error: unknown option '{word}'; {_ECHO_USAGE}", stream=2)

@@ -6068,6 +6068,412 @@ class PortTest(LifeCase):
         self.assertEqual((port, "hi"), (pinned.port, pinned.chat("hi")))
 
 
+class SleepCase(LifeCase):
+    IDLE = 30.0
+
+    def sleeper(self, sleep: float = 0.3, **options: Any) -> q.ManagedQvac:
+        return self.create(serve_bin_path=self.fake(), serve_sleep_timeout=sleep, **options)
+
+    def state_of(self, client: q.ManagedQvac) -> str:
+        return q.look(q.read_record(client.fleet_key)).state
+
+    def wait_for_state(self, client: q.ManagedQvac, state: str) -> None:
+        wait_until(lambda: self.state_of(client) == state, what="%s, not %s" % (state, self.state_of(client)))
+
+    def ask(self, client: q.ManagedQvac, path: str = "/v1/models", key: Optional[str] = None, **fields: str) -> Any:
+        """`(status, answer)` of a GET by another program, with the key unless another is given."""
+        connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=20)
+        with contextlib.closing(connection):
+            key = client.api_key if key is None else key
+            connection.request(fields.pop("method", "GET"), path, headers={
+                **({"Authorization": "Bearer " + key} if key else {}), **fields})  # fmt: skip
+            response = connection.getresponse()
+            return response.status, response.read(), dict(response.getheaders())
+
+
+class SleepTest(SleepCase):
+    def test_it_sleeps_though_somebody_is_there_and_the_next_request_wakes_it(self) -> None:
+        client = self.sleeper()
+        serve, before = client.pid, (client.port, client.api_key, client.runner_pid)
+        self.assert_gone(serve)
+        record = self.record(client.fleet_key)
+        self.assertTrue(record.is_resting)
+        (listed,) = q.list_serves()
+        self.assertEqual(("asleep", [{"id": MODEL, "state": "idle"}], 1), (listed.state, listed.models, listed.consumers))
+        self.assertEqual((200, "idle"), (self.ask(client)[0], client.models()[0]["state"]))
+        with self.create(serve_bin_path=self.fake(), serve_sleep_timeout=0.3) as other:
+            self.assertEqual(client.port, other.port, "who attaches does not wake it")
+        self.assertEqual(1, len(self.fake_events("start")))
+        self.assertEqual("good morning", client.chat("good morning"))
+        self.assertEqual(before, (client.port, client.api_key, client.runner_pid))
+        first, second = self.fake_events("start")
+        self.assertNotEqual(first["argv"], second["argv"], "another inner port, another folder")
+        self.wait_for_state(client, "asleep")
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        client.close()
+        self.assert_all_gone()
+
+    def test_looks_neither_wake_nor_keep_awake_and_who_has_no_key_is_nobody(self) -> None:
+        client, stop = self.sleeper(), []  # type: q.ManagedQvac, List[int]
+        stranger = socket.create_connection(("127.0.0.1", client.port))
+        self.addCleanup(stranger.close)
+        connection = http.client.HTTPConnection("127.0.0.1", client.port)
+
+        def poll() -> None:
+            while not stop:
+                connection.request("GET", "/v1/models", headers={"Authorization": "Bearer " + client.api_key})
+                connection.getresponse().read()
+                self.assertEqual(401, self.ask(client, "/v1/chat/completions", "wrong", method="POST")[0])
+                time.sleep(0.02)
+
+        polling = in_thread(poll)
+        self.wait_for_state(client, "asleep")
+        time.sleep(0.5)
+        self.assertEqual("asleep", self.state_of(client))
+        stop.append(1)
+        polling()
+        connection.close()
+        for path in ("/openapi.json", "/v1/models", "/docs"):
+            self.assertEqual(401, self.ask(client, path, "")[0])
+        self.assertEqual(1, len(self.fake_events("start")))
+
+    def test_an_answer_longer_than_every_timeout_is_whole(self) -> None:
+        client = self.create(serve_bin_path=self.fake(answer_delay_s=1.5), serve_sleep_timeout=0.2, serve_idle_timeout=0.2)
+        self.assertEqual("hi", self.raw(client))
+        self.wait_for_state(client, "asleep")
+
+    def test_requests_around_the_sleep_are_all_answered_once(self) -> None:
+        client = self.sleeper(0.2)
+        for step in range(12):
+            client.chat("again")
+            time.sleep(0.17 + step * 0.006)
+            self.assertEqual("step %d" % step, self.raw(client, "step %d" % step))
+        posts = [event for event in self.fake_events("request") if event["method"] == "POST"]
+        self.assertEqual(24, len(posts))
+
+    def test_twelve_that_wake_it_make_one_start(self) -> None:
+        client = self.sleeper()
+        self.wait_for_state(client, "asleep")
+        asking = [in_thread(self.raw, client, "number %d" % number) for number in range(12)]
+        self.assertEqual(["number %d" % number for number in range(12)], [ask() for ask in asking])
+        self.assertEqual(2, len(self.fake_events("start")))
+
+    def test_a_wake_that_fails_is_told_to_all_who_wait_and_the_next_request_tries_again(self) -> None:
+        client = self.sleeper()
+        self.wait_for_state(client, "asleep")
+        self.fake(exit=3, exit_after_s=0.3, stderr="the file is gone")
+        asking = [in_thread(client.chat, "x") for _ in range(3)]
+        for ask in asking:
+            with self.assertRaises(q.ServeHTTPError) as caught:
+                ask()
+            self.assertEqual(503, caught.exception.status)
+            self.assertIn("the file is gone", str(caught.exception))
+        self.wait_for_state(client, "asleep")
+        port = client.port
+        self.fake()
+        self.assertEqual(("x", port), (client.chat("x"), client.port))
+
+    def test_the_longest_wish_wins(self) -> None:
+        client = self.sleeper(0.3)
+        with self.create(serve_bin_path=self.fake(), serve_sleep_timeout=None, serve_idle_timeout=600):
+            wait_until(lambda: self.record(client.fleet_key).sleep_timeout_ms == q.NEVER_MS, what="the longer wish")
+        self.assertEqual(600000, self.record(client.fleet_key).idle_timeout_ms)
+        time.sleep(0.6)
+        self.assertEqual("ready", self.state_of(client))
+
+    def test_told_to_sleep_and_to_start_again(self) -> None:
+        client = self.sleeper(600)
+        before = (client.port, client.api_key, client.runner_pid)
+        self.assertTrue(q.sleep_serve(client.fleet_key))
+        self.assertEqual("asleep", self.state_of(client))
+        self.assertTrue(q.restart_serve(client.fleet_key))
+        self.assertEqual(("ready", before), (self.state_of(client), (client.port, client.api_key, client.runner_pid)))
+        pid = client.pid
+        self.assertTrue(q.restart_serve(client.fleet_key))
+        self.assertNotEqual(pid, client.pid)
+        self.assertFalse(q.sleep_serve("0" * 16))
+
+    def test_stopped_stays_stopped_until_somebody_asks(self) -> None:
+        client = self.sleeper(600)
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        with self.assertRaises(q.ServeStoppedError) as caught:
+            client.ensure()
+        self.assertIn("process %d" % os.getpid(), caught.exception.by)
+        self.assertEqual(1, len(self.fake_events("start")))
+        self.assertEqual("hi", client.chat("hi"))
+
+    def test_a_changed_model_file_is_noticed(self) -> None:
+        path = os.path.join(self.home, "mine.gguf")
+        with open(path, "w") as file:
+            file.write("old")
+        models = [{"name": "mine", "src": path}]
+        with self.create(models, serve_bin_path=self.fake()) as client:
+            with open(path, "w") as file:
+                file.write("newer")
+            self.assertEqual([path], q.serve_info(client).changed)
+            with self.assertLogs("qvac_managed", "WARNING") as logged:
+                self.create(models, serve_bin_path=self.fake()).close()
+            self.assertIn("restart", logged.output[0])
+        self.create(models, serve_bin_path=self.fake()).close()
+        self.assertEqual(2, len(self.fake_events("start")), "nobody minded a fresh start")
+
+    def test_room_is_made_by_who_has_been_idle_longest(self) -> None:
+        first, second = self.sleeper(600), self.create([{"name": "other", "model": MODEL}], serve_bin_path=self.fake())
+        second.chat("hi")
+        figures = iter([1 << 20, 1 << 20, 1 << 20, 1 << 40, 1 << 40, 1 << 40])
+        with mock.patch.object(q, "free_memory", lambda: next(figures)), mock.patch.object(q, "ROOM_IDLE", 0.0):
+            said: List[str] = []
+            q.make_room({MODEL: {"model": "QWEN3_5_2B_MULTIMODAL_Q4_K_M", "preload": True}}, "0" * 16, said.append)
+        self.assertEqual(("asleep", "ready"), (self.state_of(first), self.state_of(second)))
+        self.assertIn(first.fleet_key, said[0])
+
+    def test_a_neighbours_config_is_not_what_a_restart_takes(self) -> None:
+        client = self.sleeper(600)
+        record = self.record(client.fleet_key)
+        with open(record.config_path, "w") as file:
+            json.dump({"serve": {"models": {"evil": {"preload": True}}}}, file)
+        os.kill(client.pid, signal.SIGKILL)
+        self.assertEqual("hi", client.chat("hi"))
+        self.assertNotEqual(record.config_path, self.record(client.fleet_key).config_path)
+        self.assertFalse(os.path.exists(record.folder))
+
+    def test_nothing_is_refused_while_it_is_killed_again_and_again(self) -> None:
+        client, refused, broken, stop = self.sleeper(600), [], [], []  # type: q.ManagedQvac, List[Any], List[Any], List[int]
+
+        def ask() -> int:
+            count = 0
+            while not stop:
+                count += 1
+                try:
+                    self.raw(client)
+                except (OSError, http.client.HTTPException) as error:
+                    (refused if q.is_refused(error) else broken).append(error)
+            return count
+
+        asking = [in_thread(ask) for _ in range(3)]
+        for _ in range(4):
+            time.sleep(0.5)
+            self.wait_for_state(client, "ready")
+            os.kill(client.pid, signal.SIGKILL)
+        time.sleep(0.5)
+        stop.append(1)
+        self.assertGreater(sum(one() for one in asking), 50)
+        self.assertEqual([], refused)
+        self.assertLessEqual(len(broken), 4 * 3, "only what was under way")
+
+
+class PinnedTest(SleepCase):
+    def pinned(self, port: int, **options: Any) -> q.ManagedQvac:
+        return self.create(serve_bin_path=self.fake(), serve_port=port, reuse=True, serve_idle_timeout=0.3, **options)
+
+    def test_it_sleeps_rather_than_ends_and_keeps_its_key(self) -> None:
+        client = self.pinned(q.allocate_free_port("127.0.0.1"))
+        key, port = client.api_key, client.port
+        client.close()
+        self.wait_for_state(client, "asleep")
+        time.sleep(0.5)
+        self.assertEqual("hi", self.raw(client), "it woke for who knows the address alone")
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        self.assertEqual([client.fleet_key + ".key"], [name for name in self.files() if name.endswith(".key")])
+        again = self.pinned(port)
+        self.assertEqual((port, key), (again.port, again.api_key))
+        self.assertTrue(q.stop_serve(client.fleet_key, forget_key=True))
+        another = self.pinned(port)
+        self.assertNotEqual(key, another.api_key)
+        q.stop_serve(another.fleet_key, forget_key=True)
+
+    def test_a_taken_port_names_our_serve_that_has_it(self) -> None:
+        client = self.pinned(q.allocate_free_port("127.0.0.1"))
+        with self.assertRaises(q.PortAllocationFailedError) as caught:
+            self.create(["qwen3.5-9b"], serve_bin_path=self.fake(), serve_port=client.port, reuse=True)
+        for text in (client.fleet_key[:8], MODEL, "stop "):
+            self.assertIn(text, str(caught.exception))
+        q.stop_serve(client.fleet_key, forget_key=True)
+
+
+class FrontTest(SleepCase):
+    """What other programs send to the address, as bytes; the serve behind it is the echo serve."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = self.create(serve_args=[])
+
+    def connect(self) -> Any:
+        sock = socket.create_connection(("127.0.0.1", self.client.port), timeout=20)
+        self.addCleanup(sock.close)
+        return sock
+
+    def post(self, text: str = "hi", *more: str, path: str = "/v1/chat/completions", **body: Any) -> bytes:
+        data = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": text}], **body}).encode()
+        lines = ["POST %s HTTP/1.1" % path, "Host: x", "Authorization: Bearer " + self.client.api_key,
+                 "Content-Type: application/json", "Content-Length: %d" % len(data), *more]  # fmt: skip
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+    def answer(self, data: bytes, half_close: bool = False) -> bytes:
+        """All that comes until the connection closes or nothing more does."""
+        sock = self.connect()
+        sock.sendall(data)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(2.0 if not half_close else 20)
+        got = b""
+        with contextlib.suppress(socket.timeout, ConnectionResetError):
+            while True:
+                data = sock.recv(65536)
+                if not data:
+                    break
+                got += data
+        return got
+
+    def test_half_closed_and_pipelined_requests_are_answered(self) -> None:
+        self.assertIn(b'"hi"', self.answer(self.post(), half_close=True))
+        got = self.answer(self.post("one") + self.post("two") + self.post("three", "Connection: close"))
+        self.assertEqual([1, 1, 1], [got.count(b'"content": "%s"' % word) for word in (b"one", b"two", b"three")])
+        self.assertLess(got.find(b"one"), got.find(b"three"))
+
+    def test_what_cannot_be_framed_is_refused_and_never_passed_on(self) -> None:
+        line, key = "POST /v1/chat/completions HTTP/1.1", "Authorization: Bearer " + self.client.api_key
+        for fields in (["Content-Length: 5", "Content-Length: 6"], ["Content-Length: 5", "Transfer-Encoding: chunked"],
+                       ["Transfer-Encoding: gzip, chunked"], ["Content-Length: -1"], ["Content-Length : 5"], [" folded: x"],
+                       ["A: b\rC: d"], ["A: b\0"]):  # fmt: skip
+            with self.subTest(fields):
+                data = "\r\n".join([line, key, *fields]).encode() + b"\r\n\r\nhello"
+                self.assertRegex(self.answer(data), rb"^HTTP/1.1 400 ")
+        for data in (b"\x16\x03\x01garbage\r\n\r\n", b"GET /\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n"):
+            self.assertRegex(self.answer(data), rb"^HTTP/1.1 400 ")
+        self.assertRegex(self.answer(b"GET / HTTP/1.1\r\nX: " + b"x" * 70000), rb"^HTTP/1.1 431 ")
+        self.assertNotIn("POST /v1/chat", self.log())
+
+    def test_looks_of_all_kinds_and_the_ends_of_connections(self) -> None:
+        key = "Authorization: Bearer " + self.client.api_key
+        got = self.answer(("HEAD /v1/models HTTP/1.1\r\n%s\r\n\r\n" % key).encode() + self.post("after", "Connection: close"))
+        self.assertEqual(2, got.count(b"HTTP/1.1 200"))
+        self.assertIn(b'"after"', got)
+        self.assertRegex(self.answer(b"GET /v1/models HTTP/1.1\r\n\r\n"), rb"^HTTP/1.1 401 .*\r\n")
+        sock = self.connect()
+        sock.sendall(self.post("once", stream=True) + b"\r\n")
+        time.sleep(0.2)
+        sock.close()
+        self.assertEqual("still there", self.client.chat("still there"))
+
+    def test_a_status_needs_its_proof(self) -> None:
+        record = self.record(self.client.fleet_key)
+        facts = next(q.front_says(record, 5.0))
+        self.assertEqual(("ready", 0), (facts["state"], facts["requests"]))
+        wrong = record.with_fields(api_key="x" * 43)
+        self.assertRaises(q.NotProvedError, next, q.front_says(wrong, 5.0))
+        self.assertEqual("wrong", q.look(wrong).state)
+        self.assertNotIn(self.client.api_key, repr(facts))
+        nonce, host, port = "0" * 32, "127.0.0.1", record.port
+        for address in ("127.0.0.2", "::1"):  # a stranger there passes a question on
+            proof = q.proof(record.api_key, "client", nonce, address, port)
+            got = self.answer(("GET %s?nonce=%s&proof=%s HTTP/1.1\r\n\r\n" % (q.STATUS_PATH, nonce, proof)).encode())
+            self.assertRegex(got, rb"^HTTP/1.1 401 ")
+        self.assertNotEqual(q.proof(record.api_key, "client", nonce, host, port), q.proof(record.api_key, "server", nonce, host, port))
+
+    def test_a_crowd_and_many_strangers_are_all_served_or_let_go(self) -> None:
+        silent = [self.connect() for _ in range(100)]
+        for sock in silent[:50]:
+            sock.sendall(b"GET /v1/mod")
+        asking = [in_thread(self.raw, self.client, "number %d" % number) for number in range(60)]
+        self.assertEqual(["number %d" % number for number in range(60)], [ask() for ask in asking])
+        time.sleep(q.STRANGER_GRACE)
+        self.connect()
+        wait_until(lambda: next(q.front_says(self.record(self.client.fleet_key)))["connections"] <= q.STRANGERS_MOST + 2)
+
+    def test_a_reader_that_stops_and_a_large_body_disturb_nobody(self) -> None:
+        sock = self.connect()
+        sock.sendall(self.post("word " * 200000, stream=True))
+        began = time.monotonic()
+        self.assertEqual("hi", self.client.chat("hi"))
+        self.assertLess(time.monotonic() - began, 10)
+        text = "x" * 6_000_000
+        self.assertEqual(len(text), len(self.client.chat(text)))
+
+    def test_web_pages_of_other_origins(self) -> None:
+        origin = "http://localhost:3000"
+        asked = {"method": "OPTIONS", "Origin": origin, "Access-Control-Request-Method": "POST"}
+        self.assertEqual(401, self.ask(self.client, "/v1/chat/completions", "", **asked)[0])
+        let_in = self.create(serve_args=["--cors-origin", origin])
+        self.assertNotEqual(self.client.fleet_key, let_in.fleet_key)
+        q.sleep_serve(let_in.fleet_key)
+        status, _, fields = self.ask(let_in, "/v1/chat/completions", "", **asked)
+        self.assertEqual((204, origin), (status, fields["Access-Control-Allow-Origin"]))
+        self.assertIn("Authorization", fields["Access-Control-Allow-Headers"])
+        status, _, fields = self.ask(let_in, "/v1/models", "wrong", Origin=origin)
+        self.assertEqual((401, origin), (status, fields["Access-Control-Allow-Origin"]))
+        self.assertEqual(401, self.ask(let_in, "/v1/models", "", **{**asked, "Origin": "http://evil.example"})[0])
+        self.assertEqual("asleep", self.state_of(let_in))
+
+
+class AttachTest(SleepCase):
+    def test_by_name_and_by_id_to_what_runs_alone(self) -> None:
+        self.assertRaises(q.UnknownManagedModelError, q.attach, MODEL)
+        client = self.create([{"name": "mine", "model": MODEL, "config": {"ctx_size": 4096}}])
+        for name in ("mine", client.fleet_key, client.fleet_key[:6]):
+            with q.attach(name) as other:
+                self.assertEqual((client.fleet_key, "x"), (other.fleet_key, other.chat("x")))
+        with self.assertRaises(q.UnknownManagedModelError) as caught:
+            q.attach("nosuch")
+        self.assertIn("mine", str(caught.exception))
+        second = self.create([{"name": "mine", "model": MODEL, "config": {"ctx_size": 8192}}])
+        with self.assertRaises(q.InvalidManagedModelError) as several:
+            q.attach("mine")
+        self.assertIn(second.fleet_key, str(several.exception))
+        q.stop_serve(client.fleet_key)
+        self.assertEqual("again", client.chat("again"))
+
+    def test_in_asyncio_and_one_that_is_dropped_lets_go(self) -> None:
+        import asyncio
+        import gc
+
+        client = self.create()
+
+        async def attached() -> str:
+            async with await q.attach_async(MODEL) as other:
+                return await other.achat("hello")
+
+        self.assertEqual("hello", asyncio.run(attached()))
+        q.attach(MODEL)
+        gc.collect()
+        self.assertEqual(1, len(q.live_consumers(client.fleet_key)))
+        others = [q.attach(MODEL) for _ in range(3)]
+        self.assertEqual(1, q.serve_info(client).consumers, "users are processes")
+        for other in others:
+            other.close()
+
+
+class CutTest(LifeCase):
+    """A copy of the file that ends where the library does."""
+
+    def test_it_lives_a_whole_life(self) -> None:
+        with open(MODULE, encoding="utf-8") as file:
+            library, cut, _ = file.read().partition("\n# -- The library ends here")
+        self.assertTrue(cut)
+        folder = os.path.join(self.home, "vendored")
+        os.mkdir(folder)
+        with open(os.path.join(folder, "qvac_library.py"), "w", encoding="utf-8") as file:
+            file.write(library)
+        code = """
+sys.path.insert(0, sys.argv[1])
+import qvac_library as lib
+with lib.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=sys.argv[2], serve_idle_timeout=0.3) as client:
+    print(client.chat("awake"), lib.sleep_serve(client.fleet_key), client.chat("again"), client.runner_pid, flush=True)
+    sys.stdin.readline()
+try:
+    lib.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=lib.ECHO)
+except lib.CliNotFoundError as error:
+    print(error)
+"""
+        children = [self.python(code, folder, self.fake()) for _ in range(2)]
+        told = [child.stdout.readline().split() for child in children]
+        self.assertEqual([["awake", "True", "again"]] * 2, [words[:3] for words in told])
+        self.assertEqual(told[0][3], told[1][3], "they share one")
+        for child in children:
+            self.assertIn("not in this copy", child.communicate("\n", timeout=PATIENCE)[0])
+        self.assert_all_gone()
+
+
 class PrivateTest(LifeCase):
     IDLE = 300.0
 
