@@ -4513,7 +4513,8 @@ class _Runner:
             self.publish()
             if self.stays and not kept_key(self.key):
                 _write_new_file(_registry_path(self.key, ".key"), self.api_key.encode(), replace=True)
-            self.tell({"published": os.getpid()})
+            if not self.tell({"published": os.getpid()}) and not live_consumers(self.key):
+                raise self.call_off()  # our client went while this interpreter started
             self.start_serve()
             while self.state != "stopping":
                 wait_for_event(self.tick())
@@ -4742,8 +4743,7 @@ class _Runner:
         elif self.state == "loading":
             is_awaited = self.front.is_awaited() or self.front.follower_count() or live_consumers(self.key)
             if not is_awaited and now - max(self.since, self.used_at) >= min(self.idle_timeout, UNWATCHED_START):
-                self.called_off = True
-                raise ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
+                raise self.call_off()
         elif self.state == "restarting" and not (is_wanted or self.stays or self.front.is_awaited()):
             self.state = "stopping"
 
@@ -4772,6 +4772,11 @@ class _Runner:
         return verdict in (WRONG, HEALTHY)
 
     looked_for_progress = probed_at = 0.0
+
+    def call_off(self) -> ServeSpawnFailedError:
+        """A failure of this start only: who has come meanwhile is to try another, so it goes into no KEY.error."""
+        self.called_off = True
+        return ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
 
     def note_progress(self, now: float) -> None:
         """A model file that grows is progress: the serve prints none."""
@@ -5021,15 +5026,18 @@ class _Runner:
         except OSError:
             pass
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """One JSON line to the client that waits for us, which may be gone; the first is all that it reads."""
-        if self.report_fd >= 0:
-            try:
-                os.write(self.report_fd, redact(json.dumps(message), self.api_key).encode() + b"\n")
-            except OSError:
-                pass
-            os.close(self.report_fd)
-            self.report_fd = -1
+    def tell(self, message: Mapping[str, Any]) -> bool:
+        """One JSON line to the client that waits for us; False if it has gone. The first is all that it reads."""
+        fd, self.report_fd = self.report_fd, -1
+        if fd < 0:
+            return True
+        try:
+            os.write(fd, redact(json.dumps(message), self.api_key).encode() + b"\n")
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
 
 
 def decide_reap(

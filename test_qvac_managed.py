@@ -6467,7 +6467,7 @@ except lib.CliNotFoundError as error:
 """
         children = [self.python(code, folder, self.fake()) for _ in range(2)]
         told = [child.stdout.readline().split() for child in children]
-        self.assertEqual([["awake", "True", "again"]] * 2, [words[:3] for words in told])
+        self.assertEqual([("awake", "again")] * 2, [(words[0], words[2]) for words in told])
         self.assertEqual(told[0][3], told[1][3], "they share one")
         for child in children:
             self.assertIn("not in this copy", child.communicate("\n", timeout=PATIENCE)[0])
@@ -6999,28 +6999,6 @@ class FrozenTest(LifeCase):
         child.send_signal(signal.SIGSTOP)
         self.assertEqual("hi", self.create(serve_bin_path=serve).chat("hi"))
         self.assertEqual(1, len(self.fake_events("start")))
-
-
-class FrozenRunnerDeadServeTest(LifeCase):
-    IDLE = 1.0
-    WEIGHT = 6
-
-    def test_a_dead_serve_of_a_frozen_runner_is_replaced_and_the_runner_gives_way(self) -> None:
-        serve = self.fake()
-        client = self.create(serve_bin_path=serve)
-        old_pid, old_runner = client.pid, client.runner_pid
-        os.kill(old_runner, signal.SIGSTOP)
-        end_process(old_pid)
-        with mock.patch.object(q, "CLOSING_WAIT", 0.7):
-            began = time.monotonic()
-            self.assertEqual("hi", client.chat("hi"))
-            self.assert_soon(began, 8)
-        self.assertNotEqual(old_runner, client.runner_pid)
-        os.kill(old_runner, signal.SIGCONT)
-        self.assert_gone(old_runner)
-        self.assertEqual(client.pid, self.record(client.fleet_key).serve_pid, "it has left the new record alone")
-        self.assertEqual("hi", client.chat("hi"))
-        self.assertEqual(2, len(self.fake_events("start")))
 
 
 class DamageTest(LifeCase):
