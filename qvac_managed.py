@@ -6249,7 +6249,8 @@ class _Resolver:
             release_lock(self.key)
             self._withdraw_marker()
             if self._starts:
-                self._stop_if_unused()
+                with _Call():  # the one that has been ended cuts every connection
+                    self._stop_if_unused()
             raise
 
     def _resolve(self) -> _Target:
@@ -7131,7 +7132,7 @@ def _end_runner(record: ServeRecord, patience: float) -> None:
         return
     for end in (None, terminate_process, kill_process, kill_process):
         if end is not None:
-            if not is_our_runner(record):
+            if not is_our_runner(_read_any_record(record.fleet_key) or record):  # each start has a folder of its own
                 raise RegistryError("Process %d is not proved to be the runner of %s: not stopped." % (
                     pid, record.fleet_key))  # fmt: skip
             try:
