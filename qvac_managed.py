@@ -3870,26 +3870,30 @@ class Front:
 
     def _listen(self, host: str, port: int) -> int:
         rows = socket.getaddrinfo(lookup_name(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        failure = None
+        failure: Optional[OSError] = None
         for family, address in dict.fromkeys((row[0], row[4]) for row in rows):
+            sock = None
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
-                self.listeners.append(sock)
                 sock.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))  # as Node.js
-                sock.bind((lookup_name(address[0]), port, *address[2:]))
+                sock.bind((lookup_name(str(address[0])), port, *address[2:]))
+                sock.listen(511)
             except OSError as error:
+                if sock is not None:
+                    sock.close()
+                failure = error
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                failure = error  # localhost is ::1, too, where there is no IPv6
-                continue
+                continue  # localhost is ::1, too, where there is no IPv6
             port = sock.getsockname()[1]
-            sock.listen(511)
             sock.setblocking(False)
-            self.selector.register(sock, selectors.EVENT_READ, None)
-        if failure is not None and len(self.selector.get_map()) == 1:
+            self.listeners.append(sock)
+        if failure is not None and not self.listeners:
             raise failure
+        for sock in self.listeners:
+            self.selector.register(sock, selectors.EVENT_READ, None)
         return port
 
     def start(self) -> None:
@@ -3909,7 +3913,7 @@ class Front:
             with self.lock:
                 now = time.monotonic()
                 if pause is not None and now - before - pause > STOPPED_FOR:  # nobody could send anything
-                    self.deadlines = {link: deadline + now - before - pause for link, deadline in self.deadlines.items()}
+                    self.deadlines = {link: deadline + now - before for link, deadline in self.deadlines.items()}
                 for key, events in ready:
                     if key.data is None:
                         self.accept(key.fileobj)
