@@ -3674,18 +3674,23 @@ def is_our_serve(record: ServeRecord) -> bool:
 FRONT_LIMIT = 256 * 1024  # bytes that wait for either side of a connection
 HEAD_LIMIT = 64 * 1024  # bytes of a request line and its fields
 HEAD_TIMEOUT = 10.0  # seconds a request's head may take, and a new connection until its first one
+LAST_TIMEOUT = 2.0  # seconds for a client to close after us: what it still sends is read, or it may lose the answer
 STRANGERS_MOST = 64  # connections that have not shown the key, once they are older than
 STRANGER_GRACE = 0.5  # seconds: those of a crowd have had no time to
 STRANGERS_LIMIT = 512  # and all of them together
 FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status request
 ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
 RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
-LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET and HEAD neither wake nor keep awake
+STOPPED_FOR = 5.0  # seconds: a wait that ends so late was one of a stopped process
+LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET, HEAD and OPTIONS neither wake nor keep awake
+_TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")  # RFC 9110, 5.6.2
 _UNAUTHORIZED = {"message": "Invalid or missing API key.", "type": "invalid_request_error", "code": "invalid_api_key"}
+_REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
+            431: "Request Header Fields Too Large", 503: "Service Unavailable"}  # fmt: skip
 
 
 class _Refusal(ValueError):
-    """A request that cannot be framed or is too large: `status`."""
+    """A message that cannot be framed or is too large: `status`."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -3698,7 +3703,7 @@ class _Body:
     def __init__(self, kind: str, length: int = 0) -> None:
         self.kind, self.left, self.line = kind, length, bytearray()  # kind: length, chunks, or close
         self.is_over = kind == "length" and length == 0
-        self.is_in_trailer = False
+        self.expected = "size"  # of chunks: what the next line is; or the "gap" behind a chunk, or a "trailer"
 
     def take(self, data: bytes) -> int:
         """How many of the bytes belong to it."""
@@ -3710,109 +3715,113 @@ class _Body:
                 step = min(self.left, size - at)
                 at, self.left = at + step, self.left - step
                 self.is_over = self.kind == "length" and not self.left
-            else:
-                end = data.find(b"\n", at) + 1 or size
-                self.line += data[at:end]
-                at = end
-                if len(self.line) > HEAD_LIMIT:
-                    raise _Refusal(400, "a chunk's line is too long")
-                if self.line.endswith(b"\n"):
-                    self._end_line(bytes(self.line))
-                    self.line.clear()
+                continue
+            end = data.find(b"\n", at) + 1 or size
+            self.line += data[at:end]
+            at = end
+            if len(self.line) > HEAD_LIMIT:
+                raise _Refusal(400, "a chunk's line is too long")
+            if self.line.endswith(b"\n"):
+                self._end_line(bytes(self.line))
+                self.line.clear()
         return at
 
     def _end_line(self, line: bytes) -> None:
-        if self.is_in_trailer:
+        if self.expected == "trailer":
             self.is_over = line == b"\r\n"
-            return
-        digits = line.partition(b";")[0].strip(b" \t\r\n")
-        if not line.endswith(b"\r\n") or not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
-            raise _Refusal(400, "a chunk has no size")
-        size = int(digits, 16)
-        self.left = size + 2 if size else 0  # with the line end behind it
-        self.is_in_trailer = size == 0
+        elif self.expected == "gap" and line == b"\r\n":
+            self.expected = "size"
+        else:
+            digits = line.partition(b";")[0].rstrip(b" \t\r\n")
+            is_size = line.endswith(b"\r\n") and 0 < len(digits) < 16 and not digits.strip(b"0123456789abcdefABCDEF")
+            if self.expected == "gap" or not is_size:
+                raise _Refusal(400, "a chunk is none")
+            self.left = int(digits, 16)
+            self.expected = "gap" if self.left else "trailer"
 
 
 def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
     """The three words of the first line, and the values by lower-case name. _Refusal for what two readers may read in
     two ways."""
-    lines = head.decode("latin-1").split("\r\n")
-    words, fields = lines[0].split(" ", 2), {}  # type: List[str], Dict[str, List[str]]
-    if len(words) < 2 or any(c in line for line in lines for c in "\r\n\0"):
+    text, fields = head.decode("latin-1"), {}  # type: str, Dict[str, List[str]]
+    first, *lines = text.split("\r\n")
+    words = first.split(" ", 2)
+    if len(words) < 2 or any(c in text.replace("\r\n", "") for c in "\r\n\0"):
         raise _Refusal(400, "no HTTP")
-    for line in lines[1:]:
+    for line in lines:
         name, colon, value = line.partition(":")
-        if not colon or not name or name != name.strip() or any(c in name for c in ' \t"(),/;<=>?@[]{}'):
+        if not colon or not name or not _TOKEN.issuperset(name.lower()):
             raise _Refusal(400, "a header field is none")
-        fields.setdefault(name.lower(), []).append(value.strip())
+        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     return words + [""] * (3 - len(words)), fields
 
 
 def body_of(fields: Mapping[str, List[str]], otherwise: str) -> _Body:
     codings, lengths = fields.get("transfer-encoding", []), set(fields.get("content-length", []))
-    if codings and (lengths or [coding.lower() for coding in codings] != ["chunked"]):
-        raise _Refusal(400, "the length of the message cannot be told")
-    if codings:
+    if codings and not lengths and [coding.lower() for coding in codings] == ["chunked"]:
         return _Body("chunks")
-    if not lengths:
-        return _Body(otherwise)
-    length = lengths.pop()
-    if lengths or not (length.isascii() and length.isdigit() and len(length) < 16):
+    length = "".join(lengths) if len(lengths) == 1 else ""
+    if codings or (lengths and not (length.isascii() and length.isdigit() and len(length) < 16)):
         raise _Refusal(400, "the length of the message cannot be told")
-    return _Body("length", int(length))
+    return _Body("length", int(length)) if lengths else _Body(otherwise)
 
 
 class _End:
-    """One side of a connection: its socket and what waits to be sent there."""
+    """One side of a connection: its socket (None: of a question of our own) and what waits to be sent there."""
 
     def __init__(self, sock: Any) -> None:
         self.sock, self.out, self.events = sock, bytearray(), 0
         self.has_ended = self.is_shut = self.is_connecting = False
-        if sock is not None:  # our own question has no client
+        if sock is not None:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self) -> None:
+        try:
+            while self.out and self.sock is not None:
+                del self.out[: self.sock.send(self.out)]
+        except (BlockingIOError, InterruptedError):
+            pass
 
 
 class _Link:
     """A client's connection, and the one to the serve that carries its present request.
 
     `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), following (a
-    status request that waits), closing (what is sent is read to its end, or the answer would be lost).
+    status request), closing (what is sent is read to its end), dropped.
     """
 
     def __init__(self, front: Front, sock: Any) -> None:
         self.front, self.client = front, _End(sock)
         self.serve: Optional[_End] = None
-        self.state, self.inbox, self.head = "head", bytearray(), b""
+        self.state, self.inbox, self.head = "head", b"", b""
         self.knows_key = self.is_look = self.closes = False
-        self.method, self.origin, self.body = "", "", _Body("length")
-        self.answer_head, self.reply = bytearray(), None  # type: bytearray, Optional[_Body]
+        self.method, self.cors, self.proof, self.body = "", "", "", _Body("length")
+        self.answer_head, self.reply = b"", None  # type: bytes, Optional[_Body]
 
     @property
     def is_use(self) -> bool:
-        return self.state in ("held", "busy") and not self.is_look
+        """From the end of a head with the right key to the last byte of the answer; looks are none."""
+        return self.knows_key and not self.is_look and (self.state in ("held", "busy") or bool(self.client.out))
 
-    # -- what the client sends
-
-    def take(self, data: bytes) -> None:
-        """Pass on what may be passed on; the rest waits in `inbox`."""
+    def take(self, data: bytes = b"") -> None:
+        """What the client sends: pass on what may be passed on; the rest waits in `inbox`."""
         self.inbox += data
-        while self.inbox and self.state == "head":
-            del self.inbox[: len(self.inbox) - len(self.inbox.lstrip(b"\r\n"))]  # empty lines before a request
+        while self.inbox and self.state == "head" and len(self.client.out) < FRONT_LIMIT:
+            self.inbox = self.inbox.lstrip(b"\r\n")  # empty lines before a request
             end = self.inbox.find(b"\r\n\r\n")
-            if end > HEAD_LIMIT or (end < 0 and len(self.inbox) > HEAD_LIMIT):
+            if max(end, len(self.inbox) if end < 0 else 0) > HEAD_LIMIT:
                 raise _Refusal(431, "Request header fields are too large.")
             if end < 0:
-                break
-            head = bytes(self.inbox[:end])
-            del self.inbox[: end + 4]
+                return
+            head, self.inbox = self.inbox[:end], self.inbox[end + 4 :]
             self.take_head(head)
-        if self.state == "busy" and self.serve is not None and not self.body.is_over and self.inbox:
-            count = self.body.take(bytes(self.inbox))
+        if self.state == "busy" and self.serve is not None and not self.body.is_over:
+            count = self.body.take(self.inbox)
             self.serve.out += self.inbox[:count]
-            del self.inbox[:count]
+            self.inbox = self.inbox[count:]
         elif self.state == "closing":
-            self.inbox.clear()
+            self.inbox = b""
 
     def take_head(self, head: bytes) -> None:
         (self.method, target, version), fields = parse_head(head)
@@ -3820,14 +3829,16 @@ class _Link:
             raise _Refusal(400, "no HTTP/1.1")
         self.body = body_of(fields, "length")
         path, _, query = target.partition("?")
-        given = fields.get("origin", [""])[0]
-        self.origin = given if given in self.front.origins else ""
         self.is_look = path == STATUS_PATH or (
             self.method in ("GET", "HEAD", "OPTIONS") and (path in LOOKS or path.startswith("/v1/models/")))
-        self.closes = version == "HTTP/1.0" or "close" in fields.get("connection", [""])[0].lower()
+        self.closes = version == "HTTP/1.0" or "close" in ",".join(fields.get("connection", [])).lower()
+        origins, origin = self.front.origins, fields.get("origin", [""])[0]
+        is_allowed = origin_of(origin) in origins
+        self.cors = "Vary: Origin\r\n" if origins else ""
+        self.cors += "Access-Control-Allow-Origin: %s\r\n" % origin if is_allowed else ""
         if path == STATUS_PATH:
             self.front.answer_status(self, query)
-        elif self.method == "OPTIONS" and self.origin and "access-control-request-method" in fields:
+        elif self.method == "OPTIONS" and origins and (is_allowed or not origin):
             self.answer(204, None, "Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS\r\n"
                                    "Access-Control-Allow-Headers: Content-Type, Authorization\r\n")  # fmt: skip
         elif not self.front.is_key(fields.get("authorization", [])):
@@ -3838,54 +3849,47 @@ class _Link:
             self.head = b"\r\n".join(lines)
             self.front.admit(self, path)
 
-    # -- what the serve sends
-
     def take_answer(self, data: bytes) -> None:
+        """What the serve sends, to the end of its answer and no further."""
         while data:
             if self.reply is None:
-                self.answer_head += data
-                end = self.answer_head.find(b"\r\n\r\n")
-                if end < 0:
-                    if len(self.answer_head) > 4 * HEAD_LIMIT:
+                data, self.answer_head = self.answer_head + data, b""
+                end = data.find(b"\r\n\r\n") + 4
+                if end < 4:
+                    if len(data) > 4 * HEAD_LIMIT:
                         raise _Refusal(502, "the serve's answer has no end of its head")
+                    self.answer_head = data
                     return
-                head, data = bytes(self.answer_head[: end + 4]), bytes(self.answer_head[end + 4 :])
-                self.answer_head.clear()
-                self.client.out += head
-                self.reply = self.frame_answer(head[:-4])
-            if self.reply is not None and not self.reply.is_over:
+                self.client.out += data[:end]
+                self.reply, data = self.frame_answer(data[: end - 4]), data[end:]
+            if self.reply is not None:
                 count = self.reply.take(data)
-                self.client.out += data if count == len(data) else data[:count]
+                self.client.out += data[:count]
                 data = data[count:]
-            is_endless = self is self.front.question and len(self.client.out) >= FRONT_LIMIT  # no list of models
-            if self.reply is not None and (self.reply.is_over or is_endless):
-                return self.front.end_answer(self)
+                is_endless = self is self.front.question and len(self.client.out) >= FRONT_LIMIT  # no list of models
+                if self.reply.is_over or is_endless:
+                    return self.front.end_answer(self)
 
     def frame_answer(self, head: bytes) -> Optional[_Body]:
         (_, status, _), fields = parse_head(head)
         if status.startswith("1") and status != "101":
             return None  # another head comes
-        self.closes = self.closes or "close" in fields.get("connection", [""])[0].lower()
-        if status == "101":  # another protocol: until it closes
+        self.closes = self.closes or "close" in ",".join(fields.get("connection", [])).lower()
+        if status == "101":  # another protocol, both ways, until it closes
             self.body = _Body("close")
+            self.take()
             return _Body("close")
-        if self.method == "HEAD" or status in ("204", "304"):
-            return _Body("length")
-        return body_of(fields, "close")
-
-    # -- what the front says itself
+        return _Body("length") if self.method == "HEAD" or status in ("204", "304") else body_of(fields, "close")
 
     def answer(self, status: int, value: Any, fields: str = "") -> None:
-        """The connection stays open for another request if this one has been read whole."""
-        data = json.dumps(value).encode() if value is not None else b""
+        """What the front says itself. The connection stays open for another request if this one has been read whole."""
+        data = b"" if value is None else json.dumps(value).encode()
         self.closes = self.closes or not self.body.is_over or status == 503
-        if self.origin:
-            fields += "Access-Control-Allow-Origin: %s\r\nVary: Origin\r\n" % self.origin
-        if value is not None:
-            fields += "Content-Type: application/json; charset=utf-8\r\n"
-        self.client.out += ("HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: %s\r\n%s\r\n" % (
-            status, "OK" if status < 300 else "Error", len(data), "close" if self.closes else "keep-alive", fields,
-        )).encode() + (b"" if self.method == "HEAD" else data)  # fmt: skip
+        fields += "" if value is None else "Content-Type: application/json; charset=utf-8\r\n"
+        fields += "" if status == 204 else "Content-Length: %d\r\n" % len(data)
+        self.client.out += ("HTTP/1.1 %d %s\r\nConnection: %s\r\n%s%s\r\n" % (
+            status, _REASONS[status], "close" if self.closes else "keep-alive", self.cors, fields,
+        )).encode("latin-1") + (b"" if self.method == "HEAD" else data)  # fmt: skip
         self.state = "closing" if self.closes else "head"
 
 
@@ -3893,20 +3897,22 @@ class Front:
     """Accepts, passes on, holds, and answers for a serve that is not there: one thread, no file, no wait.
 
     `state` is ready, asleep, loading, waking, restarting or stopping. One lock is held while the thread works on what
-    is ready and by the runner's calls, each of which has taken effect when it returns.
+    is ready and by the runner's calls: each has taken effect when it returns, and the thread does at once what follows
+    from it.
     """
 
     def __init__(
         self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()
     ) -> None:
-        self.api_key, self.wake, self.origins = api_key, wake, list(origins)
-        self.log_once, self.logged_at = log, 0.0
+        self.api_key, self.wake, self.origins = api_key, wake, {origin_of(origin) for origin in origins}
+        self.tell_log, self.logged_at = log, 0.0
         self.state, self.port, self.serve_key, self.serve_pid = "loading", 0, "", 0
         self.said: Dict[str, Any] = {}  # by the runner, for the status
         self.listing: List[Dict[str, Any]] = []  # of the models, as the serve has listed them last
         self.asked: List[Dict[str, str]] = []  # what clients with the key ask of the runner
-        self.error: Optional[Mapping[str, Any]] = None
-        self.lock = threading.Lock()
+        self.error: Optional[Mapping[str, Any]] = None  # why it stops
+        self.refusal: Any = None  # status and error for all who wait at this moment
+        self.lock, self.turned, self.is_at_work = threading.Lock(), threading.Event(), False
         self.selector, self.listeners = selectors.DefaultSelector(), []  # type: Any, List[Any]
         self.links: Set[_Link] = set()
         self.strangers: Dict[_Link, float] = {}  # that have not shown the key, with the time they came
@@ -3914,10 +3920,9 @@ class Front:
         self.followers: List[_Link] = []
         self.askers: List[_Link] = []  # status requests that wait for the list of models
         self.question: Optional[_Link] = None  # our own request for it
-        self.verdict = ""  # what the last question has found: HEALTHY, BUSY or WRONG; "" while it is under way
-        self.detail = ""  # in words
+        self.verdict = self.detail = ""  # what the last one has found: HEALTHY, BUSY or WRONG ("": under way); in words
         self.used_at = time.monotonic()
-        self.follow_at = self.accept_at = self.reconnect_at = self.answer_by = 0.0
+        self.follow_at = self.accept_at = self.resume_at = self.answer_by = 0.0
         self.poker, poked = socket.socketpair()
         for sock in (self.poker, poked):
             sock.setblocking(False)
@@ -3925,30 +3930,45 @@ class Front:
 
     def listen(self, host: str, port: int) -> int:
         """At every address of the host, port 0 for any; PortAllocationFailedError if that cannot be."""
-        bare = host.strip("[]")
-        try:
-            rows = socket.getaddrinfo(lookup_name(bare), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for family, address in dict.fromkeys((row[0], row[4]) for row in rows):
+        for _ in range(1 if port else 10):  # a port that is free at one address may be taken at another
+            try:
+                return self._listen(host.strip("[]"), port)
+            except (OSError, UnicodeError) as error:
+                failure: Exception = error
+                while self.listeners:
+                    self.listeners.pop().close()
+        code = getattr(failure, "errno", None)
+        if port and code in (errno.EADDRINUSE, errno.EACCES):
+            why = "is taken by another program" if code == errno.EADDRINUSE else "needs privileges"
+            raise PortAllocationFailedError(
+                "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why))
+        why = getattr(failure, "strerror", None) or failure
+        raise PortAllocationFailedError("No port could be had on %s: %s." % (host, why))
+
+    def _listen(self, host: str, port: int) -> int:
+        rows = socket.getaddrinfo(lookup_name(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        failure: Optional[OSError] = None
+        for family, address in dict.fromkeys((row[0], row[4]) for row in rows):
+            sock = None
+            try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
-                self.listeners.append(sock)
                 sock.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
                 if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bare != "::"))  # as Node.js
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))  # as Node.js
                 sock.bind((lookup_name(str(address[0])), port, *address[2:]))
                 sock.listen(511)
-                sock.setblocking(False)
-                port = sock.getsockname()[1]
-        except (OSError, UnicodeError) as error:
-            for sock in self.listeners:
-                sock.close()
-            self.listeners.clear()
-            code = getattr(error, "errno", None)
-            if port and code in (errno.EADDRINUSE, errno.EACCES):
-                why = "is taken by another program" if code == errno.EADDRINUSE else "needs privileges"
-                text = "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why)
-            else:
-                text = "No port could be had on %s: %s." % (host, getattr(error, "strerror", None) or error)
-            raise PortAllocationFailedError(text) from None
+            except OSError as error:
+                if sock is not None:
+                    sock.close()
+                failure = error
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                continue  # localhost is ::1, too, where there is no IPv6
+            port = sock.getsockname()[1]
+            sock.setblocking(False)
+            self.listeners.append(sock)
+        if failure is not None and not self.listeners:
+            raise failure
         for sock in self.listeners:
             self.selector.register(sock, selectors.EVENT_READ, None)
         return port
@@ -3956,77 +3976,85 @@ class Front:
     def start(self) -> None:
         start_without_signals(threading.Thread(target=self.work, name="front", daemon=True).start)
 
+    # -- the thread
+
     def work(self) -> None:
+        self.is_at_work = True
         while True:
-            ready = self.selector.select(self.pause())
+            pause, before = self.pause(), time.monotonic()
+            try:
+                ready = self.selector.select(pause)
+            except OSError as error:
+                self.log("cannot wait for connections: %s" % error)
+                ready = []
             with self.lock:
+                now = time.monotonic()
+                if pause is not None and now - before - pause > STOPPED_FOR:  # nobody could send anything
+                    self.deadlines = {link: deadline + now - before for link, deadline in self.deadlines.items()}
                 for key, events in ready:
-                    self.act(key, events)
+                    if key.data is None:
+                        self.accept(key.fileobj)
+                    elif not isinstance(key.data, tuple):
+                        key.data.recv(4096)
+                    elif key.data[1].events:  # not closed by what came before it in this turn
+                        self.handle(key.data[0], self.move, *key.data, events)
                 self.look_at_clock(time.monotonic())
+                self.turned.set()
 
-    def act(self, key: Any, events: int) -> None:
-        if key.data is None:
-            self.accept(key.fileobj)
-        elif not isinstance(key.data, tuple):
-            self.drain(key.data)
-        elif key.data[1].events:  # not closed by what came before it in this turn
-            link, end = key.data
-            self.guarded(link, self.move, link, end, events)
-
-    def drain(self, sock: Any) -> None:
-        try:
-            sock.recv(4096)
-        except OSError:
-            pass
-
-    def guarded(self, link: _Link, action: Callable[..., None], *args: Any) -> None:
-        """Do it, then send what waits. Whatever one connection does, it costs only itself."""
+    def handle(self, link: _Link, action: Callable[..., None], *args: Any) -> None:
+        """Whatever one connection does, it costs only itself."""
         try:
             action(*args)
             self.settle(link)
         except _Refusal as error:
-            if link.reply is not None or link.state not in ("head", "busy") or (link.serve and link.state == "busy"):
+            if link.state != "head":
                 return self.drop(link)
-            link.closes = True
-            link.answer(error.status, {"error": {"message": str(error), "type": "invalid_request_error", "code": None}})
-            self.settle(link)
+            link.closes, link.inbox = True, b""
+            message = {"message": str(error), "type": "invalid_request_error", "code": None}
+            self.handle(link, link.answer, error.status, {"error": message})
         except OSError:
             self.drop(link)
         except Exception as error:  # a defect of ours: not a reason to end everybody's streams
             self.log("a connection was given up: %r" % error)
             self.drop(link)
 
-    # -- time
-
     def pause(self) -> Optional[float]:
         """Seconds until something is due; None: nothing is."""
-        due = [time for time in (self.accept_at, self.reconnect_at, self.answer_by) if time]
+        due = [at for at in (self.accept_at, self.resume_at, self.answer_by) if at]
         due += [self.follow_at] if self.followers else []
         due += [min(self.deadlines.values())] if self.deadlines else []
+        due += [next(iter(self.strangers.values())) + STRANGER_GRACE] if len(self.strangers) > STRANGERS_MOST else []
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def look_at_clock(self, now: float) -> None:
         for link in [link for link, deadline in self.deadlines.items() if now >= deadline]:
             self.drop(link)
+        while len(self.strangers) > STRANGERS_MOST:
+            oldest, came = next(iter(self.strangers.items()))
+            if now - came < STRANGER_GRACE and len(self.strangers) <= STRANGERS_LIMIT:
+                break
+            self.drop(oldest)
         if self.accept_at and now >= self.accept_at:
             self.accept_at = 0.0
             for sock in self.listeners:
                 self.selector.register(sock, selectors.EVENT_READ, None)
-        if self.reconnect_at and now >= self.reconnect_at:
-            self.reconnect_at = 0.0
-            self.let_go()
+        if self.resume_at and now >= self.resume_at:
+            self.resume_at = 0.0
+            for link in [link for link in self.links if link.state == "held" and link.serve is None]:
+                self.handle(link, self.resume, link)
+            self.refusal = None
         if self.answer_by and now >= self.answer_by and self.question is not None:
             self.drop(self.question)
         if self.followers and now >= self.follow_at:
             self.follow_at = now + FOLLOW_PAUSE
             for link in list(self.followers):
-                self.guarded(link, self.tell, link)
+                self.handle(link, self.tell, link)
 
     def log(self, text: str) -> None:
         """For the runner's thread to write, once a second at most."""
         if time.monotonic() - self.logged_at >= 1.0:
             self.logged_at = time.monotonic()
-            self.log_once(text)
+            self.tell_log(text)
             self.wake()
 
     # -- connections
@@ -4037,98 +4065,90 @@ class Front:
                 sock = listener.accept()[0]
             except (BlockingIOError, ConnectionError):
                 return
-            except OSError as error:
-                if self.links and not self.accept_at:  # out of descriptors: some come back
-                    self.log("no connection can be accepted: %s" % error)
+            except OSError as error:  # out of descriptors: some come back
+                self.log("no connection can be accepted: %s" % error)
                 self.accept_at = time.monotonic() + ACCEPT_PAUSE
                 for one in self.listeners:
                     self.selector.unregister(one)
                 return
-            now, link = time.monotonic(), _Link(self, sock)
+            try:
+                link = _Link(self, sock)
+            except OSError:  # it has gone already
+                sock.close()
+                continue
             self.links.add(link)
-            self.strangers[link], self.deadlines[link] = now, now + HEAD_TIMEOUT
-            self.guarded(link, self.move, link, link.client, selectors.EVENT_READ)
-            while len(self.strangers) > STRANGERS_MOST:
-                oldest, came = next(iter(self.strangers.items()))
-                if now - came < STRANGER_GRACE and len(self.strangers) < STRANGERS_LIMIT:
-                    break
-                self.drop(oldest)
+            self.strangers[link] = time.monotonic()
+            self.deadlines[link] = self.strangers[link] + HEAD_TIMEOUT
+            self.handle(link, self.move, link, link.client, selectors.EVENT_READ)
 
     def move(self, link: _Link, end: _End, events: int) -> None:
-        """What is ready at one end: to be sent, and to be read."""
-        if events & selectors.EVENT_WRITE and end.is_connecting:
-            if end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                return self.try_again(link)
-            self.begin(link)
+        """What is ready at one end is read; settle() sends."""
+        if end.is_connecting:
+            return self.try_again(link) if end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) else self.begin(link)
         if events & selectors.EVENT_READ:
             try:
                 data = end.sock.recv(65536)
             except (BlockingIOError, InterruptedError):
-                data = None
-            if data == b"":
-                end.has_ended = True
-                if end is link.serve:
-                    return self.end_serve(link)
-            elif data and end is link.client:
+                return
+            end.has_ended = not data
+            if end is link.client:
                 link.take(data)
             elif data:
                 link.take_answer(data)
+            else:
+                self.end_serve(link)
 
     def settle(self, link: _Link) -> None:
         """Send what waits, then see what is over and what to wait for."""
-        if link not in self.links and link is not self.question:
-            return
-        for end in (link.client, link.serve):
-            if end is not None and end.sock is not None and end.out and not end.is_connecting:
-                self.send(end)
-        client, serve = link.client, link.serve
-        if serve is not None and client.has_ended and link.body.is_over and not (serve.out or serve.is_shut):
-            serve.is_shut = True  # a half-closed connection stays half-closed
-            if not serve.is_connecting:
+        client, size = link.client, -1
+        if link.is_use:
+            self.used_at = time.monotonic()
+        client.send()
+        while link.state == "head" and len(link.inbox) != size and len(client.out) < FRONT_LIMIT:
+            size = len(link.inbox)  # the next of several requests
+            link.take()
+            client.send()
+        serve, is_passed_on = link.serve, link.body.is_over or link.body.kind == "close"
+        if serve is not None and not serve.is_connecting:
+            serve.send()
+            if client.has_ended and is_passed_on and not serve.out and not serve.is_shut:
+                serve.is_shut = True  # a half-closed connection stays half-closed
                 serve.sock.shutdown(socket.SHUT_WR)
         if link.state == "closing" and not client.out and not client.is_shut:
             client.is_shut = True
             client.sock.shutdown(socket.SHUT_WR)
-            self.deadlines[link] = time.monotonic() + 2.0
-        is_cut_short = link.state == "busy" and not link.body.is_over
-        if client.has_ended and (is_cut_short or link.state in ("head", "closing", "following")):
+            self.deadlines[link] = time.monotonic() + LAST_TIMEOUT
+        has_gone = not is_passed_on if link.state == "busy" else link.state != "held" and not client.out
+        if link.state == "dropped" or (client.has_ended and has_gone):
             return self.drop(link)
-        if link.state == "head" and link.inbox and link.knows_key:
+        if link.state == "head" and link.inbox:
             self.deadlines.setdefault(link, time.monotonic() + HEAD_TIMEOUT)
-        for end in (client, link.serve):
+        for end in (client, serve):
             if end is not None and end.sock is not None:
                 self.watch(link, end)
-
-    def send(self, end: _End) -> None:
-        try:
-            while end.out:
-                del end.out[: end.sock.send(end.out)]
-        except (BlockingIOError, InterruptedError):
-            pass
 
     def watch(self, link: _Link, end: _End) -> None:
         if end is link.client:
             room = len(link.inbox) < FRONT_LIMIT and (link.serve is None or len(link.serve.out) < FRONT_LIMIT)
+            room = room and (link.state != "head" or len(end.out) < FRONT_LIMIT)
         else:
             room = not end.is_connecting and len(link.client.out) < FRONT_LIMIT
         events = (selectors.EVENT_READ if room and not end.has_ended else 0) | (
             selectors.EVENT_WRITE if end.is_connecting or end.out else 0)  # fmt: skip
-        if events != end.events:
-            if not end.events:
-                self.selector.register(end.sock, events, (link, end))
-            elif events:
-                self.selector.modify(end.sock, events, (link, end))
-            else:
-                self.selector.unregister(end.sock)
-            end.events = events
+        if events and end.events and events != end.events:
+            self.selector.modify(end.sock, events, (link, end))
+        elif events and not end.events:
+            self.selector.register(end.sock, events, (link, end))
+        elif end.events and not events:
+            self.selector.unregister(end.sock)
+        end.events = events
 
     def close(self, end: Optional[_End]) -> None:
-        if end is not None:
+        if end is not None and end.sock is not None:
             if end.events:
                 self.selector.unregister(end.sock)
                 end.events = 0
-            if end.sock is not None:
-                end.sock.close()
+            end.sock.close()
 
     def drop(self, link: _Link) -> None:
         """Close both its ends at once, so that the serve stops what it does for a client that has gone."""
@@ -4137,6 +4157,7 @@ class Front:
         self.close(link.client)
         self.close(link.serve)
         link.state, link.serve = "dropped", None
+        link.client.out.clear()
         self.links.discard(link)
         self.strangers.pop(link, None)
         self.deadlines.pop(link, None)
@@ -4159,35 +4180,38 @@ class Front:
 
     def admit(self, link: _Link, path: str) -> None:
         """A request with the key: pass it on, hold it, or answer for a serve that is not there."""
-        if self.state == "stopping":
-            self.say_it_ends(link)
-        elif self.state != "ready" and link.is_look:
-            self.answer_look(link, path)
-        else:
-            link.state = "held"
-            if self.state == "ready":
-                self.connect(link)
-            elif self.state == "asleep":
-                self.wake()
+        if link.is_look and self.state not in ("ready", "stopping"):
+            return self.answer_look(link, path)
+        link.state = "held"
+        self.resume(link)
+        if self.state == "asleep":
+            self.wake()
 
-    def say_it_ends(self, link: _Link) -> None:
-        """Nothing has been passed on: a client of ours resolves again and sends it to the next serve."""
-        why = str(self.error["args"][0]) if self.error and self.error.get("args") else "The serve is stopping."
-        link.closes = True
-        link.answer(503, {"error": {"message": why, "type": "server_error", "code": "serve_stopping"}},
-                    "Qvac-Managed: stopping\r\n")  # fmt: skip
+    def resume(self, link: _Link) -> None:
+        """A request that is held, as things are now."""
+        if self.state == "stopping":
+            # Nothing has been passed on: a client of ours resolves again and sends it to the next serve.
+            why = str(self.error["args"][0]) if self.error and self.error.get("args") else "The serve is stopping."
+            link.answer(503, {"error": {"message": why, "type": "server_error", "code": "serve_stopping"}},
+                        "Qvac-Managed: stopping\r\n")  # fmt: skip
+        elif self.refusal is not None:
+            link.answer(*self.refusal)
+        elif self.state == "ready":
+            self.connect(link)
 
     def answer_look(self, link: _Link, path: str) -> None:
         name = path[len("/v1/models/") :] if path.startswith("/v1/models/") else ""
         name = urllib.parse.unquote(name) if "%" in name else name  # an import that few need
         found = [model for model in self.models() if not name or model["id"] == name]
-        if path == "/v1/models":
+        if link.method == "OPTIONS":
+            link.answer(204, None)
+        elif path == "/v1/models":
             link.answer(200, {"object": "list", "data": found})
         elif name and found:
             link.answer(200, found[0])
         else:
+            what = 'Model "%s" not found.' % name if name else "Unknown endpoint: %s %s" % (link.method, path)
             code = "model_not_found" if name else "not_found"
-            what = "Model %r is not available." % name if name else "Unknown endpoint"
             link.answer(404, {"error": {"message": what, "type": "invalid_request_error", "code": code}})
 
     def models(self) -> List[Dict[str, Any]]:
@@ -4198,24 +4222,24 @@ class Front:
     def connect(self, link: _Link) -> None:
         """A connection of its own for each request: one that was kept could be closed by the serve in this very moment.
         """
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # nor does it leave a port in TIME_WAIT
-        link.serve = _End(sock)
+        try:
+            link.serve = _End(socket.socket())
+        except OSError as error:
+            self.log("no connection can be made: %s" % error)
+            return self.try_again(link)
+        link.serve.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # no port stays in TIME_WAIT
         link.serve.is_connecting = True
-        code = sock.connect_ex((b"127.0.0.1", self.port))
-        if code == 0:
-            self.begin(link)
-        elif code not in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
+        code = link.serve.sock.connect_ex((b"127.0.0.1", self.port))
+        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
             self.try_again(link)
 
     def try_again(self, link: _Link) -> None:
         """Nothing was sent: it waits until the serve is there again."""
-        link.state = "held"
         self.close(link.serve)
-        link.serve = None
+        link.state, link.serve = "held", None
         if link is self.question:
             return self.drop(link)
-        self.reconnect_at = time.monotonic() + RECONNECT_PAUSE
+        self.resume_at = self.resume_at or time.monotonic() + RECONNECT_PAUSE
 
     def begin(self, link: _Link) -> None:
         """The serve has taken the connection: from here on the request is never sent again. A process that is being
@@ -4225,32 +4249,22 @@ class Front:
             return self.try_again(link)
         link.serve.is_connecting = False
         link.serve.out += link.head + b"\r\nAuthorization: Bearer " + self.serve_key.encode() + b"\r\n\r\n"
-        link.state, link.reply = "busy", None
-        link.answer_head.clear()
-        link.take(b"")
+        link.state, link.reply, link.answer_head = "busy", None, b""
+        link.take()
 
     def end_answer(self, link: _Link) -> None:
-        """The last byte of an answer has come: idle time counts from here."""
-        if link.is_use:
-            self.used_at = time.monotonic()
         self.close(link.serve)
-        link.serve, link.reply = None, None
+        link.serve = link.reply = None
         if link is self.question:
             return self.end_question(bytes(link.client.out))
         link.state = "closing" if link.closes or not link.body.is_over else "head"
-        if link.inbox:
-            link.take(b"")
 
     def end_serve(self, link: _Link) -> None:
         """The serve has closed: the end of an answer without a length, or of itself. Nothing is sent twice."""
-        if link.reply is not None and link.reply.kind == "close":
-            link.closes = True
-            self.end_answer(link)
-        elif link is self.question:
+        if link is self.question and (link.reply is None or link.reply.kind != "close"):
             return self.drop(link)
-        else:
-            self.send(link.client)  # what there is
-            return self.drop(link)
+        link.closes = True
+        self.end_answer(link)
 
     # -- status
 
@@ -4263,18 +4277,15 @@ class Front:
         if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
             return link.answer(401, {"error": _UNAUTHORIZED})
         self.note_known(link)
-        link.state, link.head = "following", proof(self.api_key, "server", nonce, host, port).encode()
+        link.state, link.proof = "following", proof(self.api_key, "server", nonce, host, port)
         if {"do", "idle", "sleep", "start"} & set(asked):
             self.asked.append(asked)
             self.wake()
+        self.askers.append(link)
         if "wait" in asked:
             self.follow_at = self.follow_at if self.followers else time.monotonic() + FOLLOW_PAUSE
             self.followers.append(link)
-            link.closes, link.client.out = True, link.client.out + (
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nConnection: close\r\n\r\n")  # fmt: skip
-            if self.state not in ("ready", "asleep"):
-                return self.write_line(link)
-        self.askers.append(link)
+            link.client.out += b"HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nConnection: close\r\n\r\n"
         if self.state == "ready":
             self.ask_for_models()
         else:
@@ -4285,33 +4296,26 @@ class Front:
         if self.question is None:
             self.verdict = ""
             link = self.question = _Link(self, None)
-            link.body, link.method, link.is_look, link.state = _Body("length"), "GET", True, "held"
+            link.method, link.is_look, link.state = "GET", True, "held"
             link.head = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close"
             self.answer_by = time.monotonic() + HEALTH_TIMEOUT
-            self.guarded(link, self.connect, link)
+            self.handle(link, self.connect, link)
 
     def end_question(self, answer: bytes) -> None:
         """All who have asked are told: the list, or the last one and that the serve does not answer."""
-        question, self.question, self.answer_by = self.question, None, 0.0
-        if question is not None:
-            self.close(question.serve)
+        self.question, self.answer_by = None, 0.0
         self.verdict, self.detail, listing = read_listing(answer)
-        if self.verdict == HEALTHY:
-            self.listing = listing
+        self.listing = listing if self.verdict == HEALTHY else self.listing
         self.wake()
         self.tell_askers(self.state == "ready" and self.verdict != HEALTHY)
 
     def tell_askers(self, is_silent: bool) -> None:
         askers, self.askers = self.askers, []
         for link in askers:
-            self.guarded(link, self.end_status, link, is_silent)
-
-    def end_status(self, link: _Link, is_silent: bool) -> None:
-        if link in self.followers:
-            self.write_line(link, models_busy=is_silent)
-        else:
-            facts = {**self.facts(), "models_busy": is_silent, "proof": link.head.decode()}
-            link.answer(200, facts)
+            if link in self.followers:
+                self.handle(link, self.write_line, link, is_silent)
+            else:
+                self.handle(link, link.answer, 200, {**self.facts(), "models_busy": is_silent, "proof": link.proof})
 
     def facts(self) -> Dict[str, Any]:
         return {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
@@ -4321,16 +4325,15 @@ class Front:
     def tell(self, link: _Link) -> None:
         """The next line for one that follows; of a serve that has become ready, with the models as it lists them now.
         """
-        if link in self.askers:
-            return
-        if self.state == "ready":
+        if link not in self.askers and self.state == "ready":
             self.askers.append(link)
-            return self.ask_for_models()
-        self.write_line(link)
+            self.ask_for_models()
+        elif link not in self.askers and len(link.client.out) < FRONT_LIMIT:
+            self.write_line(link)
 
-    def write_line(self, link: _Link, **more: Any) -> None:
+    def write_line(self, link: _Link, is_silent: bool = False) -> None:
         error = dict(self.error) if self.error and self.state == "stopping" else {}
-        line = {**self.facts(), **error, **more, "proof": link.head.decode()}
+        line = {**self.facts(), **error, "models_busy": is_silent, "proof": link.proof}
         link.client.out += json.dumps(line).encode() + b"\n"
         if self.state in ("ready", "asleep", "stopping"):
             self.followers.remove(link)
@@ -4358,10 +4361,9 @@ class Front:
             self.said.update(facts)
 
     def skip(self, seconds: float) -> None:
-        """This process or the machine has been stopped for so long: that is no idle time, nor anybody's slowness."""
+        """This process or the machine has been stopped for so long: that is no idle time."""
         with self.lock:
             self.used_at += seconds
-            self.deadlines = {link: deadline + seconds for link, deadline in self.deadlines.items()}
 
     def probe(self, port: int, key: str, pid: int) -> None:
         """A serve listens there: ask it for its models. `verdict` tells what came of it; nothing else is passed on yet.
@@ -4374,20 +4376,19 @@ class Front:
     def pass_on(self) -> None:
         """The serve is there: what waits goes on. Idle time counts from now."""
         with self.lock:
-            self.state, self.used_at = "ready", time.monotonic()
-            self.let_go()
-            self.follow_at = 0.0
-        self.poke()
-
-    def let_go(self) -> None:
-        for link in list(self.links):
-            if link.state == "held" and link.serve is None and self.state == "ready":
-                self.guarded(link, self.connect, link)
+            self.used_at = time.monotonic()
+            self.enter("ready")
 
     def hold(self, state: str) -> None:
         """The serve is not there, or about to go: requests wait. Those under way are broken off by its end."""
         with self.lock:
-            self.state = state
+            self.enter(state)
+
+    def enter(self, state: str) -> None:
+        """Under the lock."""
+        self.state = state
+        self.resume_at = self.follow_at = time.monotonic()
+        self.poke()
 
     def sleep_if_unused(self, idle: float) -> bool:
         """In one step: no request is under way or waits, none has been for so long, and none is passed on any more."""
@@ -4398,34 +4399,48 @@ class Front:
 
     def _if_unused(self, state: str, idle: float) -> bool:
         with self.lock:
-            if any(link.state in ("held", "busy") for link in self.links) or self.idle_now() < idle:
-                return False
-            self.state = state
-            return True
+            is_unused = not any(link.state in ("held", "busy") for link in self.links) and self.idle_now() >= idle
+            if is_unused:
+                self.enter(state)
+            return is_unused
 
     def refuse(self, status: int, code: str, message: str) -> None:
         """All who wait now are told so; who comes later waits again."""
-        error = {"error": {"message": message, "type": "server_error", "code": code}}
         with self.lock:
-            for link in [link for link in self.links if link.state == "held"]:
-                self.guarded(link, link.answer, status, error)
-        self.poke()
+            self.refusal = status, {"error": {"message": message, "type": "server_error", "code": code}}
+            self.enter(self.state)
+        self.wait_a_turn()
 
     def stop(self, error: Optional[Mapping[str, Any]] = None) -> None:
         """Nothing is taken any more: who waits is told why, and who comes. The listeners close as this process exits,
         not before: as long as it lives, nobody else may have the port."""
         with self.lock:
-            self.state, self.error = "stopping", error
-            for link in [link for link in self.links if link.state == "held"]:
-                self.guarded(link, self.say_it_ends, link)
-            self.follow_at = 0.0
+            self.error = error
+            self.enter("stopping")
+        self.wait_a_turn()
+
+    def wait_a_turn(self) -> None:
+        """Until the thread has done what was said: this process may end next."""
+        with self.lock:
+            self.turned.clear()
         self.poke()
+        if self.is_at_work:
+            self.turned.wait(1.0)
 
     def poke(self) -> None:
         try:
             self.poker.send(b".")
         except OSError:
             pass
+
+
+def origin_of(text: str) -> str:
+    """An origin as browsers send it."""
+    text = text.strip().lower().rstrip("/")
+    for scheme, port in (("http://", ":80"), ("https://", ":443")):
+        if text.startswith(scheme) and text.endswith(port):
+            text = text[: -len(port)]
+    return text
 
 
 def read_listing(answer: bytes) -> Tuple[str, str, List[Dict[str, Any]]]:

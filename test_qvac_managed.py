@@ -6291,7 +6291,7 @@ class PinnedTest(SleepCase):
         q.stop_serve(client.fleet_key, forget_key=True)
 
 
-class FrontTest(SleepCase):
+class AddressTest(SleepCase):
     """What other programs send to the address, as bytes; the serve behind it is the echo serve."""
 
     def setUp(self) -> None:
@@ -9699,6 +9699,666 @@ class OpenerTest(Case):
                 self.assertEqual("hi", client.chat("hi"))
             with self.assertRaisesRegex(AssertionError, "TLS"):
                 q.create_qvac(base_url="https://127.0.0.1:9/v1").models()
+
+
+# ==================================================================================================
+# The front, against a small serve in this process
+# ==================================================================================================
+
+
+class Stub:
+    """A serve behind the front: `requests` has (method, path, body) of each; `answer(stub, sock, path, body)` is its work."""
+
+    LISTING = {"data": [{"id": "m", "state": "ready"}]}
+
+    def __init__(self, answer: Callable[..., None]) -> None:
+        self.answer, self.requests, self.heads, self.socks, self.ended = answer, [], [], [], []  # type: ignore[var-annotated]
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self.listener.accept()[0]
+                self.socks.append(sock)
+                threading.Thread(target=self.talk, args=(sock,), daemon=True).start()
+
+    def talk(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock, sock.makefile("rb") as file:
+            while True:
+                head = b"".join(iter(file.readline, b"\r\n")) if file.peek(1) else b""
+                if not head:
+                    return
+                method, path = head.decode().split(" ")[:2]
+                lengths = re.findall(rb"(?i)content-length: (\d+)", head)
+                if b"100-continue" in head:
+                    sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                body = file.read(int(lengths[0])) if lengths else b""
+                while b"chunked" in head and not body.endswith(b"0\r\n\r\n"):
+                    body += file.readline()
+                self.heads.append(head)
+                if path == "/v1/models":
+                    reply(sock, json.dumps(self.LISTING))
+                else:
+                    self.requests.append((method, path, body))
+                    self.answer(self, sock, path, body)
+                if b"Connection: close" in head or b"HTTP/1.0" in head:
+                    return
+
+    def await_end(self, sock: socket.socket) -> None:
+        """Note when the front closes its side, and how many seconds that took."""
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            sock.settimeout(10)
+            sock.recv(1)
+        self.ended.append(time.monotonic() - began)
+
+    def die(self) -> None:
+        self.listener.close()
+        for sock in self.socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def reply(sock: socket.socket, text: str, fields: str = "") -> None:
+    sock.sendall(("HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n%s" % (fields, len(text), text)).encode())
+
+
+def echo(stub: Stub, sock: socket.socket, path: str, body: bytes) -> None:
+    if path == "/hang":
+        return stub.await_end(sock)
+    if path == "/slow":
+        time.sleep(0.2)
+    reply(sock, "%s %d" % (path, len(body)))
+
+
+class Unread:
+    """A socket for HTTPResponse that takes no byte of the next answer."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def makefile(self, mode: str) -> Any:
+        return self.sock.makefile("rb", 1)
+
+
+class FrontCase(unittest.TestCase):
+    KEY, INNER = "outer-key", "inner-key"
+    ORIGINS: List[str] = []
+
+    def setUp(self) -> None:
+        self.log: List[str] = []
+        self.wakes: List[float] = []
+        self.front = q.Front(self.KEY, lambda: self.wakes.append(time.monotonic()), self.log.append, self.ORIGINS)
+        self.port = self.front.listen("127.0.0.1", 0)
+        self.front.start()
+        self.addCleanup(self.end_front)
+        self.stub = self.bring_up()
+
+    def end_front(self) -> None:
+        threads = [thread for thread in threading.enumerate() if getattr(thread, "_target", None) == self.front.work]
+        self.front.pause = mock.Mock(side_effect=SystemExit)  # type: ignore[method-assign]
+        self.front.poke()
+        for thread in threads:
+            thread.join(5)
+        for sock in [self.front.poker, *self.front.listeners, *(key.fileobj for key in self.front.selector.get_map().values())]:
+            sock.close()
+        for link in list(self.front.links):
+            self.front.close(link.client)
+            self.front.close(link.serve)
+        self.front.selector.close()
+
+    def bring_up(self, answer: Callable[..., None] = echo) -> Stub:
+        """A new serve, as the runner brings it in."""
+        stub = Stub(answer)
+        self.addCleanup(stub.die)
+        self.front.probe(stub.port, self.INNER, os.getpid())
+        wait_until(lambda: self.front.verdict)
+        self.assertEqual(("healthy", stub.LISTING["data"]), (self.front.verdict, self.front.listing))
+        self.front.pass_on()
+        return stub
+
+    def connect(self, data: bytes = b"") -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), 5)
+        self.addCleanup(sock.close)
+        sock.sendall(data)
+        return sock
+
+    def head(self, line: str, *fields: str, key: str = KEY) -> bytes:
+        return "\r\n".join([line + " HTTP/1.1", "Host: x", "Authorization: Bearer " + key, *fields, "", ""]).encode()
+
+    def read(self, sock: socket.socket, method: str = "GET") -> Tuple[int, bytes]:
+        """One answer, its fields in `self.fields`; (0, b"") if the connection was closed before one came."""
+        response = http.client.HTTPResponse(Unread(sock), method=method)  # type: ignore[arg-type]
+        try:
+            response.begin()
+            self.fields = response.headers
+            return response.status, response.read()
+        except (http.client.HTTPException, ConnectionError):
+            return 0, b""
+
+    @staticmethod
+    def rest(sock: socket.socket) -> bytes:
+        """All until it is closed."""
+        with contextlib.suppress(ConnectionError):
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+        return b""
+
+    def ask(self, line: str, *fields: str, body: bytes = b"", key: str = KEY) -> Tuple[int, bytes]:
+        """One request on a connection of its own."""
+        fields += ("Content-Length: %d" % len(body),) if body else ()
+        with self.connect(self.head(line, *fields, key=key) + body) as sock:
+            return self.read(sock, line.split(" ")[0])
+
+    def status(self, sock: Optional[socket.socket] = None, key: str = KEY, **query: Any) -> Tuple[int, Any]:
+        nonce = os.urandom(16).hex()
+        given = q.proof(key, "client", nonce, "127.0.0.1", self.port)
+        words = "".join("&%s=%s" % pair for pair in query.items())
+        sock = sock or self.connect()
+        sock.sendall(self.head("GET %s?nonce=%s&proof=%s%s" % (q.STATUS_PATH, nonce, given, words), key="?"))
+        code, body = self.read(sock)
+        lines = [json.loads(line) for line in body.splitlines()]
+        if code == 200:
+            self.assertEqual(q.proof(key, "server", nonce, "127.0.0.1", self.port), lines[0]["proof"])
+        return code, lines if "wait" in query else lines[0]
+
+    def fall_asleep(self) -> None:
+        self.assertTrue(wait_until(lambda: self.front.sleep_if_unused(0.0)))
+        self.stub.die()
+        self.wakes.clear()
+
+    def set(self, **constants: Any) -> None:
+        for name, value in constants.items():
+            patched = mock.patch.object(q, name, value)
+            patched.start()
+            self.addCleanup(patched.stop)
+
+
+class FrontFramingTest(FrontCase):
+    """Where requests and answers begin and end."""
+
+    def test_the_key_is_replaced_and_nothing_else(self) -> None:
+        self.assertEqual((200, b"/x 3"), self.ask("POST /x", "X-Odd: 1", body=b"abc"))
+        self.assertEqual("POST /x HTTP/1.1\r\nHost: x\r\nX-Odd: 1\r\nContent-Length: 3\r\nAuthorization: Bearer inner-key\r\n",
+                         self.stub.heads[-1].decode())  # fmt: skip
+
+    def test_answers_of_every_shape_on_one_connection(self) -> None:
+        shapes = {
+            "/chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\n\r\n\r\n0\r\nT: 1\r\n\r\n",
+            "/early": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+            "/204": b"HTTP/1.1 204 No Content\r\n\r\n", "/304": b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
+            "/head": b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n", "/none": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+            "/close": b"HTTP/1.1 200 OK\r\n\r\nto the end",
+        }  # fmt: skip
+
+        def answer(stub: Stub, sock: socket.socket, path: str, body: bytes) -> None:
+            for at in range(len(shapes[path])):  # each byte by itself
+                sock.sendall(shapes[path][at : at + 1])
+                time.sleep(0.0005)
+            if path == "/close":
+                sock.shutdown(socket.SHUT_WR)
+
+        self.stub = self.bring_up(answer)
+        sock = self.connect()
+        for path in shapes:
+            sock.sendall(self.head(("HEAD " if path == "/head" else "GET ") + path))
+            if path != "/close":
+                received = b""
+                while len(received) < len(shapes[path]):
+                    received += sock.recv(65536)
+                self.assertEqual(shapes[path], received)
+        self.assertEqual(shapes["/close"], self.rest(sock))
+
+    def test_requests_of_every_shape(self) -> None:
+        sock = self.connect(b"\r\n" + self.head("POST /1", "Content-Length: 3") + b"abc" + self.head("GET /2") + self.head("GET /3"))
+        self.assertEqual([(200, b"/1 3"), (200, b"/2 0"), (200, b"/3 0")], [self.read(sock) for _ in range(3)])
+        chunks = b"3\r\nabc\r\n10;x=y\r\n0123456789abcdef\r\n0\r\n\r\n"
+        for piece in (self.head("POST /c", "Transfer-Encoding: chunked") + chunks[:1], *re.findall(b"(?s).", chunks[1:])):
+            sock.sendall(piece)
+        self.assertEqual((200, b"/c %d" % len(chunks)), self.read(sock))
+        sock.sendall(self.head("POST /expect", "Content-Length: 2", "Expect: 100-continue"))
+        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", sock.recv(100))
+        sock.sendall(b"ok")
+        self.assertEqual((200, b"/expect 2"), self.read(sock))
+        old = self.connect(self.head("GET /old").replace(b"HTTP/1.1", b"HTTP/1.0"))
+        self.assertTrue(self.rest(old).endswith(b"/old 0"))
+
+    def test_half_closed_is_half_closed(self) -> None:
+        for state in ("ready", "asleep"):
+            if state == "asleep":
+                self.fall_asleep()
+            sock = self.connect(self.head("GET /slow"))
+            sock.shutdown(socket.SHUT_WR)
+            if state == "asleep":
+                wait_until(self.front.is_awaited)
+                time.sleep(0.05)
+                self.stub = self.bring_up()
+            self.assertTrue(self.rest(sock).endswith(b"/slow 0"))
+
+    def test_an_upgrade_is_passed_both_ways_until_it_closes(self) -> None:
+        def answer(stub: Stub, sock: socket.socket, path: str, body: bytes) -> None:
+            sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\nhello")
+            data = FrontCase.rest(sock)
+            sock.sendall(data[::-1])
+            sock.shutdown(socket.SHUT_WR)
+
+        self.stub = self.bring_up(answer)
+        sock = self.connect(self.head("GET /up", "Upgrade: x", "Connection: Upgrade") + b"GET /")  # no request any more
+        while not sock.recv(65536).endswith(b"hello"):
+            pass
+        sock.sendall(b" no \r\n\r\n HTTP")
+        self.assertEqual(0.0, self.front.idle_s())
+        sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(b"GET / no \r\n\r\n HTTP"[::-1], self.rest(sock))
+
+    def test_what_two_readers_could_read_in_two_ways_is_passed_to_none(self) -> None:
+        for field in ("Content-Length: 3\r\nContent-Length: 4", "Content-Length: 3, 3", "Content-Length: +3", "Content-Length: ",
+                      "Content-Length: 3\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked, identity",
+                      "Transfer-Encoding: \x0bchunked", "Transfer-Encoding : chunked", "Content-Length\x0b: 3", "Content-Length: ٣",
+                      "X: 1\r\n folded: 2", "X: a\0b", "X: a\rb", "X: a\nContent-Length: 3", ": 3", "no field",
+                      "Authorization: Bearer outer-key"):  # fmt: skip
+            code, _ = self.ask("POST /x", field.encode().decode("latin-1") if field.isascii() else field)
+            self.assertEqual(401 if field.startswith("Auth") else 400, code, field)
+        for line in (b"GET\r\n\r\n", b"GET / HTTP/2.0\r\n\r\n", b"GET / a HTTP/1.1\r\n\r\n", b"\x16\x03\x01\0\r\n\r\n",
+                     b"CONNECT x:1 HTTP/1.1\r\n\r\n", b"GET /\r\n\r\n"):  # fmt: skip
+            self.assertEqual(400, self.read(self.connect(line))[0], line)
+        self.assertEqual([], self.stub.requests)
+        for chunk in (b"x\r\n", b"-1\r\n", b"3\r\nabcd\r\n", b"0x3\r\nabc", b"\r\n", b"3\nabc\r\n", b"f" * 16 + b"\r\n"):
+            sock = self.connect(self.head("POST /x", "Transfer-Encoding: chunked") + chunk + b"0\r\n\r\n" + self.head("GET /y"))
+            self.assertNotIn(b"/y", self.rest(sock), chunk)
+        self.assertEqual([], [path for _, path, _ in self.stub.requests if path == "/y"])
+
+
+class FrontStrangerTest(FrontCase):
+    """Who has not shown the key, and who sends garbage."""
+
+    ORIGINS = ["http://localhost:3000/"]
+
+    def test_who_has_no_key_is_nobody(self) -> None:
+        self.fall_asleep()
+        time.sleep(0.1)
+        silent = self.connect()
+        for key in ("", "wrong", self.KEY[:-1], self.KEY + "x", self.KEY.upper(), "sch\u00e4n"):
+            code, body = self.ask("POST /x", key=key, body=b"abc")
+            self.assertEqual((401, {"error": {"message": "Invalid or missing API key.", "type": "invalid_request_error",
+                                              "code": "invalid_api_key"}}), (code, json.loads(body)))  # fmt: skip
+        self.assertEqual(401, self.read(self.connect(b"GET /openapi.json HTTP/1.1\r\n\r\n"))[0])
+        self.assertEqual(401, self.status(key="wrong")[0])
+        self.assertEqual([], self.wakes)
+        self.assertFalse(self.front.is_awaited())
+        self.assertGreater(self.front.idle_s(), 0.1)
+        self.assertTrue(self.front.close_if_unused(0.1))
+        silent.close()
+
+    def test_browsers_are_answered_as_by_the_cli(self) -> None:
+        allowed, other = "Origin: http://localhost:3000", "Origin: http://elsewhere:3000"
+        for state in ("ready", "asleep"):
+            if state == "asleep":
+                self.fall_asleep()
+            for fields, code, origin in (([allowed, "Access-Control-Request-Method: POST"], 204, "http://localhost:3000"),
+                                         ([], 204, None), ([other, "Access-Control-Request-Method: POST"], 401, None)):  # fmt: skip
+                sock = self.connect(self.head("OPTIONS /v1/chat/completions", *fields, key="?"))
+                self.assertEqual(code, self.read(sock)[0])
+                self.assertEqual(("Origin", origin), tuple(map(self.fields.get, ("Vary", "Access-Control-Allow-Origin"))))
+            sock = self.connect(self.head("GET /v1/models", allowed, key="?"))
+            self.assertEqual((401, "http://localhost:3000"), (self.read(sock)[0], self.fields["Access-Control-Allow-Origin"]))
+        self.front.origins = set()
+        self.assertEqual(401, self.ask("OPTIONS /v1/models", key="?")[0])
+        self.assertEqual(204, self.ask("OPTIONS /v1/models")[0])
+        self.assertEqual([], self.wakes)
+
+    def test_heads_that_do_not_end(self) -> None:
+        self.set(HEAD_TIMEOUT=0.4, LAST_TIMEOUT=0.1)
+        known = self.connect(self.head("GET /1"))
+        self.assertEqual(200, self.read(known)[0])
+        kept = self.connect(self.head("GET /1"))
+        self.assertEqual(200, self.read(kept)[0])
+        known.sendall(b"GET /2 HTT")
+        slow = [self.connect(data) for data in (b"", b"G", b"GET / HTTP/1.1\r\nX: 1\r\n", b"\r\n\r\n")]
+        began = time.process_time()
+        self.assertEqual([b""] * 5, [self.rest(sock) for sock in [known, *slow]])
+        self.assertLess(time.process_time() - began, 0.2)
+        kept.sendall(self.head("GET /2"))  # a kept connection may be idle for ever
+        self.assertEqual((200, b"/2 0"), self.read(kept))
+        self.fall_asleep()
+        for head in (b"GET / HTTP/1.1\r\nX: " + b"x" * 70000 + b"\r\n\r\n", b"x" * 70000):
+            with contextlib.suppress(OSError):
+                self.assertEqual(431, self.read(self.connect(head))[0])
+        wait_until(lambda: not self.front.strangers, 2)
+
+    def test_a_crowd_of_silent_ones(self) -> None:
+        self.set(STRANGER_GRACE=0.2, STRANGERS_LIMIT=100)
+        known = self.connect(self.head("GET /1"))
+        self.assertEqual(200, self.read(known)[0])
+        crowd = [self.connect() for _ in range(150)]
+        self.assertEqual((200, b"/x 0"), self.ask("GET /x"))
+        self.assertEqual(b"", crowd[0].recv(1))  # more than the limit: the oldest goes at once
+        wait_until(lambda: len(self.front.strangers) <= 64, 2)
+        crowd[-1].sendall(self.head("GET /last"))
+        self.assertEqual((200, b"/last 0"), self.read(crowd[-1]))
+        known.sendall(self.head("GET /2"))
+        self.assertEqual((200, b"/2 0"), self.read(known))
+
+    def test_who_asks_and_does_not_read_costs_little(self) -> None:
+        for key in ("?", self.KEY):
+            self.front.hold("loading")
+            sock = self.connect()
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(400):
+                    sock.send(self.head("GET /v1/models", key=key) * 100)
+                    time.sleep(0.001)
+            with self.front.lock:
+                self.assertLess(sum(len(link.client.out) + len(link.inbox) for link in self.front.links), 1 << 20)
+            sock.setblocking(True)
+            sock.settimeout(1.0)
+            self.assertEqual(401 if key == "?" else 200, self.read(sock)[0])  # and goes on, once read
+            sock.close()
+
+    @unittest.skipUnless(POSIX, "limits of descriptors")
+    def test_out_of_descriptors(self) -> None:
+        import resource
+
+        busy = self.connect(self.head("GET /hang"))
+        waiting = [socket.socket() for _ in range(3)]
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        wait_until(lambda: self.stub.requests)
+        with open(os.devnull) as last:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), limits[1]))
+        began = time.process_time()
+        for sock in waiting:
+            self.addCleanup(sock.close)
+            sock.settimeout(5)
+            sock.connect(("127.0.0.1", self.port))
+            sock.sendall(self.head("GET /x"))
+        time.sleep(0.7)
+        self.assertEqual(1, len(self.log), self.log)
+        self.assertIn("no connection can be", self.log[0])
+        self.assertLess(time.process_time() - began, 0.3)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        self.assertEqual([(200, b"/x 0")] * 3, [self.read(sock) for sock in waiting])
+        busy.close()
+        wait_until(lambda: self.stub.ended)
+
+    def test_what_a_stranger_sends_is_in_no_log(self) -> None:
+        self.assertEqual(404, (self.front.hold("loading"), self.ask("GET /v1/models/%1b[31m"))[1][0])
+        self.assertEqual(401, self.ask("GET /\x1b[31m", key="\x1b[31m")[0])
+        self.assertEqual([], self.log)
+
+
+class FrontUseTest(FrontCase):
+    """What is use, and what becomes of requests when the serve sleeps, wakes, dies or ends."""
+
+    def test_use_is_from_the_head_to_the_last_byte(self) -> None:
+        time.sleep(0.15)
+        sock = self.connect(self.head("GET /slow"))
+        wait_until(lambda: self.stub.requests)
+        self.assertEqual((0.0, False), (self.front.idle_s(), self.front.sleep_if_unused(0.0)))
+        self.assertEqual(1, self.status()[1]["requests"])
+        self.read(sock)
+        self.assertLess(self.front.idle_s(), 0.15)
+        self.assertFalse(self.front.sleep_if_unused(0.15))
+        time.sleep(0.15)
+        for _ in range(10):  # looks on the same connection are no use
+            sock.sendall(self.head("GET /v1/models") + self.head("HEAD /v1/models/m"))
+            self.assertEqual((200, 200), (self.read(sock)[0], self.read(sock, "HEAD")[0]))
+        self.assertTrue(self.front.sleep_if_unused(0.15))
+        self.assertEqual([], self.wakes[2:])
+
+    def test_asleep_looks_are_answered_and_wake_nobody(self) -> None:
+        sock = self.connect(self.head("GET /1"))
+        self.assertEqual(200, self.read(sock)[0])
+        self.fall_asleep()
+        for state, said in (("asleep", "idle"), ("waking", "loading")):
+            self.front.hold(state)
+            for path, answer in (("/v1/models", {"object": "list", "data": [{"id": "m", "state": said}]}),
+                                 ("/v1/models/m", {"id": "m", "state": said}), ("/v1/models/n", None), ("/health", None)):  # fmt: skip
+                sock.sendall(self.head("GET " + path) + self.head("HEAD " + path))
+                code, body = self.read(sock)
+                self.assertEqual(200 if answer else 404, code)
+                self.assertEqual(answer or {"error"}, json.loads(body) if answer else set(json.loads(body)))
+                self.assertEqual((code, b""), self.read(sock, "HEAD"))
+        self.assertEqual(([], False), (self.wakes, self.front.is_awaited()))
+
+    def test_two_wake_it_at_once_and_a_kept_connection_goes_on(self) -> None:
+        kept = self.connect(self.head("GET /1"))
+        self.read(kept)
+        self.fall_asleep()
+        kept.sendall(self.head("POST /2", "Content-Length: 300000") + b"x" * 300000)
+        other = self.connect(self.head("GET /3"))
+        wait_until(lambda: len(self.wakes) == 2)
+        self.front.hold("waking")
+        late = self.connect(self.head("GET /4"))
+        self.assertTrue(self.front.is_awaited())
+        self.assertFalse(self.front.close_if_unused(0.0))
+        self.stub = self.bring_up()
+        self.assertEqual([(200, b"/2 300000"), (200, b"/3 0"), (200, b"/4 0")], [self.read(one) for one in (kept, other, late)])
+        self.assertEqual(3, len(self.stub.requests))
+        self.stub.die()
+        self.front.hold("restarting")
+        kept.sendall(self.head("GET /5"))
+        self.bring_up()
+        self.assertEqual((200, b"/5 0"), self.read(kept))
+
+    def test_a_wake_that_fails_is_told_to_all_who_wait(self) -> None:
+        self.fall_asleep()
+        waiting = [self.connect(self.head("GET /%d" % n)) for n in range(3)]
+        wait_until(lambda: len(self.wakes) == 3)
+        self.front.refuse(503, "model_load_failed", "no memory")
+        for sock in waiting:
+            code, body = self.read(sock)
+            self.assertEqual((503, "no memory"), (code, json.loads(body)["error"]["message"]))
+        later = self.connect(self.head("GET /later"))
+        wait_until(self.front.is_awaited)
+        self.bring_up()
+        self.assertEqual((200, b"/later 0"), self.read(later))
+
+    def test_a_client_that_goes_is_gone_for_the_serve(self) -> None:
+        def answer(stub: Stub, sock: socket.socket, path: str, body: bytes) -> None:
+            if path == "/stream":
+                sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+            stub.await_end(sock)
+
+        self.stub = self.bring_up(answer)
+        for path, how in (("/wait", 1), ("/wait", 0), ("/stream", 1), ("/stream", 0)):
+            count = len(self.stub.requests)
+            sock = self.connect(self.head("GET " + path))
+            wait_until(lambda: len(self.stub.requests) > count)
+            if path == "/stream":
+                sock.recv(10)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0" if how else b"\0" * 8)
+            sock.close()
+            wait_until(lambda: len(self.stub.ended) > count, 1.0)
+        upload = self.connect(self.head("POST /x", "Content-Length: 9") + b"half")
+        wait_until(lambda: self.front.idle_s() == 0)
+        upload.close()
+        wait_until(self.front.idle_s)
+        self.fall_asleep()
+        gone = self.connect(self.head("GET /held"))
+        wait_until(self.front.is_awaited)
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        gone.close()
+        wait_until(lambda: not self.front.is_awaited(), 1.0)
+
+    def test_a_reader_that_stalls_stops_only_its_own_stream(self) -> None:
+        sent: Dict[str, int] = {"/big": 0, "/other": 0}
+
+        def answer(stub: Stub, sock: socket.socket, path: str, body: bytes) -> None:
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 33554432\r\n\r\n")
+            for _ in range(512):
+                sock.sendall(b"x" * 65536)
+                sent[path] += 65536
+
+        self.stub = self.bring_up(answer)
+        stalled = self.connect(self.head("GET /big"))
+        self.assertEqual(33554432, len(self.ask("GET /other")[1]))
+        wait_until(lambda: sent["/big"], 2)
+        time.sleep(0.2)
+        self.assertLess(sent["/big"], 33554432 // 2)
+        with self.front.lock:
+            self.assertLess(max(len(link.client.out) for link in self.front.links), 400000)
+        self.assertEqual(0.0, self.front.idle_s())
+        self.assertEqual(33554432, len(self.read(stalled)[1]))
+
+    def test_a_large_body_and_a_serve_that_reads_slowly(self) -> None:
+        def answer(stub: Stub, sock: socket.socket, path: str, body: bytes) -> None:
+            reply(sock, hashlib.sha256(body).hexdigest())
+
+        self.stub = self.bring_up(answer)
+        body = os.urandom(1 << 20) * 16
+        self.assertEqual((200, hashlib.sha256(body).hexdigest().encode()), self.ask("POST /x", body=body))
+
+    def test_requests_in_the_instant_of_the_sleep(self) -> None:
+        """Each is answered, once, whether the front falls asleep before it, after it, or not at all."""
+        slept, requests = 0, self.stub.requests
+        for step in range(24):
+            sock = self.connect()
+            threading.Timer(0.012 - step / 2000, sock.sendall, [self.head("POST /s%d" % step, "Content-Length: 2") + b"ok"]).start()
+            time.sleep(0.006)
+            if self.front.sleep_if_unused(0.0):
+                self.stub.die()
+                if wait_until(lambda: self.front.is_awaited() or (requests and requests[-1][1] == "/s%d" % step)) is True:
+                    slept += 1
+                self.stub = self.bring_up()
+                self.stub.requests = requests
+            self.assertEqual((200, b"/s%d 2" % step), self.read(sock))
+            self.assertEqual(1, sum(path == "/s%d" % step for _, path, _ in requests))
+        self.assertGreater(slept, 2)
+
+    def test_requests_in_the_instant_of_a_crash(self) -> None:
+        """Each is answered, once, or, if it had been passed on, broken off; it is never sent twice."""
+        seen = []
+        for step in range(24):
+            crashed, sock = self.stub, self.connect()
+            threading.Timer(0.012 - step / 2000, sock.sendall, [self.head("POST /c%d" % step, "Content-Length: 2") + b"ok"]).start()
+            time.sleep(0.006)
+            crashed.die()
+            time.sleep(0.002)
+            self.front.hold("restarting")
+            self.stub = self.bring_up()
+            code, _ = self.read(sock)
+            times = sum(request[1] == "/c%d" % step for stub in (crashed, self.stub) for request in stub.requests)
+            self.assertIn((code, times), [(200, 1), (0, 1), (0, 0)])
+            seen.append(code)
+        self.assertGreater(seen.count(200), 5)
+
+    def test_requests_in_the_instant_of_the_reap(self) -> None:
+        """Each is answered, or told before anything is passed on that the serve stops: then it may be sent elsewhere."""
+        seen = set()
+        for step in range(16):
+            sock = self.connect()
+            threading.Timer(0.008 - step / 2000, sock.sendall, [self.head("GET /r%d" % step)]).start()
+            time.sleep(0.004)
+            closed = self.front.close_if_unused(0.0)
+            code, _ = self.read(sock)
+            times = sum(path == "/r%d" % step for _, path, _ in self.stub.requests)
+            self.assertIn((code, times), [(503, 0), (200, 1)] if closed else [(200, 1)])
+            self.assertEqual("stopping" if code == 503 else None, self.fields["Qvac-Managed"])
+            seen.add(code)
+            self.front.pass_on()
+        self.assertEqual({200, 503}, seen)
+
+
+class FrontStatusTest(FrontCase):
+    """What the front tells, and where it listens."""
+
+    def test_proof_both_ways_and_what_is_asked_of_the_runner(self) -> None:
+        self.front.say(restarts=3)
+        sock = self.connect()
+        code, facts = self.status(sock, do="stop", by="6d65")
+        self.assertEqual((200, "ready", 3, [{"id": "m", "state": "ready"}], False, 0), (code, *map(
+            facts.get, ("state", "restarts", "models", "models_busy", "requests"))))  # fmt: skip
+        self.assertEqual([("stop", "6d65")], [(asked["do"], asked["by"]) for asked in self.front.asked])
+        self.assertIn(b"inner-key", self.stub.heads[-1])
+        for query in ("", "?nonce=&proof=", "?nonce=%s&proof=%s" % ("0" * 32, q.proof(self.KEY, "client", "0" * 32, "127.0.0.2", self.port)),
+                      "?nonce=%s&proof=%s" % ("0" * 32, q.proof(self.KEY, "server", "0" * 32, "127.0.0.1", self.port)),
+                      "?nonce=0&proof=%s&do=stop" % q.proof(self.KEY, "client", "0", "127.0.0.1", self.port)):  # fmt: skip
+            self.assertEqual(401, self.ask("GET " + q.STATUS_PATH + query)[0], query)
+        self.assertEqual(1, len(self.front.asked))
+        sock.sendall(self.head("GET /next"))  # the connection on which it was proved is good for requests
+        self.assertEqual((200, b"/next 0"), self.read(sock))
+
+    def test_several_share_one_question_and_a_serve_that_hangs_is_busy(self) -> None:
+        self.set(HEALTH_TIMEOUT=0.3)
+        running = self.connect(self.head("GET /hang"))
+        wait_until(lambda: self.stub.requests)
+        with mock.patch.object(Stub, "talk", lambda stub, sock: stub.await_end(sock)):
+            threads = [threading.Thread(target=lambda: answers.append(self.status()[1])) for _ in range(4)]
+            answers: List[Any] = []
+            before = len(self.stub.socks)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual([True] * 4, [facts["models_busy"] for facts in answers])
+        self.assertEqual([[{"id": "m", "state": "ready"}]] * 4, [facts["models"] for facts in answers])
+        self.assertLess(len(self.stub.socks) - before, 4)
+        self.assertFalse(self.front.sleep_if_unused(0.0) or self.front.close_if_unused(0.0))
+        running.close()
+
+    def test_who_follows_is_told_to_the_end(self) -> None:
+        self.assertEqual(["ready"], [facts["state"] for facts in self.status(wait=1)[1]])
+        self.front.hold("asleep")
+        self.assertEqual(["asleep"], [facts["state"] for facts in self.status(wait=1)[1]])
+        lines: List[Any] = []
+        for end in (self.front.pass_on, lambda: self.front.stop({"error": "X", "args": ["why"]})):
+            self.front.hold("loading")
+            self.front.say(phase="downloading")
+            thread = threading.Thread(target=lambda: lines.extend([self.status(wait=1)[1]]))
+            thread.start()
+            wait_until(self.front.follower_count)
+            time.sleep(0.6)
+            end()
+            thread.join(2)
+            self.assertEqual(0, self.front.follower_count())
+        for told, last in zip(lines, ("ready", "stopping")):
+            self.assertEqual(["loading"] * (len(told) - 1) + [last], [facts["state"] for facts in told])
+            self.assertIn(len(told), (3, 4, 5))
+            self.assertEqual("downloading", told[0]["phase"])
+        self.assertEqual("X", lines[1][-1]["error"])
+
+    def test_who_comes_while_it_stops_is_told_and_the_port_stays_its(self) -> None:
+        held = (self.fall_asleep(), self.connect(self.head("GET /held")))[1]
+        wait_until(self.front.is_awaited)
+        self.front.stop({"error": "X", "args": ["stopped by you"]})
+        for sock in (held, self.connect(self.head("GET /late")), self.connect(self.head("GET /v1/models"))):
+            code, body = self.read(sock)
+            self.assertEqual((503, "stopping", "close"), (code, self.fields["Qvac-Managed"], self.fields["Connection"]))
+            self.assertEqual("stopped by you", json.loads(body)["error"]["message"])
+        with self.assertRaises(q.PortAllocationFailedError):
+            q.Front("k", lambda: None, self.log.append).listen("127.0.0.1", self.port)
+
+    def test_a_process_that_was_stopped_blames_nobody(self) -> None:
+        self.set(HEAD_TIMEOUT=0.3, STOPPED_FOR=0.4)
+        sock = self.connect(b"GET /x HT")
+        wait_until(lambda: any(link.inbox for link in self.front.links))
+        with self.front.lock:  # as if the kernel gave it no time
+            time.sleep(0.9)
+        time.sleep(0.1)
+        sock.sendall(self.head("GET /x").replace(b"GET /x HT", b""))
+        self.assertEqual((200, b"/x 0"), self.read(sock))
+        before = self.front.idle_s()
+        self.front.skip(5.0)
+        self.assertLess(self.front.idle_s(), before - 4.0)
+
+    def test_addresses(self) -> None:
+        def listen(host: str) -> List[Tuple[Any, ...]]:
+            front = q.Front("k", lambda: None, self.log.append)
+            self.addCleanup(lambda: [sock.close() for sock in (*front.listeners, front.selector)])  # type: ignore[func-returns-value]
+            port = front.listen(host, 0)
+            self.assertEqual({port}, {sock.getsockname()[1] for sock in front.listeners if sock.fileno() >= 0})
+            return sorted(sock.getsockname()[0] for sock in front.listeners)
+
+        rows = [(socket.AF_INET, 1, 6, "", (host, 0)) for host in ("192.0.2.1", "127.0.0.1")]
+        with mock.patch.object(socket, "getaddrinfo", return_value=rows):
+            self.assertIn("127.0.0.1", listen("name"))  # the other is not this machine's, as ::1 where there is no IPv6
+        with self.assertRaisesRegex(q.PortAllocationFailedError, "192.0.2.1"):
+            listen("192.0.2.1")
+        if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6"):
+            self.assertEqual(sorted(q._addresses_of("localhost")), listen("localhost"))
+            self.assertEqual((["::"], ["::1"]), (listen("::"), listen("[::1]")))
 
 
 # ==================================================================================================
