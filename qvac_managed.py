@@ -3942,8 +3942,8 @@ class Front:
             why = "is taken by another program" if code == errno.EADDRINUSE else "needs privileges"
             raise PortAllocationFailedError(
                 "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why))
-        why = getattr(failure, "strerror", None) or failure
-        raise PortAllocationFailedError("No port could be had on %s: %s." % (host, why))
+        reason = getattr(failure, "strerror", None) or failure
+        raise PortAllocationFailedError("No port could be had on %s: %s." % (host, reason))
 
     def _listen(self, host: str, port: int) -> int:
         rows = socket.getaddrinfo(lookup_name(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
