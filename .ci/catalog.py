@@ -140,25 +140,47 @@ def tail(path: str) -> str:
 # --- the table ---
 
 
-def table_line(entry: Dict[str, Any]) -> str:
-    """`NAME endpoint size params quantization`, `-` for what is unknown."""
-    values = [entry.get(key) for key in ("id", "role", "size", "params", "quantization")]
-    fields = ["-" if value in (None, "") else str(value) for value in values]
-    for field in fields:
-        if field != "-" and not FIELD.fullmatch(field):
-            raise CatalogError(f"a field that the table cannot hold: {field!r} in {entry!r}")
-    if fields[0] == "-" or not (fields[2] == "-" or fields[2].isdigit()):
-        raise CatalogError(f"a name or a size that is none: {entry!r}")
-    return " ".join(fields)
+WIDTH = 116  # characters of a line of the table
+
+
+def facts_of(entry: Dict[str, Any]) -> Tuple[str, str, int]:
+    """`(endpoint, name, size)` of a model of the catalog."""
+    name, endpoint, size = entry.get("id"), entry.get("role"), entry.get("size")
+    if not all(isinstance(field, str) and FIELD.fullmatch(field) for field in (name, endpoint)):
+        raise CatalogError(f"a field that the table cannot hold: {entry!r}")
+    if type(size) is not int or size <= 0:
+        raise CatalogError(f"a size that is none: {entry!r}")
+    return str(endpoint), str(name), size
+
+
+def table_lines(facts: List[Tuple[str, str, int]]) -> List[str]:
+    """`ENDPOINT PREFIX SIZE:REST REST ...`: a name is prefix and rest; a size stands once for all that have it."""
+    groups: Dict[Tuple[str, str], List[Tuple[int, str]]] = {}
+    families = [(endpoint, name.split("_")[0] + "_") for endpoint, name, _ in facts]
+    for endpoint, name, size in facts:
+        family = name.split("_")[0] + "_"
+        prefix = family if families.count((endpoint, family)) > 1 and name != family[:-1] else "-"
+        groups.setdefault((endpoint, prefix), []).append((size, name[len(prefix) :] if prefix != "-" else name))
+    lines = []
+    for (endpoint, prefix), models in sorted(groups.items(), key=lambda group: (group[0][1] == "-", group[0])):
+        line, last = "", 0
+        for size, rest in sorted(models):
+            item = f"{size}:{rest}" if size != last or not line else rest
+            if line and len(line) + len(item) >= WIDTH:
+                lines.append(line)
+                line, item = "", f"{size}:{rest}"
+            line, last = f"{line or endpoint + ' ' + prefix} {item}", size
+        lines.append(line)
+    return lines
 
 
 def make_block(entries: List[Dict[str, Any]], version: str) -> str:
-    lines = [table_line(entry) for entry in sorted(entries, key=lambda entry: str(entry.get("id")))]
-    names = {line.split(" ", 1)[0] for line in lines}
-    if not lines or len(names) != len(lines):
-        raise CatalogError(f"{len(lines)} models, {len(names)} different names")
+    facts = sorted(facts_of(entry) for entry in entries)
+    names = {name for _, name, _ in facts}
+    if not facts or len(names) != len(facts):
+        raise CatalogError(f"{len(facts)} models, {len(names)} different names")
     source = f'MODEL_TABLE_SOURCE = "@qvac/cli {version}"\n'
-    return source + '_MODEL_TABLE = """\\\n' + "\n".join(lines) + '\n"""\n'
+    return source + '_MODEL_TABLE = """\\\n' + "\n".join(table_lines(facts)) + '\n"""\n'
 
 
 def split_module(text: str, path: str) -> Tuple[str, str, str]:
@@ -174,10 +196,17 @@ def source_of(block: str) -> str:
     return match.group(1) if match else "nothing"
 
 
-def rows(block: str) -> Dict[str, str]:
-    """Lines of a block by model name."""
-    body = block.partition('"""\\\n')[2].partition('"""')[0]
-    return {line.split(" ", 1)[0]: line for line in body.splitlines() if line}
+def rows(block: str) -> Dict[str, Tuple[str, int]]:
+    """Endpoint and size of each model of a block, by name."""
+    found = {}
+    for line in block.partition('"""\\\n')[2].partition('"""')[0].splitlines():
+        endpoint, prefix, *items = line.split(" ")
+        size = 0
+        for item in items:
+            given, colon, rest = item.rpartition(":")
+            size = int(given) if colon else size
+            found[prefix.strip("-") + rest] = (endpoint, size)
+    return found
 
 
 def shorten(names: List[str]) -> str:
@@ -198,7 +227,7 @@ def summary(old_block: str, new_block: str) -> List[str]:
     found = [f"{len(names)} {kind}: {shorten(names)}" for kind, names in kinds if names]
     if source_of(old_block) != source_of(new_block):
         found.append(f"made from {source_of(old_block)}, the CLI is {source_of(new_block)}")
-    return found or ["same rows, other text around them"]
+    return found
 
 
 def write_module(path: str, text: str) -> None:
