@@ -6199,7 +6199,7 @@ class _Resolver:
         self._gone_version: Any = None  # of a provider's record whose serve has refused connections for too long
         self._starts = 0  # of runners, by this resolution
         self._runner: Any = None  # pid and start of the last one
-        self._saw_a_kill = False  # another's start failed because its serve was killed
+        self._killed_runner = 0  # of another's start, which failed because its serve was killed
 
     # -- being a consumer
 
@@ -6255,7 +6255,7 @@ class _Resolver:
 
     def resolve(self) -> _Target:
         """A serve to talk to: the one that is there, or a new one. On any failure nothing of ours is left behind."""
-        self._began, self._starts, self._saw_a_kill, self._runner = time.monotonic(), 0, False, None
+        self._began, self._starts, self._killed_runner, self._runner = time.monotonic(), 0, 0, None
         self._wrong_since, self._deadline = 0.0, self._began + self.wish.start_timeout
         try:
             return self._resolve()
@@ -6380,8 +6380,10 @@ class _Resolver:
                 if "error" in facts:
                     error = _error_from_json(facts)
                     was_killed = isinstance(error, ServeExitedError) and error.signal == 9
-                    if was_killed and not self._starts and not self._saw_a_kill:
-                        self._saw_a_kill = True  # by somebody; a system that is out of memory does it again
+                    # By somebody, once; a system that is out of memory does it again.
+                    if was_killed and not self._starts and self._killed_runner in (0, record.runner_pid):
+                        self._killed_runner = record.runner_pid
+                        self._pause("the serve was killed while it started")
                         return None
                     raise error
                 if facts.get("models_busy"):
@@ -8127,11 +8129,11 @@ def _signal_name(signum: int) -> str:
 
 
 def _until_ctrl_c(pause: float, look: Callable[[], Any]) -> None:
-    """Call LOOK every PAUSE seconds. Ctrl-C is the normal end of it; another signal is none."""
+    """Call LOOK, and again every PAUSE seconds. Ctrl-C is the normal end of it; another signal is none."""
     try:
         while True:
-            time.sleep(pause)
             look()
+            time.sleep(pause)
     except _Stopped:
         raise
     except KeyboardInterrupt:
@@ -8823,9 +8825,10 @@ def _fail_in_eval(words: Sequence[str]) -> None:
     "ps", "ps --watch", "ps --json")  # fmt: skip
 def _do_ps(args: Any) -> int:
     redraw = args.watch and _is_terminal(sys.stdout) and enable_ansi(sys.stdout) and not (args.json or args.ids)
-    _show_serves(args, redraw)
     if args.watch:
         _until_ctrl_c(_WATCH_INTERVAL, lambda: _show_serves(args, redraw))
+    else:
+        _show_serves(args, redraw)
     return EXIT_DONE
 
 
