@@ -6238,28 +6238,31 @@ class SleepTest(SleepCase):
         self.assertFalse(os.path.exists(record.folder))
 
     def test_nothing_is_refused_while_it_is_killed_again_and_again(self) -> None:
-        client, refused, broken, stop = self.sleeper(600), [], [], []  # type: q.ManagedQvac, List[Any], List[Any], List[int]
+        client, refused, broken, answered, stop = self.sleeper(600), [], [], [], []  # type: q.ManagedQvac, Any, Any, Any, Any
 
-        def ask() -> int:
-            count = 0
+        def ask() -> None:
             while not stop:
-                count += 1
                 try:
-                    self.raw(client)
+                    answered.append(self.raw(client))
                 except (OSError, http.client.HTTPException) as error:
                     (refused if q.is_refused(error) else broken).append(error)
-            return count
 
         asking = [in_thread(ask) for _ in range(3)]
         for _ in range(4):
-            time.sleep(0.5)
-            self.wait_for_state(client, "ready")
-            os.kill(client.pid, signal.SIGKILL)
-        time.sleep(0.5)
+            before = len(answered)
+            wait_until(lambda before=before: len(answered) > before + 10)
+            os.kill(self.ready_pid(client), signal.SIGKILL)
+        before = len(answered)
+        wait_until(lambda: len(answered) > before + 10)
         stop.append(1)
-        self.assertGreater(sum(one() for one in asking), 50)
+        for one in asking:
+            one()
         self.assertEqual([], refused)
         self.assertLessEqual(len(broken), 4 * 3, "only what was under way")
+
+    def ready_pid(self, client: q.ManagedQvac) -> int:
+        self.wait_for_state(client, "ready")
+        return wait_until(lambda: client.pid != client.runner_pid and client.pid)
 
 
 class PinnedTest(SleepCase):
