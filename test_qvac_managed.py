@@ -5124,8 +5124,6 @@ class HostProgramTest(Case):
 
     def test_a_home_that_is_removed_stays_removed(self) -> None:
         """A temporary one: what ends afterwards must not bring it back."""
-        import shutil
-
         home = os.path.join(self.home, "temporary")
         os.mkdir(home)
         with mock.patch.dict(os.environ, HOME=home):
