@@ -3681,63 +3681,53 @@ STRANGERS_LIMIT = 512  # and all of them together
 FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status request
 ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
 RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
-STOPPED_FOR = 5.0  # seconds: a wait that ends so late was one of a stopped process
 LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET, HEAD and OPTIONS neither wake nor keep awake
-_TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")  # RFC 9110, 5.6.2
-_UNAUTHORIZED = {"message": "Invalid or missing API key.", "type": "invalid_request_error", "code": "invalid_api_key"}
 _REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
             431: "Request Header Fields Too Large", 503: "Service Unavailable"}  # fmt: skip
 
 
 class _Refusal(ValueError):
-    """A message that cannot be framed or is too large: `status`."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    """A message that cannot be framed or is too large: HTTP status and reason."""
 
 
 class _Body:
     """Follows a message body in a stream of bytes (RFC 9112, 6 and 7): where it ends, and no more."""
 
     def __init__(self, kind: str, length: int = 0) -> None:
-        self.kind, self.left, self.line = kind, length, bytearray()  # kind: length, chunks, or close
-        self.is_over = kind == "length" and length == 0
-        self.expected = "size"  # of chunks: what the next line is; or the "gap" behind a chunk, or a "trailer"
+        self.kind, self.left, self.line = kind, length, b""  # kind: length, chunks, trailer, or close
+
+    @property
+    def is_over(self) -> bool:
+        return self.kind == "length" and not self.left
 
     def take(self, data: bytes) -> int:
         """How many of the bytes belong to it."""
-        if self.kind == "close":
-            return len(data)
         at, size = 0, len(data)
         while at < size and not self.is_over:
+            if self.kind == "close":
+                return size
             if self.left:
                 step = min(self.left, size - at)
                 at, self.left = at + step, self.left - step
-                self.is_over = self.kind == "length" and not self.left
                 continue
             end = data.find(b"\n", at) + 1 or size
-            self.line += data[at:end]
-            at = end
+            self.line, at = self.line + data[at:end], end
             if len(self.line) > HEAD_LIMIT:
                 raise _Refusal(400, "a chunk's line is too long")
             if self.line.endswith(b"\n"):
-                self._end_line(bytes(self.line))
-                self.line.clear()
+                self.end_line(self.line)
+                self.line = b""
         return at
 
-    def _end_line(self, line: bytes) -> None:
-        if self.expected == "trailer":
-            self.is_over = line == b"\r\n"
-        elif self.expected == "gap" and line == b"\r\n":
-            self.expected = "size"
-        else:
-            digits = line.partition(b";")[0].rstrip(b" \t\r\n")
-            is_size = line.endswith(b"\r\n") and 0 < len(digits) < 16 and not digits.strip(b"0123456789abcdefABCDEF")
-            if self.expected == "gap" or not is_size:
-                raise _Refusal(400, "a chunk is none")
-            self.left = int(digits, 16)
-            self.expected = "gap" if self.left else "trailer"
+    def end_line(self, line: bytes) -> None:
+        if self.kind == "trailer":
+            self.kind = "length" if line == b"\r\n" else "trailer"
+            return
+        digits = line.partition(b";")[0].rstrip(b" \t\r\n")
+        if not line.endswith(b"\r\n") or not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
+            raise _Refusal(400, "a chunk is none")
+        self.left = int(digits, 16)
+        self.kind, self.left = ("chunks", self.left + 2) if self.left else ("trailer", 0)  # with its line's end
 
 
 def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
@@ -3745,57 +3735,70 @@ def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
     two ways."""
     text, fields = head.decode("latin-1"), {}  # type: str, Dict[str, List[str]]
     first, *lines = text.split("\r\n")
-    words = first.split(" ", 2)
-    if len(words) < 2 or any(c in text.replace("\r\n", "") for c in "\r\n\0"):
+    if any(c in text.replace("\r\n", "") for c in "\r\n\0"):
         raise _Refusal(400, "no HTTP")
     for line in lines:
         name, colon, value = line.partition(":")
-        if not colon or not name or not _TOKEN.issuperset(name.lower()):
+        if not colon or name.split() != [name]:
             raise _Refusal(400, "a header field is none")
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
-    return words + [""] * (3 - len(words)), fields
+    return (first.split(" ", 2) + ["", ""])[:3], fields
+
+
+def split_head(data: bytes, most: int) -> Tuple[bytes, bytes]:
+    """A head and what follows; the head is empty as long as it has no end."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    if len(head) > most:
+        raise _Refusal(431, "Request header fields are too large.")
+    return (head, rest) if end else (b"", data)
 
 
 def body_of(fields: Mapping[str, List[str]], otherwise: str) -> _Body:
-    codings, lengths = fields.get("transfer-encoding", []), set(fields.get("content-length", []))
-    if codings and not lengths and [coding.lower() for coding in codings] == ["chunked"]:
-        return _Body("chunks")
-    length = "".join(lengths) if len(lengths) == 1 else ""
-    if codings or (lengths and not (length.isascii() and length.isdigit() and len(length) < 16)):
+    codings, lengths = fields.get("transfer-encoding", []), list(set(fields.get("content-length", [])))
+    if not lengths and [coding.lower() for coding in codings] in ([], ["chunked"]):
+        return _Body("chunks" if codings else otherwise)
+    length = "" if codings or len(lengths) > 1 else lengths[0]
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
         raise _Refusal(400, "the length of the message cannot be told")
-    return _Body("length", int(length)) if lengths else _Body(otherwise)
+    return _Body("length", int(length))
 
 
 class _End:
-    """One side of a connection: its socket (None: of a question of our own) and what waits to be sent there."""
+    """One side of a connection: its socket and what waits to be sent there."""
 
     def __init__(self, sock: Any) -> None:
         self.sock, self.out, self.events = sock, bytearray(), 0
         self.has_ended = self.is_shut = self.is_connecting = False
-        if sock is not None:
-            sock.setblocking(False)
+        sock.setblocking(False)
+        try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass  # it has gone already
 
     def send(self) -> None:
         try:
-            while self.out and self.sock is not None:
+            while self.out:
                 del self.out[: self.sock.send(self.out)]
         except (BlockingIOError, InterruptedError):
             pass
+
+    def shut(self) -> None:
+        if not self.out and not self.is_shut:
+            self.is_shut = True
+            self.sock.shutdown(socket.SHUT_WR)
 
 
 class _Link:
     """A client's connection, and the one to the serve that carries its present request.
 
-    `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), following (a
-    status request), closing (what is sent is read to its end), dropped.
+    `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), asking or
+    following (a status request), closing (what is sent is read to its end), dropped. `due`: when its time is up.
     """
 
     def __init__(self, front: Front, sock: Any) -> None:
-        self.front, self.client = front, _End(sock)
-        self.serve: Optional[_End] = None
-        self.state, self.inbox, self.head = "head", b"", b""
-        self.knows_key = self.is_look = self.closes = False
+        self.front, self.client, self.serve = front, _End(sock), None  # type: Front, _End, Optional[_End]
+        self.state, self.due, self.inbox, self.head = "head", 0.0, b"", b""
+        self.knows_key = self.is_look = self.closes = self.follows = False
         self.method, self.cors, self.proof, self.body = "", "", "", _Body("length")
         self.answer_head, self.reply = b"", None  # type: bytes, Optional[_Body]
 
@@ -3808,15 +3811,11 @@ class _Link:
         """What the client sends: pass on what may be passed on; the rest waits in `inbox`."""
         self.inbox += data
         while self.inbox and self.state == "head" and len(self.client.out) < FRONT_LIMIT:
-            self.inbox = self.inbox.lstrip(b"\r\n")  # empty lines before a request
-            end = self.inbox.find(b"\r\n\r\n")
-            if max(end, len(self.inbox) if end < 0 else 0) > HEAD_LIMIT:
-                raise _Refusal(431, "Request header fields are too large.")
-            if end < 0:
+            head, self.inbox = split_head(self.inbox.lstrip(b"\r\n"), HEAD_LIMIT)  # empty lines before a request
+            if not head:
                 return
-            head, self.inbox = self.inbox[:end], self.inbox[end + 4 :]
             self.take_head(head)
-        if self.state == "busy" and self.serve is not None and not self.body.is_over:
+        if self.state == "busy" and self.serve is not None:
             count = self.body.take(self.inbox)
             self.serve.out += self.inbox[:count]
             self.inbox = self.inbox[count:]
@@ -3833,7 +3832,7 @@ class _Link:
             self.method in ("GET", "HEAD", "OPTIONS") and (path in LOOKS or path.startswith("/v1/models/")))
         self.closes = version == "HTTP/1.0" or "close" in ",".join(fields.get("connection", [])).lower()
         origins, origin = self.front.origins, fields.get("origin", [""])[0]
-        is_allowed = origin_of(origin) in origins
+        is_allowed = origin.lower() in origins
         self.cors = "Vary: Origin\r\n" if origins else ""
         self.cors += "Access-Control-Allow-Origin: %s\r\n" % origin if is_allowed else ""
         if path == STATUS_PATH:
@@ -3842,33 +3841,25 @@ class _Link:
             self.answer(204, None, "Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS\r\n"
                                    "Access-Control-Allow-Headers: Content-Type, Authorization\r\n")  # fmt: skip
         elif not self.front.is_key(fields.get("authorization", [])):
-            self.answer(401, {"error": _UNAUTHORIZED})
+            self.refuse(401)
         else:
-            self.front.note_known(self)
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
             self.head = b"\r\n".join(lines)
             self.front.admit(self, path)
 
     def take_answer(self, data: bytes) -> None:
         """What the serve sends, to the end of its answer and no further."""
-        while data:
-            if self.reply is None:
-                data, self.answer_head = self.answer_head + data, b""
-                end = data.find(b"\r\n\r\n") + 4
-                if end < 4:
-                    if len(data) > 4 * HEAD_LIMIT:
-                        raise _Refusal(502, "the serve's answer has no end of its head")
-                    self.answer_head = data
-                    return
-                self.client.out += data[:end]
-                self.reply, data = self.frame_answer(data[: end - 4]), data[end:]
-            if self.reply is not None:
-                count = self.reply.take(data)
-                self.client.out += data[:count]
-                data = data[count:]
-                is_endless = self is self.front.question and len(self.client.out) >= FRONT_LIMIT  # no list of models
-                if self.reply.is_over or is_endless:
-                    return self.front.end_answer(self)
+        data, self.answer_head = self.answer_head + data, b""
+        while self.reply is None:
+            head, data = split_head(data, 4 * HEAD_LIMIT)
+            if not head:
+                self.answer_head = data
+                return
+            self.client.out += head + b"\r\n\r\n"
+            self.reply = self.frame_answer(head)
+        self.client.out += data[: self.reply.take(data)]
+        if self.reply.is_over:
+            self.front.end_answer(self)
 
     def frame_answer(self, head: bytes) -> Optional[_Body]:
         (_, status, _), fields = parse_head(head)
@@ -3885,69 +3876,68 @@ class _Link:
         """What the front says itself. The connection stays open for another request if this one has been read whole."""
         data = b"" if value is None else json.dumps(value).encode()
         self.closes = self.closes or not self.body.is_over or status == 503
-        fields += "" if value is None else "Content-Type: application/json; charset=utf-8\r\n"
-        fields += "" if status == 204 else "Content-Length: %d\r\n" % len(data)
+        if status != 204:
+            fields += "Content-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n" % len(data)
         self.client.out += ("HTTP/1.1 %d %s\r\nConnection: %s\r\n%s%s\r\n" % (
             status, _REASONS[status], "close" if self.closes else "keep-alive", self.cors, fields,
         )).encode("latin-1") + (b"" if self.method == "HEAD" else data)  # fmt: skip
         self.state = "closing" if self.closes else "head"
+        self.client.send()
+
+    def refuse(self, status: int, code: Optional[str] = "invalid_api_key",
+               message: str = "Invalid or missing API key.", fields: str = "") -> None:  # fmt: skip
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.answer(status, {"error": {"message": message, "type": kind, "code": code}}, fields)
 
 
 class Front:
     """Accepts, passes on, holds, and answers for a serve that is not there: one thread, no file, no wait.
 
     `state` is ready, asleep, loading, waking, restarting or stopping. One lock is held while the thread works on what
-    is ready and by the runner's calls: each has taken effect when it returns, and the thread does at once what follows
-    from it.
+    is ready and by the runner's calls; each of these has done all that follows from it when it returns.
     """
 
     def __init__(
         self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()
     ) -> None:
-        self.api_key, self.wake, self.origins = api_key, wake, {origin_of(origin) for origin in origins}
+        self.api_key, self.wake, self.origins = api_key, wake, {one.strip().lower().rstrip("/") for one in origins}
         self.tell_log, self.logged_at = log, 0.0
         self.state, self.port, self.serve_key, self.serve_pid = "loading", 0, "", 0
         self.said: Dict[str, Any] = {}  # by the runner, for the status
         self.listing: List[Dict[str, Any]] = []  # of the models, as the serve has listed them last
         self.asked: List[Dict[str, str]] = []  # what clients with the key ask of the runner
-        self.error: Optional[Mapping[str, Any]] = None  # why it stops
-        self.refusal: Any = None  # status and error for all who wait at this moment
-        self.lock, self.turned, self.is_at_work = threading.Lock(), threading.Event(), False
+        self.error: Mapping[str, Any] = {}  # why it stops
+        self.lock = threading.RLock()
         self.selector, self.listeners = selectors.DefaultSelector(), []  # type: Any, List[Any]
         self.links: Set[_Link] = set()
         self.strangers: Dict[_Link, float] = {}  # that have not shown the key, with the time they came
-        self.deadlines: Dict[_Link, float] = {}  # of heads and of what is closing
-        self.followers: List[_Link] = []
-        self.askers: List[_Link] = []  # status requests that wait for the list of models
-        self.question: Optional[_Link] = None  # our own request for it
-        self.verdict = self.detail = ""  # what the last one has found: HEALTHY, BUSY or WRONG ("": under way); in words
-        self.used_at = time.monotonic()
-        self.follow_at = self.accept_at = self.resume_at = self.answer_by = 0.0
+        self.verdict, self.detail = BUSY, ""  # what the last question for it has found ("": it is under way); in words
+        self.used_at, self.due, self.accept_at = time.monotonic(), float("inf"), 0.0
         self.poker, poked = socket.socketpair()
         for sock in (self.poker, poked):
             sock.setblocking(False)
-        self.selector.register(poked, selectors.EVENT_READ, poked)
+        self.selector.register(poked, selectors.EVENT_READ, self)
 
     def listen(self, host: str, port: int) -> int:
         """At every address of the host, port 0 for any; PortAllocationFailedError if that cannot be."""
         for _ in range(1 if port else 10):  # a port that is free at one address may be taken at another
             try:
-                return self._listen(host.strip("[]"), port)
+                return self._listen(lookup_name(host.strip("[]")), port)
             except (OSError, UnicodeError) as error:
-                failure: Exception = error
+                failure: Any = error
                 while self.listeners:
                     self.listeners.pop().close()
-        code = getattr(failure, "errno", None)
-        if port and code in (errno.EADDRINUSE, errno.EACCES):
-            why = "is taken by another program" if code == errno.EADDRINUSE else "needs privileges"
+        causes = {errno.EADDRINUSE: "is taken by another program", errno.EACCES: "needs privileges"}
+        why = causes.get(getattr(failure, "errno", 0)) if port else None
+        if why:
             raise PortAllocationFailedError(
                 "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why))
         reason = getattr(failure, "strerror", None) or failure
         raise PortAllocationFailedError("No port could be had on %s: %s." % (host, reason))
 
     def _listen(self, host: str, port: int) -> int:
-        rows = socket.getaddrinfo(lookup_name(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        failure: Optional[OSError] = None
+        rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        failure = OSError("it has no address")
         for family, address in dict.fromkeys((row[0], row[4]) for row in rows):
             sock = None
             try:
@@ -3960,14 +3950,14 @@ class Front:
             except OSError as error:
                 if sock is not None:
                     sock.close()
-                failure = error
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                continue  # localhost is ::1, too, where there is no IPv6
+                failure = error  # localhost is ::1, too, where there is no IPv6
+                continue
             port = sock.getsockname()[1]
             sock.setblocking(False)
             self.listeners.append(sock)
-        if failure is not None and not self.listeners:
+        if not self.listeners:
             raise failure
         for sock in self.listeners:
             self.selector.register(sock, selectors.EVENT_READ, None)
@@ -3979,27 +3969,22 @@ class Front:
     # -- the thread
 
     def work(self) -> None:
-        self.is_at_work = True
         while True:
-            pause, before = self.pause(), time.monotonic()
+            pause = None if self.due == float("inf") else max(0.0, self.due - time.monotonic())
             try:
                 ready = self.selector.select(pause)
             except OSError as error:
                 self.log("cannot wait for connections: %s" % error)
                 ready = []
             with self.lock:
-                now = time.monotonic()
-                if pause is not None and now - before - pause > STOPPED_FOR:  # nobody could send anything
-                    self.deadlines = {link: deadline + now - before for link, deadline in self.deadlines.items()}
                 for key, events in ready:
                     if key.data is None:
                         self.accept(key.fileobj)
-                    elif not isinstance(key.data, tuple):
-                        key.data.recv(4096)
+                    elif key.data is self:
+                        key.fileobj.recv(4096)
                     elif key.data[1].events:  # not closed by what came before it in this turn
                         self.handle(key.data[0], self.move, *key.data, events)
                 self.look_at_clock(time.monotonic())
-                self.turned.set()
 
     def handle(self, link: _Link, action: Callable[..., None], *args: Any) -> None:
         """Whatever one connection does, it costs only itself."""
@@ -4010,45 +3995,35 @@ class Front:
             if link.state != "head":
                 return self.drop(link)
             link.closes, link.inbox = True, b""
-            message = {"message": str(error), "type": "invalid_request_error", "code": None}
-            self.handle(link, link.answer, error.status, {"error": message})
-        except OSError:
-            self.drop(link)
-        except Exception as error:  # a defect of ours: not a reason to end everybody's streams
-            self.log("a connection was given up: %r" % error)
+            self.handle(link, link.refuse, error.args[0], None, error.args[1])
+        except Exception as error:
+            if not isinstance(error, OSError):  # a defect of ours: not a reason to end everybody's streams
+                self.log("a connection was given up: %r" % error)
             self.drop(link)
 
-    def pause(self) -> Optional[float]:
-        """Seconds until something is due; None: nothing is."""
-        due = [at for at in (self.accept_at, self.resume_at, self.answer_by) if at]
-        due += [self.follow_at] if self.followers else []
-        due += [min(self.deadlines.values())] if self.deadlines else []
-        due += [next(iter(self.strangers.values())) + STRANGER_GRACE] if len(self.strangers) > STRANGERS_MOST else []
-        return max(0.0, min(due) - time.monotonic()) if due else None
+    def set_due(self, link: _Link, seconds: float) -> None:
+        link.due = time.monotonic() + seconds
+        self.due = min(self.due, link.due)
 
     def look_at_clock(self, now: float) -> None:
-        for link in [link for link, deadline in self.deadlines.items() if now >= deadline]:
-            self.drop(link)
+        """What is due: a line for who follows, another try for who is held; the others have had their time."""
+        if now >= self.due:
+            self.due = float("inf")
+            if now >= self.accept_at > 0:
+                self.accept_at = 0.0
+                for sock in self.listeners:
+                    self.selector.register(sock, selectors.EVENT_READ, None)
+            for link in list(self.links):
+                if now >= link.due > 0:
+                    link.due = 0.0
+                    self.handle(link, {"held": self.resume, "following": self.ask}.get(link.state, self.drop), link)
+            self.due = min(due for due in (self.due, self.accept_at, *(link.due for link in self.links)) if due)
         while len(self.strangers) > STRANGERS_MOST:
             oldest, came = next(iter(self.strangers.items()))
             if now - came < STRANGER_GRACE and len(self.strangers) <= STRANGERS_LIMIT:
+                self.due = min(self.due, came + STRANGER_GRACE)
                 break
             self.drop(oldest)
-        if self.accept_at and now >= self.accept_at:
-            self.accept_at = 0.0
-            for sock in self.listeners:
-                self.selector.register(sock, selectors.EVENT_READ, None)
-        if self.resume_at and now >= self.resume_at:
-            self.resume_at = 0.0
-            for link in [link for link in self.links if link.state == "held" and link.serve is None]:
-                self.handle(link, self.resume, link)
-            self.refusal = None
-        if self.answer_by and now >= self.answer_by and self.question is not None:
-            self.drop(self.question)
-        if self.followers and now >= self.follow_at:
-            self.follow_at = now + FOLLOW_PAUSE
-            for link in list(self.followers):
-                self.handle(link, self.tell, link)
 
     def log(self, text: str) -> None:
         """For the runner's thread to write, once a second at most."""
@@ -4062,23 +4037,19 @@ class Front:
     def accept(self, listener: Any) -> None:
         for _ in range(64):
             try:
-                sock = listener.accept()[0]
+                link = _Link(self, listener.accept()[0])
             except (BlockingIOError, ConnectionError):
                 return
             except OSError as error:  # out of descriptors: some come back
                 self.log("no connection can be accepted: %s" % error)
                 self.accept_at = time.monotonic() + ACCEPT_PAUSE
+                self.due = min(self.due, self.accept_at)
                 for one in self.listeners:
                     self.selector.unregister(one)
                 return
-            try:
-                link = _Link(self, sock)
-            except OSError:  # it has gone already
-                sock.close()
-                continue
             self.links.add(link)
             self.strangers[link] = time.monotonic()
-            self.deadlines[link] = self.strangers[link] + HEAD_TIMEOUT
+            self.set_due(link, HEAD_TIMEOUT)
             self.handle(link, self.move, link, link.client, selectors.EVENT_READ)
 
     def move(self, link: _Link, end: _End, events: int) -> None:
@@ -4095,56 +4066,48 @@ class Front:
                 link.take(data)
             elif data:
                 link.take_answer(data)
-            else:
-                self.end_serve(link)
+            else:  # the end of an answer without a length, or of the serve. Nothing is sent twice
+                link.closes = True
+                self.end_answer(link)
 
     def settle(self, link: _Link) -> None:
         """Send what waits, then see what is over and what to wait for."""
-        client, size = link.client, -1
+        client = link.client
         if link.is_use:
             self.used_at = time.monotonic()
         client.send()
-        while link.state == "head" and len(link.inbox) != size and len(client.out) < FRONT_LIMIT:
-            size = len(link.inbox)  # the next of several requests
-            link.take()
-            client.send()
+        if link.state == "head" and link.inbox:
+            link.take()  # the next of several requests
         serve, is_passed_on = link.serve, link.body.is_over or link.body.kind == "close"
         if serve is not None and not serve.is_connecting:
             serve.send()
-            if client.has_ended and is_passed_on and not serve.out and not serve.is_shut:
-                serve.is_shut = True  # a half-closed connection stays half-closed
-                serve.sock.shutdown(socket.SHUT_WR)
+            if client.has_ended and is_passed_on:
+                serve.shut()  # a half-closed connection stays half-closed
         if link.state == "closing" and not client.out and not client.is_shut:
-            client.is_shut = True
-            client.sock.shutdown(socket.SHUT_WR)
-            self.deadlines[link] = time.monotonic() + LAST_TIMEOUT
+            client.shut()
+            self.set_due(link, LAST_TIMEOUT)
         has_gone = not is_passed_on if link.state == "busy" else link.state != "held" and not client.out
         if link.state == "dropped" or (client.has_ended and has_gone):
             return self.drop(link)
-        if link.state == "head" and link.inbox:
-            self.deadlines.setdefault(link, time.monotonic() + HEAD_TIMEOUT)
-        for end in (client, serve):
-            if end is not None and end.sock is not None:
-                self.watch(link, end)
+        if link.state == "head" and link.inbox and not link.due:
+            self.set_due(link, HEAD_TIMEOUT)
+        room = len(link.inbox) < FRONT_LIMIT and (serve is None or len(serve.out) < FRONT_LIMIT)
+        self.watch(link, client, room and (link.state != "head" or len(client.out) < FRONT_LIMIT))
+        if serve is not None:
+            self.watch(link, serve, not serve.is_connecting and len(client.out) < FRONT_LIMIT)
 
-    def watch(self, link: _Link, end: _End) -> None:
-        if end is link.client:
-            room = len(link.inbox) < FRONT_LIMIT and (link.serve is None or len(link.serve.out) < FRONT_LIMIT)
-            room = room and (link.state != "head" or len(end.out) < FRONT_LIMIT)
-        else:
-            room = not end.is_connecting and len(link.client.out) < FRONT_LIMIT
-        events = (selectors.EVENT_READ if room and not end.has_ended else 0) | (
+    def watch(self, link: _Link, end: _End, has_room: bool) -> None:
+        events = (selectors.EVENT_READ if has_room and not end.has_ended else 0) | (
             selectors.EVENT_WRITE if end.is_connecting or end.out else 0)  # fmt: skip
-        if events and end.events and events != end.events:
-            self.selector.modify(end.sock, events, (link, end))
-        elif events and not end.events:
-            self.selector.register(end.sock, events, (link, end))
-        elif end.events and not events:
-            self.selector.unregister(end.sock)
-        end.events = events
+        if events != end.events:
+            if end.events:
+                self.selector.unregister(end.sock)
+            if events:
+                self.selector.register(end.sock, events, (link, end))
+            end.events = events
 
     def close(self, end: Optional[_End]) -> None:
-        if end is not None and end.sock is not None:
+        if end is not None:
             if end.events:
                 self.selector.unregister(end.sock)
                 end.events = 0
@@ -4156,16 +4119,10 @@ class Front:
             self.used_at = time.monotonic()
         self.close(link.client)
         self.close(link.serve)
-        link.state, link.serve = "dropped", None
+        link.state, link.serve, link.due = "dropped", None, 0.0
         link.client.out.clear()
         self.links.discard(link)
         self.strangers.pop(link, None)
-        self.deadlines.pop(link, None)
-        for waiting in (self.followers, self.askers):
-            if link in waiting:
-                waiting.remove(link)
-        if link is self.question:
-            self.end_question(b"")
 
     # -- requests
 
@@ -4174,12 +4131,12 @@ class Front:
         return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), expected)
 
     def note_known(self, link: _Link) -> None:
-        link.knows_key = True
+        link.knows_key, link.due = True, 0.0
         self.strangers.pop(link, None)
-        self.deadlines.pop(link, None)
 
     def admit(self, link: _Link, path: str) -> None:
         """A request with the key: pass it on, hold it, or answer for a serve that is not there."""
+        self.note_known(link)
         if link.is_look and self.state not in ("ready", "stopping"):
             return self.answer_look(link, path)
         link.state = "held"
@@ -4191,28 +4148,22 @@ class Front:
         """A request that is held, as things are now."""
         if self.state == "stopping":
             # Nothing has been passed on: a client of ours resolves again and sends it to the next serve.
-            why = str(self.error["args"][0]) if self.error and self.error.get("args") else "The serve is stopping."
-            link.answer(503, {"error": {"message": why, "type": "server_error", "code": "serve_stopping"}},
-                        "Qvac-Managed: stopping\r\n")  # fmt: skip
-        elif self.refusal is not None:
-            link.answer(*self.refusal)
-        elif self.state == "ready":
+            why = str([*self.error.get("args", ()), "The serve is stopping."][0])
+            link.refuse(503, "serve_stopping", why, "Qvac-Managed: stopping\r\n")
+        elif self.state == "ready" and link.serve is None:
             self.connect(link)
 
     def answer_look(self, link: _Link, path: str) -> None:
-        name = path[len("/v1/models/") :] if path.startswith("/v1/models/") else ""
-        name = urllib.parse.unquote(name) if "%" in name else name  # an import that few need
-        found = [model for model in self.models() if not name or model["id"] == name]
+        path = urllib.parse.unquote(path) if "%" in path else path  # an import that few need
+        found = {"/v1/models/" + model["id"]: model for model in self.models()}
+        found["/v1/models"] = {"object": "list", "data": list(found.values())}
         if link.method == "OPTIONS":
             link.answer(204, None)
-        elif path == "/v1/models":
-            link.answer(200, {"object": "list", "data": found})
-        elif name and found:
-            link.answer(200, found[0])
+        elif path in found:
+            link.answer(200, found[path])
         else:
-            what = 'Model "%s" not found.' % name if name else "Unknown endpoint: %s %s" % (link.method, path)
-            code = "model_not_found" if name else "not_found"
-            link.answer(404, {"error": {"message": what, "type": "invalid_request_error", "code": code}})
+            code = "model_not_found" if path.startswith("/v1/models/") else "not_found"
+            link.refuse(404, code, "Not found: %s %s" % (link.method, path))
 
     def models(self) -> List[Dict[str, Any]]:
         """As the serve has listed them last; while it is not there, none is loaded."""
@@ -4224,22 +4175,21 @@ class Front:
         """
         try:
             link.serve = _End(socket.socket())
+            link.serve.is_connecting = True
+            link.serve.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # no port stays in TIME_WAIT
+            link.serve.sock.connect((b"127.0.0.1", self.port))
+        except BlockingIOError:
+            pass
         except OSError as error:
-            self.log("no connection can be made: %s" % error)
-            return self.try_again(link)
-        link.serve.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)  # no port stays in TIME_WAIT
-        link.serve.is_connecting = True
-        code = link.serve.sock.connect_ex((b"127.0.0.1", self.port))
-        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
+            if link.serve is None:
+                self.log("no connection can be made: %s" % error)
             self.try_again(link)
 
     def try_again(self, link: _Link) -> None:
         """Nothing was sent: it waits until the serve is there again."""
         self.close(link.serve)
         link.state, link.serve = "held", None
-        if link is self.question:
-            return self.drop(link)
-        self.resume_at = self.resume_at or time.monotonic() + RECONNECT_PAUSE
+        self.set_due(link, RECONNECT_PAUSE)
 
     def begin(self, link: _Link) -> None:
         """The serve has taken the connection: from here on the request is never sent again. A process that is being
@@ -4254,17 +4204,8 @@ class Front:
 
     def end_answer(self, link: _Link) -> None:
         self.close(link.serve)
-        link.serve = link.reply = None
-        if link is self.question:
-            return self.end_question(bytes(link.client.out))
+        link.serve = None
         link.state = "closing" if link.closes or not link.body.is_over else "head"
-
-    def end_serve(self, link: _Link) -> None:
-        """The serve has closed: the end of an answer without a length, or of itself. Nothing is sent twice."""
-        if link is self.question and (link.reply is None or link.reply.kind != "close"):
-            return self.drop(link)
-        link.closes = True
-        self.end_answer(link)
 
     # -- status
 
@@ -4275,95 +4216,77 @@ class Front:
         nonce = asked.get("nonce", "")
         right = proof(self.api_key, "client", nonce, host, port)
         if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
-            return link.answer(401, {"error": _UNAUTHORIZED})
+            return link.refuse(401)
         self.note_known(link)
-        link.state, link.proof = "following", proof(self.api_key, "server", nonce, host, port)
+        link.proof, link.follows = proof(self.api_key, "server", nonce, host, port), "wait" in asked
         if {"do", "idle", "sleep", "start"} & set(asked):
             self.asked.append(asked)
             self.wake()
-        self.askers.append(link)
-        if "wait" in asked:
-            self.follow_at = self.follow_at if self.followers else time.monotonic() + FOLLOW_PAUSE
-            self.followers.append(link)
+        if link.follows:
             link.client.out += b"HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nConnection: close\r\n\r\n"
+        self.ask(link)
+
+    def ask(self, link: _Link) -> None:
+        """Tell how things are; of a serve that is ready, once it has listed its models."""
+        link.state = "asking"
         if self.state == "ready":
             self.ask_for_models()
         else:
-            self.tell_askers(False)
+            self.tell(link)
 
     def ask_for_models(self) -> None:
-        """One question of our own to the serve, for all who ask in the meantime; it has HEALTH_TIMEOUT to answer."""
-        if self.question is None:
+        """One question of our own to the serve, for all who ask in the meantime."""
+        if self.verdict:
+            start_without_signals(threading.Thread(target=self.question, name="question", daemon=True).start)
             self.verdict = ""
-            link = self.question = _Link(self, None)
-            link.method, link.is_look, link.state = "GET", True, "held"
-            link.head = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close"
-            self.answer_by = time.monotonic() + HEALTH_TIMEOUT
-            self.handle(link, self.connect, link)
 
-    def end_question(self, answer: bytes) -> None:
-        """All who have asked are told: the list, or the last one and that the serve does not answer."""
-        self.question, self.answer_by = None, 0.0
-        self.verdict, self.detail, listing = read_listing(answer)
-        self.listing = listing if self.verdict == HEALTHY else self.listing
+    def question(self) -> None:
+        """A thread of its own. In HTTP/1.0, whose answers come in one piece; HEALTH_TIMEOUT in all."""
+        answer, data, deadline = b"", b".", time.monotonic() + HEALTH_TIMEOUT
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), HEALTH_TIMEOUT) as sock:
+                sock.sendall(("GET /v1/models HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\n\r\n"
+                              % self.serve_key).encode())  # fmt: skip
+                while data and len(answer) < FRONT_LIMIT:
+                    sock.settimeout(max(0.001, deadline - time.monotonic()))
+                    data = sock.recv(65536)
+                    answer += data
+        except OSError:
+            answer = b""
+        with self.lock:
+            verdict, self.detail, listing = read_listing(answer)
+            self.listing, self.verdict = listing or self.listing, verdict
+            for link in [link for link in self.links if link.state == "asking"]:
+                self.handle(link, self.tell, link)
+        self.poke()
         self.wake()
-        self.tell_askers(self.state == "ready" and self.verdict != HEALTHY)
 
-    def tell_askers(self, is_silent: bool) -> None:
-        askers, self.askers = self.askers, []
-        for link in askers:
-            if link in self.followers:
-                self.handle(link, self.write_line, link, is_silent)
-            else:
-                self.handle(link, link.answer, 200, {**self.facts(), "models_busy": is_silent, "proof": link.proof})
+    def tell(self, link: _Link) -> None:
+        """The answer to a status request, or the next line for one that follows."""
+        facts = {**self.facts(), **(self.error if self.state == "stopping" else {}), "proof": link.proof}
+        if not link.follows:
+            return link.answer(200, facts)
+        is_last = self.state in ("ready", "asleep", "stopping")
+        if is_last or len(link.client.out) < FRONT_LIMIT:
+            link.client.out += json.dumps(facts).encode() + b"\n"
+        link.state = "closing" if is_last else "following"
+        self.set_due(link, LAST_TIMEOUT if is_last else FOLLOW_PAUSE)
 
     def facts(self) -> Dict[str, Any]:
         return {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
-                "requests": sum(link.is_use for link in self.links),
-                "last_used_s": round(self.idle_now(), 2)}  # fmt: skip
-
-    def tell(self, link: _Link) -> None:
-        """The next line for one that follows; of a serve that has become ready, with the models as it lists them now.
-        """
-        if link not in self.askers and self.state == "ready":
-            self.askers.append(link)
-            self.ask_for_models()
-        elif link not in self.askers and len(link.client.out) < FRONT_LIMIT:
-            self.write_line(link)
-
-    def write_line(self, link: _Link, is_silent: bool = False) -> None:
-        error = dict(self.error) if self.error and self.state == "stopping" else {}
-        line = {**self.facts(), **error, "models_busy": is_silent, "proof": link.proof}
-        link.client.out += json.dumps(line).encode() + b"\n"
-        if self.state in ("ready", "asleep", "stopping"):
-            self.followers.remove(link)
-            link.state = "closing"
+                "models_busy": self.state == "ready" and self.verdict != HEALTHY,
+                "requests": sum(link.is_use for link in self.links), "last_used_s": round(self.idle_s(), 2)}
 
     # -- for the runner
-
-    def idle_now(self) -> float:
-        return 0.0 if any(link.is_use for link in self.links) else time.monotonic() - self.used_at
 
     def idle_s(self) -> float:
         """Seconds since the last byte of the last answer; 0 while a request is under way or waits."""
         with self.lock:
-            return self.idle_now()
+            return 0.0 if any(link.is_use for link in self.links) else time.monotonic() - self.used_at
 
-    def is_awaited(self) -> bool:
+    def count(self, *states: str) -> int:
         with self.lock:
-            return any(link.state == "held" for link in self.links)
-
-    def follower_count(self) -> int:
-        return len(self.followers)
-
-    def say(self, **facts: Any) -> None:
-        with self.lock:
-            self.said.update(facts)
-
-    def skip(self, seconds: float) -> None:
-        """This process or the machine has been stopped for so long: that is no idle time."""
-        with self.lock:
-            self.used_at += seconds
+            return sum(link.state in states for link in self.links)
 
     def probe(self, port: int, key: str, pid: int) -> None:
         """A serve listens there: ask it for its models. `verdict` tells what came of it; nothing else is passed on yet.
@@ -4371,76 +4294,40 @@ class Front:
         with self.lock:
             self.port, self.serve_key, self.serve_pid = port, key, pid
             self.ask_for_models()
-        self.poke()
-
-    def pass_on(self) -> None:
-        """The serve is there: what waits goes on. Idle time counts from now."""
-        with self.lock:
-            self.used_at = time.monotonic()
-            self.enter("ready")
-
-    def hold(self, state: str) -> None:
-        """The serve is not there, or about to go: requests wait. Those under way are broken off by its end."""
-        with self.lock:
-            self.enter(state)
+            self.poke()
 
     def enter(self, state: str) -> None:
-        """Under the lock."""
-        self.state = state
-        self.resume_at = self.follow_at = time.monotonic()
-        self.poke()
-
-    def sleep_if_unused(self, idle: float) -> bool:
-        """In one step: no request is under way or waits, none has been for so long, and none is passed on any more."""
-        return self._if_unused("asleep", idle)
-
-    def close_if_unused(self, idle: float) -> bool:
-        return self._if_unused("stopping", idle)
-
-    def _if_unused(self, state: str, idle: float) -> bool:
+        """How things are now. What waits goes on in `ready`, from when idle time counts, and is told why in `stopping`;
+        else it waits on. The listeners close as this process exits, not before: nobody else may have the port."""
         with self.lock:
-            is_unused = not any(link.state in ("held", "busy") for link in self.links) and self.idle_now() >= idle
+            self.state = state
+            self.used_at = time.monotonic() if state == "ready" else self.used_at
+            for link in list(self.links):
+                if link.state == "following" or (link.state == "held" and link.serve is None):
+                    self.handle(link, self.ask if link.state == "following" else self.resume, link)
+            self.poke()
+
+    def enter_if_unused(self, state: str, idle: float) -> bool:
+        """In one step: no request is under way or waits, none has been for so long, and none is passed on any more."""
+        with self.lock:
+            is_unused = not self.count("held", "busy") and self.idle_s() >= idle
             if is_unused:
                 self.enter(state)
             return is_unused
 
-    def refuse(self, status: int, code: str, message: str) -> None:
+    def refuse(self, code: str, message: str) -> None:
         """All who wait now are told so; who comes later waits again."""
         with self.lock:
-            self.refusal = status, {"error": {"message": message, "type": "server_error", "code": code}}
-            self.enter(self.state)
-        self.wait_a_turn()
-
-    def stop(self, error: Optional[Mapping[str, Any]] = None) -> None:
-        """Nothing is taken any more: who waits is told why, and who comes. The listeners close as this process exits,
-        not before: as long as it lives, nobody else may have the port."""
-        with self.lock:
-            self.error = error
-            self.enter("stopping")
-        self.wait_a_turn()
-
-    def wait_a_turn(self) -> None:
-        """Until the thread has done what was said: this process may end next."""
-        with self.lock:
-            self.turned.clear()
-        self.poke()
-        if self.is_at_work:
-            self.turned.wait(1.0)
+            for link in [link for link in self.links if link.state == "held" and link.serve is None]:
+                self.handle(link, link.refuse, 503, code, message)
+            self.poke()
 
     def poke(self) -> None:
+        """The thread is to look anew at what to wait for."""
         try:
             self.poker.send(b".")
         except OSError:
             pass
-
-
-def origin_of(text: str) -> str:
-    """An origin as browsers send it."""
-    text = text.strip().lower().rstrip("/")
-    for scheme, port in (("http://", ":80"), ("https://", ":443")):
-        if text.startswith(scheme) and text.endswith(port):
-            text = text[: -len(port)]
-    return text
 
 
 def read_listing(answer: bytes) -> Tuple[str, str, List[Dict[str, Any]]]:
@@ -4449,20 +4336,12 @@ def read_listing(answer: bytes) -> Tuple[str, str, List[Dict[str, Any]]]:
     status = head.split(b" ", 2)[1:2]
     if not status or not status[0].isdigit():
         return BUSY, "it does not answer GET /v1/models", []
-    code = int(status[0])
-    if code != 200:
-        return BUSY if code >= 500 or code == 429 else WRONG, "it answers GET /v1/models with %d" % code, []
-    if b"chunked" in head.lower():
-        chunks, content = content, b""
-        while chunks:
-            size, _, chunks = chunks.partition(b"\r\n")
-            length = int(size.partition(b";")[0] or b"0", 16)
-            content, chunks = content + chunks[:length], chunks[length + 2 :]
-    value = _strict_json(content)
+    code, value = int(status[0]), _strict_json(content)
     listing = value.get("data") if isinstance(value, dict) else None
-    if _listed_models(listing) is None:
-        return WRONG, "it answers GET /v1/models with something that is no model list", []
-    return HEALTHY, "", listing  # type: ignore[return-value]
+    if code == 200 and _listed_models(listing) is not None:
+        return HEALTHY, "", listing  # type: ignore[return-value]
+    what = "something that is no model list" if code == 200 else str(code)
+    return BUSY if code >= 500 or code == 429 else WRONG, "it answers GET /v1/models with " + what, []
 
 
 # ==================================================================================================
@@ -4581,7 +4460,7 @@ class _Runner:
         if self.looked_at and now - self.looked_at > RUNNER_TICK + 5.0:
             # This process or the machine has been stopped: nobody could use it.
             self.used_at += now - self.looked_at
-            self.front.skip(now - self.looked_at)
+            self.front.used_at += now - self.looked_at
         self.looked_at = now
         try:
             self.hear()
@@ -4626,7 +4505,7 @@ class _Runner:
             self.is_to_sleep = True
         elif word == "restart" and self.state in ("ready", "asleep"):
             self.failures = 0
-            self.front.hold("restarting")
+            self.front.enter("restarting")
             self.enter("restarting")
             self.stop_serve()
             self.start_at = 0.0
@@ -4646,12 +4525,12 @@ class _Runner:
         elif not is_wanted and not self.stays:
             if not self.home_is_gone():
                 self.reap()
-            elif self.front.close_if_unused(0.0):
+            elif self.front.enter_if_unused("stopping", 0.0):
                 self.state = "stopping"
         elif self.state == "ready":
             self.sleep_if_it_is_time(is_wanted)
-        elif self.front.is_awaited() and now >= self.start_at:
-            self.front.hold("waking")
+        elif self.front.count("held") and now >= self.start_at:
+            self.front.enter("waking")
             self.enter("waking")
             self.start_serve()
 
@@ -4660,7 +4539,7 @@ class _Runner:
         the record names this process, so that a provider's client finds it alive; then the serve is stopped."""
         patience = self.sleep_timeout if is_wanted else min(self.sleep_timeout, self.idle_timeout)
         patience = 0.0 if self.is_to_sleep else patience
-        if patience < float("inf") and self.front.sleep_if_unused(patience):
+        if patience < float("inf") and self.front.enter_if_unused("asleep", patience):
             self.is_to_sleep = False
             self.enter("asleep")
             self.stop_serve()
@@ -4756,10 +4635,10 @@ class _Runner:
             text = start_timeout_text(self.progress(), self.start_timeout, tail)
             self.fail(ServeStartTimeoutError(text, self.start_timeout))
         elif self.state == "loading":
-            is_awaited = self.front.is_awaited() or self.front.follower_count() or live_consumers(self.key)
+            is_awaited = self.front.count("held", "asking", "following") or live_consumers(self.key)
             if not is_awaited and now - max(self.since, self.used_at) >= min(self.idle_timeout, UNWATCHED_START):
                 raise self.call_off()
-        elif self.state == "restarting" and not (is_wanted or self.stays or self.front.is_awaited()):
+        elif self.state == "restarting" and not (is_wanted or self.stays or self.front.count("held")):
             self.state = "stopping"
 
     def is_there(self, now: float) -> bool:
@@ -4821,11 +4700,11 @@ class _Runner:
         self.port_attempts = 0
         self.enter("ready")
         self.say()
-        self.front.pass_on()
+        self.front.enter("ready")
 
     def restart(self, is_wanted: bool) -> None:
         """It ended by itself. Held connections go on when it is there again; what it was working on is broken off."""
-        self.front.hold("restarting")
+        self.front.enter("restarting")
         crash, (exit_code, number) = self.what_ended(), (self.serve.ended() if self.serve else None) or (None, None)
         self.log("the serve ended (%s)" % ("signal %s" % number if number else "exit code %s" % exit_code))
         if not is_wanted and not self.stays:
@@ -4849,8 +4728,8 @@ class _Runner:
         self.start_at = time.monotonic() + pause
         if self.state == "waking":
             self.log("the wake failed: %s" % str(error).split("\n")[0])
-            self.front.hold("asleep")
-            self.front.refuse(503, "model_load_failed", redact(str(error), self.inner_key))
+            self.front.enter("asleep")
+            self.front.refuse("model_load_failed", redact(str(error), self.inner_key))
             self.enter("asleep")
         elif self.state == "loading":
             raise error
@@ -4922,7 +4801,7 @@ class _Runner:
             with guard(timeout=1.0):
                 if not self.another_owner():
                     return self.write_record()
-            if self.front.close_if_unused(0.0):
+            if self.front.enter_if_unused("stopping", 0.0):
                 raise _Superseded
         elif now - self.touched_at >= HEARTBEAT:
             self.touched_at = now
@@ -4942,7 +4821,7 @@ class _Runner:
         except RegistryError:
             if time.monotonic() - self.used_at < self.idle_timeout + UNUSABLE_REAP:
                 raise
-            if self.front.close_if_unused(self.idle_timeout):  # nobody has been able to come for minutes
+            if self.front.enter_if_unused("stopping", self.idle_timeout):  # nobody has been able to come for minutes
                 self.state = "stopping"
             return
         try:
@@ -4951,7 +4830,7 @@ class _Runner:
                     return
                 self.remove_own_record()
             time.sleep(WITHDRAW_PAUSE)
-            if not live_consumers(self.key) and self.front.close_if_unused(self.idle_timeout):
+            if not live_consumers(self.key) and self.front.enter_if_unused("stopping", self.idle_timeout):
                 self.state = "stopping"
                 self.log("nobody has used it for %g s: stopping" % self.idle_timeout)
         finally:
@@ -4978,7 +4857,7 @@ class _Runner:
         """
         report = {"superseded": True} if self.failure is None else _error_to_json(self.failure)
         steps: List[Callable[[], Any]] = [
-            self.keep_spawners_out, lambda: self.front.stop(self.last_word()), self.withdraw,
+            self.keep_spawners_out, self.answer_all, self.withdraw,
             self.stop_serve, self.remove_folder, lambda: self.leave_error(report), lambda: release_lock(self.key),
             lambda: self.tell(report)]  # fmt: skip
         if self.home_is_gone():
@@ -4992,10 +4871,11 @@ class _Runner:
         if is_private_key(self.key) and self.failure is None:
             _unlink(log_path(self.key))
 
-    def last_word(self) -> Optional[Dict[str, Any]]:
-        """For those who wait in a status request."""
+    def answer_all(self) -> None:
+        """Those who wait are told why it ends."""
         error = self.failure or self.stopped
-        return _error_to_json(error) if error else None
+        self.front.error = _error_to_json(error) if error else {}
+        self.front.enter("stopping")
 
     def keep_spawners_out(self) -> None:
         """Who comes while the serve ends waits for its end: a large model twice is too much for many machines."""
@@ -5020,8 +4900,8 @@ class _Runner:
 
     def say(self) -> None:
         """What the front answers to who asks for the status."""
-        self.front.say(
-            **self.progress(), version=__version__, restarts=self.restarts, pid=self.serve.pid if self.serve else 0,
+        self.front.said = dict(
+            self.progress(), version=__version__, restarts=self.restarts, pid=self.serve.pid if self.serve else 0,
             ready_at=self.ready_at, loaded=self.loaded,
             idle_timeout_s=None if self.idle_timeout == float("inf") else self.idle_timeout,
             sleep_timeout_s=None if self.sleep_timeout == float("inf") else self.sleep_timeout,
@@ -7754,7 +7634,7 @@ class _EchoServe:
 
     def handle(self, request: _EchoRequest, stream: BinaryIO) -> Any:
         """The answer: a JSON object, or the events of a stream as a list."""
-        if request.version != "HTTP/1.1":
+        if request.version not in ("HTTP/1.0", "HTTP/1.1"):
             raise _EchoError(400, "bad_request", "This is not an HTTP/1.1 request.")
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
             raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")

@@ -7082,7 +7082,7 @@ class DamageTest(LifeCase):
     def test_a_folder_that_nobody_can_use_does_not_keep_it_for_ever(self) -> None:
         runner = q._Runner.__new__(q._Runner)
         runner.key, runner.idle_timeout, runner.log_fd, runner.api_key, runner.state = "0" * 16, 1.0, -1, "key", "ready"
-        runner.front = mock.Mock(close_if_unused=lambda idle: True)
+        runner.front = mock.Mock(enter_if_unused=lambda state, idle: True)
         with mock.patch.object(q, "guard", side_effect=q.RegistryError("held")):
             runner.used_at = time.monotonic() - 60
             self.assertRaises(q.RegistryError, runner.reap)
@@ -9799,7 +9799,7 @@ class FrontCase(unittest.TestCase):
 
     def end_front(self) -> None:
         threads = [thread for thread in threading.enumerate() if getattr(thread, "_target", None) == self.front.work]
-        self.front.pause = mock.Mock(side_effect=SystemExit)  # type: ignore[method-assign]
+        self.front.look_at_clock = mock.Mock(side_effect=SystemExit)  # type: ignore[method-assign]
         self.front.poke()
         for thread in threads:
             thread.join(5)
@@ -9817,7 +9817,7 @@ class FrontCase(unittest.TestCase):
         self.front.probe(stub.port, self.INNER, os.getpid())
         wait_until(lambda: self.front.verdict)
         self.assertEqual(("healthy", stub.LISTING["data"]), (self.front.verdict, self.front.listing))
-        self.front.pass_on()
+        self.front.enter("ready")
         return stub
 
     def connect(self, data: bytes = b"") -> socket.socket:
@@ -9865,9 +9865,13 @@ class FrontCase(unittest.TestCase):
         return code, lines if "wait" in query else lines[0]
 
     def fall_asleep(self) -> None:
-        self.assertTrue(wait_until(lambda: self.front.sleep_if_unused(0.0)))
+        self.assertTrue(wait_until(lambda: self.front.enter_if_unused("asleep", 0.0)))
         self.stub.die()
         self.wakes.clear()
+
+    def stop(self, why: str) -> None:
+        self.front.error = {"error": "X", "args": [why]}
+        self.front.enter("stopping")
 
     def set(self, **constants: Any) -> None:
         for name, value in constants.items():
@@ -9932,7 +9936,7 @@ class FrontFramingTest(FrontCase):
             sock = self.connect(self.head("GET /slow"))
             sock.shutdown(socket.SHUT_WR)
             if state == "asleep":
-                wait_until(self.front.is_awaited)
+                wait_until(lambda: self.front.count("held"))
                 time.sleep(0.05)
                 self.stub = self.bring_up()
             self.assertTrue(self.rest(sock).endswith(b"/slow 0"))
@@ -9987,9 +9991,9 @@ class FrontStrangerTest(FrontCase):
         self.assertEqual(401, self.read(self.connect(b"GET /openapi.json HTTP/1.1\r\n\r\n"))[0])
         self.assertEqual(401, self.status(key="wrong")[0])
         self.assertEqual([], self.wakes)
-        self.assertFalse(self.front.is_awaited())
+        self.assertFalse(self.front.count("held"))
         self.assertGreater(self.front.idle_s(), 0.1)
-        self.assertTrue(self.front.close_if_unused(0.1))
+        self.assertTrue(self.front.enter_if_unused("stopping", 0.1))
         silent.close()
 
     def test_browsers_are_answered_as_by_the_cli(self) -> None:
@@ -10043,7 +10047,7 @@ class FrontStrangerTest(FrontCase):
 
     def test_who_asks_and_does_not_read_costs_little(self) -> None:
         for key in ("?", self.KEY):
-            self.front.hold("loading")
+            self.front.enter("loading")
             sock = self.connect()
             sock.setblocking(False)
             with contextlib.suppress(BlockingIOError):
@@ -10084,7 +10088,7 @@ class FrontStrangerTest(FrontCase):
         wait_until(lambda: self.stub.ended)
 
     def test_what_a_stranger_sends_is_in_no_log(self) -> None:
-        self.assertEqual(404, (self.front.hold("loading"), self.ask("GET /v1/models/%1b[31m"))[1][0])
+        self.assertEqual(404, (self.front.enter("loading"), self.ask("GET /v1/models/%1b[31m"))[1][0])
         self.assertEqual(401, self.ask("GET /\x1b[31m", key="\x1b[31m")[0])
         self.assertEqual([], self.log)
 
@@ -10096,16 +10100,16 @@ class FrontUseTest(FrontCase):
         time.sleep(0.15)
         sock = self.connect(self.head("GET /slow"))
         wait_until(lambda: self.stub.requests)
-        self.assertEqual((0.0, False), (self.front.idle_s(), self.front.sleep_if_unused(0.0)))
+        self.assertEqual((0.0, False), (self.front.idle_s(), self.front.enter_if_unused("asleep", 0.0)))
         self.assertEqual(1, self.status()[1]["requests"])
         self.read(sock)
         self.assertLess(self.front.idle_s(), 0.15)
-        self.assertFalse(self.front.sleep_if_unused(0.15))
+        self.assertFalse(self.front.enter_if_unused("asleep", 0.15))
         time.sleep(0.15)
         for _ in range(10):  # looks on the same connection are no use
             sock.sendall(self.head("GET /v1/models") + self.head("HEAD /v1/models/m"))
             self.assertEqual((200, 200), (self.read(sock)[0], self.read(sock, "HEAD")[0]))
-        self.assertTrue(self.front.sleep_if_unused(0.15))
+        self.assertTrue(self.front.enter_if_unused("asleep", 0.15))
         self.assertEqual([], self.wakes[2:])
 
     def test_asleep_looks_are_answered_and_wake_nobody(self) -> None:
@@ -10113,7 +10117,7 @@ class FrontUseTest(FrontCase):
         self.assertEqual(200, self.read(sock)[0])
         self.fall_asleep()
         for state, said in (("asleep", "idle"), ("waking", "loading")):
-            self.front.hold(state)
+            self.front.enter(state)
             for path, answer in (("/v1/models", {"object": "list", "data": [{"id": "m", "state": said}]}),
                                  ("/v1/models/m", {"id": "m", "state": said}), ("/v1/models/n", None), ("/health", None)):  # fmt: skip
                 sock.sendall(self.head("GET " + path) + self.head("HEAD " + path))
@@ -10121,7 +10125,7 @@ class FrontUseTest(FrontCase):
                 self.assertEqual(200 if answer else 404, code)
                 self.assertEqual(answer or {"error"}, json.loads(body) if answer else set(json.loads(body)))
                 self.assertEqual((code, b""), self.read(sock, "HEAD"))
-        self.assertEqual(([], False), (self.wakes, self.front.is_awaited()))
+        self.assertEqual(([], False), (self.wakes, self.front.count("held")))
 
     def test_two_wake_it_at_once_and_a_kept_connection_goes_on(self) -> None:
         kept = self.connect(self.head("GET /1"))
@@ -10130,15 +10134,15 @@ class FrontUseTest(FrontCase):
         kept.sendall(self.head("POST /2", "Content-Length: 300000") + b"x" * 300000)
         other = self.connect(self.head("GET /3"))
         wait_until(lambda: len(self.wakes) == 2)
-        self.front.hold("waking")
+        self.front.enter("waking")
         late = self.connect(self.head("GET /4"))
-        self.assertTrue(self.front.is_awaited())
-        self.assertFalse(self.front.close_if_unused(0.0))
+        self.assertTrue(self.front.count("held"))
+        self.assertFalse(self.front.enter_if_unused("stopping", 0.0))
         self.stub = self.bring_up()
         self.assertEqual([(200, b"/2 300000"), (200, b"/3 0"), (200, b"/4 0")], [self.read(one) for one in (kept, other, late)])
         self.assertEqual(3, len(self.stub.requests))
         self.stub.die()
-        self.front.hold("restarting")
+        self.front.enter("restarting")
         kept.sendall(self.head("GET /5"))
         self.bring_up()
         self.assertEqual((200, b"/5 0"), self.read(kept))
@@ -10147,12 +10151,12 @@ class FrontUseTest(FrontCase):
         self.fall_asleep()
         waiting = [self.connect(self.head("GET /%d" % n)) for n in range(3)]
         wait_until(lambda: len(self.wakes) == 3)
-        self.front.refuse(503, "model_load_failed", "no memory")
+        self.front.refuse("model_load_failed", "no memory")
         for sock in waiting:
             code, body = self.read(sock)
             self.assertEqual((503, "no memory"), (code, json.loads(body)["error"]["message"]))
         later = self.connect(self.head("GET /later"))
-        wait_until(self.front.is_awaited)
+        wait_until(lambda: self.front.count("held"))
         self.bring_up()
         self.assertEqual((200, b"/later 0"), self.read(later))
 
@@ -10178,10 +10182,10 @@ class FrontUseTest(FrontCase):
         wait_until(self.front.idle_s)
         self.fall_asleep()
         gone = self.connect(self.head("GET /held"))
-        wait_until(self.front.is_awaited)
+        wait_until(lambda: self.front.count("held"))
         gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         gone.close()
-        wait_until(lambda: not self.front.is_awaited(), 1.0)
+        wait_until(lambda: not self.front.count("held"), 1.0)
 
     def test_a_reader_that_stalls_stops_only_its_own_stream(self) -> None:
         sent: Dict[str, int] = {"/big": 0, "/other": 0}
@@ -10218,9 +10222,9 @@ class FrontUseTest(FrontCase):
             sock = self.connect()
             threading.Timer(0.012 - step / 2000, sock.sendall, [self.head("POST /s%d" % step, "Content-Length: 2") + b"ok"]).start()
             time.sleep(0.006)
-            if self.front.sleep_if_unused(0.0):
+            if self.front.enter_if_unused("asleep", 0.0):
                 self.stub.die()
-                if wait_until(lambda: self.front.is_awaited() or (requests and requests[-1][1] == "/s%d" % step)) is True:
+                if wait_until(lambda: self.front.count("held") or (requests and requests[-1][1] == "/s%d" % step)) is True:
                     slept += 1
                 self.stub = self.bring_up()
                 self.stub.requests = requests
@@ -10237,7 +10241,7 @@ class FrontUseTest(FrontCase):
             time.sleep(0.006)
             crashed.die()
             time.sleep(0.002)
-            self.front.hold("restarting")
+            self.front.enter("restarting")
             self.stub = self.bring_up()
             code, _ = self.read(sock)
             times = sum(request[1] == "/c%d" % step for stub in (crashed, self.stub) for request in stub.requests)
@@ -10252,13 +10256,13 @@ class FrontUseTest(FrontCase):
             sock = self.connect()
             threading.Timer(0.008 - step / 2000, sock.sendall, [self.head("GET /r%d" % step)]).start()
             time.sleep(0.004)
-            closed = self.front.close_if_unused(0.0)
+            closed = self.front.enter_if_unused("stopping", 0.0)
             code, _ = self.read(sock)
             times = sum(path == "/r%d" % step for _, path, _ in self.stub.requests)
             self.assertIn((code, times), [(503, 0), (200, 1)] if closed else [(200, 1)])
             self.assertEqual("stopping" if code == 503 else None, self.fields["Qvac-Managed"])
             seen.add(code)
-            self.front.pass_on()
+            self.front.enter("ready")
         self.assertEqual({200, 503}, seen)
 
 
@@ -10266,7 +10270,7 @@ class FrontStatusTest(FrontCase):
     """What the front tells, and where it listens."""
 
     def test_proof_both_ways_and_what_is_asked_of_the_runner(self) -> None:
-        self.front.say(restarts=3)
+        self.front.said = {"restarts": 3}
         sock = self.connect()
         code, facts = self.status(sock, do="stop", by="6d65")
         self.assertEqual((200, "ready", 3, [{"id": "m", "state": "ready"}], False, 0), (code, *map(
@@ -10296,24 +10300,24 @@ class FrontStatusTest(FrontCase):
         self.assertEqual([True] * 4, [facts["models_busy"] for facts in answers])
         self.assertEqual([[{"id": "m", "state": "ready"}]] * 4, [facts["models"] for facts in answers])
         self.assertLess(len(self.stub.socks) - before, 4)
-        self.assertFalse(self.front.sleep_if_unused(0.0) or self.front.close_if_unused(0.0))
+        self.assertFalse(self.front.enter_if_unused("asleep", 0.0) or self.front.enter_if_unused("stopping", 0.0))
         running.close()
 
     def test_who_follows_is_told_to_the_end(self) -> None:
         self.assertEqual(["ready"], [facts["state"] for facts in self.status(wait=1)[1]])
-        self.front.hold("asleep")
+        self.front.enter("asleep")
         self.assertEqual(["asleep"], [facts["state"] for facts in self.status(wait=1)[1]])
         lines: List[Any] = []
-        for end in (self.front.pass_on, lambda: self.front.stop({"error": "X", "args": ["why"]})):
-            self.front.hold("loading")
-            self.front.say(phase="downloading")
+        for end in (lambda: self.front.enter("ready"), lambda: self.stop("why")):
+            self.front.enter("loading")
+            self.front.said = {"phase": "downloading"}
             thread = threading.Thread(target=lambda: lines.extend([self.status(wait=1)[1]]))
             thread.start()
-            wait_until(self.front.follower_count)
+            wait_until(lambda: self.front.count("following"))
             time.sleep(0.6)
             end()
             thread.join(2)
-            self.assertEqual(0, self.front.follower_count())
+            self.assertEqual(0, self.front.count("following"))
         for told, last in zip(lines, ("ready", "stopping")):
             self.assertEqual(["loading"] * (len(told) - 1) + [last], [facts["state"] for facts in told])
             self.assertIn(len(told), (3, 4, 5))
@@ -10322,27 +10326,14 @@ class FrontStatusTest(FrontCase):
 
     def test_who_comes_while_it_stops_is_told_and_the_port_stays_its(self) -> None:
         held = (self.fall_asleep(), self.connect(self.head("GET /held")))[1]
-        wait_until(self.front.is_awaited)
-        self.front.stop({"error": "X", "args": ["stopped by you"]})
+        wait_until(lambda: self.front.count("held"))
+        self.stop("stopped by you")
         for sock in (held, self.connect(self.head("GET /late")), self.connect(self.head("GET /v1/models"))):
             code, body = self.read(sock)
             self.assertEqual((503, "stopping", "close"), (code, self.fields["Qvac-Managed"], self.fields["Connection"]))
             self.assertEqual("stopped by you", json.loads(body)["error"]["message"])
         with self.assertRaises(q.PortAllocationFailedError):
             q.Front("k", lambda: None, self.log.append).listen("127.0.0.1", self.port)
-
-    def test_a_process_that_was_stopped_blames_nobody(self) -> None:
-        self.set(HEAD_TIMEOUT=0.3, STOPPED_FOR=0.4)
-        sock = self.connect(b"GET /x HT")
-        wait_until(lambda: any(link.inbox for link in self.front.links))
-        with self.front.lock:  # as if the kernel gave it no time
-            time.sleep(0.9)
-        time.sleep(0.1)
-        sock.sendall(self.head("GET /x").replace(b"GET /x HT", b""))
-        self.assertEqual((200, b"/x 0"), self.read(sock))
-        before = self.front.idle_s()
-        self.front.skip(5.0)
-        self.assertLess(self.front.idle_s(), before - 4.0)
 
     def test_addresses(self) -> None:
         def listen(host: str) -> List[Tuple[Any, ...]]:
