@@ -4499,8 +4499,12 @@ class _Runner:
             self.obey("stop", "a signal")
 
     def obey(self, word: str, by: str) -> None:
+        if self.state == "stopping":
+            return
         if word == "stop":
             self.state, self.stopped = "stopping", ServeStoppedError(by)
+        elif word == "end":  # by a client that gives up its start: who waits here too may start another
+            self.state = "stopping"
         elif word == "sleep":
             self.is_to_sleep = True
         elif word == "restart" and self.state in ("ready", "asleep"):
@@ -6330,6 +6334,7 @@ class _Resolver:
         too: nobody is left to read it. A runner that fails has told us before it is at its own end."""
         try:
             if not live_consumers(self.key):
+                look(read_record(self.key), do="end", by=caller_words())
                 stop_serve(self.key)
                 wait_until(lambda: not os.path.lexists(lock_path(self.key)) or live_consumers(self.key), STOP_GRACE)
                 if not os.path.lexists(lock_path(self.key)):
