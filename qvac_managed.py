@@ -6083,7 +6083,7 @@ class _Resolver:
         self._gone_version: Any = None  # of a provider's record whose serve has refused connections for too long
         self._starts = 0  # of runners, by this resolution
         self._runner: Any = None  # pid and start of the last one
-        self._killed_runner = 0  # of another's start, which failed because its serve was killed
+        self._failed_runner = 0  # of another's start, whose failure need not be ours
 
     # -- being a consumer
 
@@ -6139,7 +6139,7 @@ class _Resolver:
 
     def resolve(self) -> _Target:
         """A serve to talk to: the one that is there, or a new one. On any failure nothing of ours is left behind."""
-        self._began, self._starts, self._killed_runner, self._runner = time.monotonic(), 0, 0, None
+        self._began, self._starts, self._failed_runner, self._runner = time.monotonic(), 0, 0, None
         self._wrong_since, self._deadline = 0.0, self._began + self.wish.start_timeout
         try:
             return self._resolve()
@@ -6263,11 +6263,12 @@ class _Resolver:
                 self._deadline = max(self._deadline, time.monotonic() + patience)
                 if "error" in facts:
                     error = _error_from_json(facts)
-                    was_killed = isinstance(error, ServeExitedError) and error.signal == 9
-                    # By somebody, once; a system that is out of memory does it again.
-                    if was_killed and not self._starts and self._killed_runner in (0, record.runner_pid):
-                        self._killed_runner = record.runner_pid
-                        self._pause("the serve was killed while it started")
+                    # By somebody, once (a system that is out of memory does it again); with less patience than ours.
+                    was_theirs = (isinstance(error, ServeExitedError) and error.signal == 9) or (
+                        isinstance(error, ServeStartTimeoutError) and error.seconds < self.wish.start_timeout)
+                    if was_theirs and not self._starts and self._failed_runner in (0, record.runner_pid):
+                        self._failed_runner = record.runner_pid
+                        self._pause("another's start has failed")
                         return None
                     raise error
                 if facts.get("models_busy"):
