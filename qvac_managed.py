@@ -908,7 +908,8 @@ OURS, STRANGER, NOBODY, UNKNOWN = "ours", "stranger", "nobody", "unknown"  # who
 # What another interpreter executes: exactly the file of its first argument, never what else goes by its name there (a
 # package, a .pyc or a .so that somebody put beside it), with its compiled code in the folder of the second, and nowhere
 # if that is empty. With a third it forks at once and goes on in a session of its own. `-I` keeps a `json.py` beside the
-# file out of its imports. Bytecode that was cut short on a full disk is removed.
+# file out of its imports. What lives long has it compiled by a child, whose 25 MB go with it. Bytecode that was cut short
+# on a full disk is removed.
 _BOOT = """\
 import sys, os
 file, cache, detached = sys.argv[1:4]
@@ -928,10 +929,19 @@ else:
     if cache:
         os.umask(0o77)
         sys.pycache_prefix, sys.dont_write_bytecode = cache, False
+        cached = machinery.cache_from_source(file)
+        if detached and not (os.path.exists(cached) and os.path.getmtime(cached) >= os.path.getmtime(file)):
+            child = os.fork()
+            if not child:
+                try:
+                    loader.get_code(name)
+                finally:
+                    os._exit(0)
+            os.waitpid(child, 0)
         try:
             code = loader.get_code(name)
         except (EOFError, ValueError, TypeError):
-            os.unlink(machinery.cache_from_source(file))
+            os.unlink(cached)
         sys.pycache_prefix, sys.dont_write_bytecode = None, before
     code = code or loader.source_to_code(loader.get_data(file), file)
 module = sys.modules[name] = type(sys)(name)
