@@ -908,8 +908,8 @@ OURS, STRANGER, NOBODY, UNKNOWN = "ours", "stranger", "nobody", "unknown"  # who
 # What another interpreter executes: exactly the file of its first argument, never what else goes by its name there (a
 # package, a .pyc or a .so that somebody put beside it), with its compiled code in the folder of the second, and nowhere
 # if that is empty. With a third it forks at once and goes on in a session of its own. `-I` keeps a `json.py` beside the
-# file out of its imports. What lives long has it compiled by a child, whose 25 MB go with it. Bytecode that was cut short
-# on a full disk is removed.
+# file out of its imports. What lives long has it compiled by a child, whose 25 MB go with it. Bytecode that was cut
+# short on a full disk is removed.
 _BOOT = """\
 import sys, os
 file, cache, detached = sys.argv[1:4]
