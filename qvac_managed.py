@@ -4363,7 +4363,7 @@ STARTING = ("loading", "waking", "restarting")  # states in which a serve is to 
 
 
 class _Superseded(Exception):
-    """Another runner serves this key, or another spawner has the lock: give way without a trace."""
+    """Another runner serves this key, another spawner has the lock, or its client gives up: end without a trace."""
 
 
 class _Runner:
@@ -4378,6 +4378,8 @@ class _Runner:
            +--> stopping <-----+            (nobody wants it; told to; a start that failed)
     """
 
+    inner_key, loaded, trouble = "", {}, ""  # type: str, Mapping[str, Any], str
+
     def __init__(self, params: Mapping[str, Any], report_fd: int) -> None:
         self.wish = Wish(**params["wish"])
         self.key: str = params["key"]
@@ -4385,29 +4387,24 @@ class _Runner:
         self.lock: str = params["lock"]  # our client's text in the spawn lock
         self.report_fd, self.log_fd = report_fd, 2  # KEY.log: the client opened it for us
         self.news: List[str] = []  # what the front's thread has to log: it waits for no file
-        self.idle_timeout = float("inf") if self.wish.idle_timeout is None else self.wish.idle_timeout
-        self.sleep_timeout = float("inf") if self.wish.sleep_timeout is None else self.wish.sleep_timeout
+        self.idle_timeout, self.sleep_timeout = (
+            float("inf") if wish is None else wish for wish in (self.wish.idle_timeout, self.wish.sleep_timeout))
         self.start_timeout = self.wish.start_timeout
         # A tool's settings hold this address and key: they sleep rather than end.
         self.stays = self.wish.port is not None and not is_private_key(self.key)
         self.api_key = (kept_key(self.key) if self.stays else "") or _new_api_key()
         self.front = Front(self.api_key, wake_up, self.news.append, origins_of(self.wish.serve_args))
         self.state, self.since = "loading", time.monotonic()
-        self.used_at = self.ready_at = self.touched_at = self.looked_at = self.moved_at = 0.0  # monotonic seconds
-        self.start_at = 0.0  # when the next try of a restart or a wake may begin
+        # Monotonic seconds; `start_at`: when the next try of a restart or a wake may begin.
+        self.used_at = self.ready_at = self.touched_at = self.looked_at = self.start_at = 0.0
         self.port = self.inner_port = self.failures = self.restarts = self.port_attempts = 0
         self.serve: Optional[ServeProcess] = None
         self.folder, self.alive_fd = "", -1
-        self.log_start = 0  # offset of this serve's first line
         self.record: Optional[ServeRecord] = None  # as published last
         self.record_version: Any = None
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-        self.sizes: Dict[str, int] = {}  # of the model files, while a start is looked at
-        self.first_sizes: Dict[str, int] = {}
         self.failure: Optional[BaseException] = None
-        self.stopped: Optional[ServeStoppedError] = None  # on purpose: who waits for it is not to start another
-        self.called_off = self.is_to_sleep = False
-        self.trouble = ""
+        self.is_quiet = self.is_to_sleep = False  # quiet: its failure is no reason for others not to try again
 
     def run(self) -> int:
         try:
@@ -4418,7 +4415,7 @@ class _Runner:
             if self.stays and not kept_key(self.key):
                 _write_new_file(_registry_path(self.key, ".key"), self.api_key.encode(), replace=True)
             if not self.tell({"published": os.getpid()}) and not live_consumers(self.key):
-                raise self.call_off()  # our client went while this interpreter started
+                self.call_off()  # our client went while this interpreter started
             self.start_serve()
             while self.state != "stopping":
                 wait_for_event(self.tick())
@@ -4474,14 +4471,11 @@ class _Runner:
         self.looked_at = now
         try:
             self.hear()
-            if self.state != "stopping":
-                self.decide(now)
+            self.decide(now)
             self.keep_record()
             self.trouble = ""
         except (OSError, RegistryError) as error:
-            if self.trouble != str(error):
-                self.trouble = str(error)
-                self.log("will look again: %s" % error)
+            self.note_trouble(error)
 
     def hear(self) -> None:
         """What the front's thread has to say, and what clients with the key ask for. The longest wish wins."""
@@ -4489,84 +4483,72 @@ class _Runner:
             self.log(self.news.pop(0))
         while self.front.asked:
             query = self.front.asked.pop(0)
-            for name in ("idle", "sleep", "start"):
-                try:
-                    wished = float(query.get(name, 0))  # "inf" is one, too
-                except ValueError:
-                    continue
-                attribute = name + "_timeout"
-                if not wished > getattr(self, attribute):
-                    continue
-                setattr(self, attribute, wished)
-                self.record_version = None  # to be published again
-            if "do" in query:
+            try:
+                wishes = {name + "_timeout": float(query.get(name, 0)) for name in ("idle", "sleep", "start")}
                 by = bytes.fromhex(query.get("by", "")).decode("utf-8", "replace")
-                by = _shorten(clean_text(by), 100) or "a client"
-                self.log("told to %s by %s" % (clean_text(query["do"]), by))
-                self.obey(query["do"], by)
-        if was_asked_to_stop() and self.state != "stopping":
-            self.log("told to stop by a signal")
+            except ValueError:
+                continue
+            for name, wished in wishes.items():  # "inf" is one, too
+                if wished > getattr(self, name):
+                    setattr(self, name, wished)
+                    self.record_version = None  # to be published again
+            if "do" in query:
+                self.obey(query["do"], _shorten(clean_text(by), 100) or "a client")
+        if was_asked_to_stop():
             self.obey("stop", "a signal")
 
     def obey(self, word: str, by: str) -> None:
-        if self.state == "stopping":
-            return
+        self.log("told to %s by %s" % (clean_text(word), by))
         if word == "stop":
-            self.state, self.stopped = "stopping", ServeStoppedError(by)
-        elif word == "end":  # by a client that gives up its start: who waits here too may start another
-            self.state = "stopping"
-        elif word == "sleep":
-            self.is_to_sleep = True
-        elif word == "restart" and self.state in ("ready", "asleep"):
-            self.failures = 0
-            self.front.enter("restarting")
+            self.is_quiet = True
+            raise ServeStoppedError(by)  # who waits for it is not to start another
+        if word == "end":  # by a client that gives up its start: who waits here too may start another
+            raise _Superseded
+        if word == "restart" and self.state in ("ready", "asleep"):
+            self.failures, self.start_at = 0, 0.0
             self.enter("restarting")
             self.stop_serve()
-            self.start_at = 0.0
+        self.is_to_sleep = self.is_to_sleep or word == "sleep"
 
     def decide(self, now: float) -> None:
         cut_log(self.log_fd)
         if self.serve is not None:
             self.serve.check_watchdog()
         has_consumers = bool(live_consumers(self.key))
-        if has_consumers:
-            self.used_at = now
+        self.used_at = now if has_consumers else self.used_at
         is_wanted = has_consumers or min(now - self.used_at, self.front.idle_s()) < self.idle_timeout
         if self.state in STARTING:
-            self.look_at_start(now, is_wanted)
+            self.look_at_start(now, is_wanted or self.stays)
         elif self.state == "ready" and self.serve is not None and self.serve.ended() is not None:
-            self.restart(is_wanted)
+            self.restart(is_wanted or self.stays)
         elif not is_wanted and not self.stays:
-            if not self.home_is_gone():
-                self.reap()
-            elif self.front.enter_if_unused("stopping", 0.0):
-                self.state = "stopping"
+            self.reap()
         elif self.state == "ready":
-            self.sleep_if_it_is_time(is_wanted)
+            # In this order: the front passes nothing on any more, in one step with the proof that no request is under
+            # way; the record names this process, so that a provider's client finds it alive; the serve is stopped.
+            patience = min(self.sleep_timeout, float("inf") if is_wanted else self.idle_timeout)
+            patience = 0.0 if self.is_to_sleep else patience
+            if patience < float("inf") and self.front.enter_if_unused("asleep", patience):
+                self.is_to_sleep = False
+                self.enter("asleep")
+                self.stop_serve()
         elif self.front.count("held") and now >= self.start_at:
-            self.front.enter("waking")
             self.enter("waking")
             self.start_serve()
 
-    def sleep_if_it_is_time(self, is_wanted: bool) -> None:
-        """In this order: the front passes nothing on any more, in one step with the proof that no request is under way;
-        the record names this process, so that a provider's client finds it alive; then the serve is stopped."""
-        patience = self.sleep_timeout if is_wanted else min(self.sleep_timeout, self.idle_timeout)
-        patience = 0.0 if self.is_to_sleep else patience
-        if patience < float("inf") and self.front.enter_if_unused("asleep", patience):
-            self.is_to_sleep = False
-            self.enter("asleep")
-            self.stop_serve()
-
     def enter(self, state: str) -> None:
-        """Take on a state, and let the record say so as soon as may be."""
-        if state != self.state:
-            self.log("%s -> %s" % (self.state, state))
+        """Take on a state. The front holds requests before the record says why, and passes them on after it."""
+        self.log("%s -> %s" % (self.state, state))
         self.state, self.since, self.record_version = state, time.monotonic(), None
+        self.say()
+        if state != "ready":
+            self.front.enter(state)
         try:
             self.keep_record()
         except (OSError, RegistryError) as error:
-            self.log("will look again: %s" % error)
+            self.note_trouble(error)
+        if state == "ready":
+            self.front.enter(state)
 
     def home_is_gone(self) -> bool:
         """The user's home, or the folder above QVAC_MANAGED_DIR, has been removed: not ours to bring back."""
@@ -4579,44 +4561,33 @@ class _Runner:
     # -- bringing a serve up
 
     def start_serve(self) -> None:
-        """Start the serve on an inner port with an inner key, both new, out of a fresh folder. What fails goes to
-        fail()."""
-        now = self.since = self.moved_at = time.monotonic()
+        """Start the serve on an inner port with an inner key, both new, out of a fresh folder and this process's
+        memory. What fails goes to fail()."""
+        now = self.since = self.moved_at = self.progress_at = time.monotonic()
         self.probed_at = 0.0
         self.sizes = self.first_sizes = model_files(models_folder())
         self.log_start = os.fstat(self.log_fd).st_size
         self.log("starting %s%s%s" % (self.command[-1], LOGGED_MODELS, json.dumps(list(self.wish.models))))
         self.say()
         make_room(self.wish.models, self.key, self.log)
-        try:
-            environ = self.prepare()
-        except (OSError, RegistryError):
-            self.start_at = now + RESTART_BACKOFF[-1]  # a full disk, say: again, for as long as it is wanted
-            raise
+        self.start_at = now + RESTART_BACKOFF[-1]  # a full disk, say: again, for as long as it is wanted
+        self.make_folder()
+        self.inner_key, self.inner_port = _new_api_key(), allocate_free_port("127.0.0.1")
+        config, key_file = (os.path.join(self.folder, name) for name in (CONFIG_NAME, KEY_FILE_NAME))
+        _write_new_file(config, json.dumps(self.wish.config(), indent=2).encode())
+        _write_new_file(key_file, self.inner_key.encode())
+        os.mkdir(scratch_of(self.folder), 0o700)
+        self.loaded, self.start_at = loaded_files(self.wish.models, self.command), 0.0
+        argv = [*self.command, "serve", "--openai", "--no-default", "--config", config, "--port", str(self.inner_port),
+                "--host", "127.0.0.1", "--api-key-file", key_file, *self.wish.serve_args]  # fmt: skip
+        environ = {**runner_environ(), "TMPDIR": scratch_of(self.folder), "PATH": serve_path(self.command)}
         try:
             # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in, and a shared serve
             # must not depend on who was first to start it.
-            self.serve = ServeProcess(self.argv(), environ, self.log_fd, os.path.abspath(os.sep))
+            self.serve = ServeProcess(argv, environ, self.log_fd, os.path.abspath(os.sep))
         except OSError as error:
             self.fail(ServeSpawnFailedError("Could not start %s: %s." % (self.command[0], error.strerror or error)))
         self.say()
-
-    def prepare(self) -> Dict[str, str]:
-        """Config, key and scratch folder of one start, out of this process's memory; returns the serve's environment.
-        """
-        self.make_folder()
-        self.inner_key, self.inner_port = _new_api_key(), allocate_free_port("127.0.0.1")
-        _write_new_file(os.path.join(self.folder, CONFIG_NAME), json.dumps(self.wish.config(), indent=2).encode())
-        _write_new_file(os.path.join(self.folder, KEY_FILE_NAME), self.inner_key.encode())
-        self.loaded = loaded_files(self.wish.models, self.command)
-        os.mkdir(scratch_of(self.folder), 0o700)
-        return {**runner_environ(), "TMPDIR": scratch_of(self.folder), "PATH": serve_path(self.command)}
-
-    def argv(self) -> List[str]:
-        """The serve's command line: its address is behind the front, its key in a file."""
-        config, key_file = (os.path.join(self.folder, name) for name in (CONFIG_NAME, KEY_FILE_NAME))
-        return [*self.command, "serve", "--openai", "--no-default", "--config", config, "--port", str(self.inner_port),
-                "--host", "127.0.0.1", "--api-key-file", key_file, *self.wish.serve_args]  # fmt: skip
 
     def make_folder(self) -> None:
         """A folder for one start of the serve. The one before goes when the record no longer names it."""
@@ -4627,8 +4598,12 @@ class _Runner:
         if before:
             self.record_version = None
             self.keep_record()
-            os.close(fd_before)
-            remove_serve_folder(self.key, before)
+            self.remove_folder(before, fd_before)
+
+    def remove_folder(self, folder: str, alive_fd: int) -> None:
+        if folder:
+            os.close(alive_fd)
+            remove_serve_folder(self.key, folder)
 
     def look_at_start(self, now: float, is_wanted: bool) -> None:
         """The serve is coming up: it listens, it ended, it stands still, nobody waits, or not yet."""
@@ -4636,121 +4611,105 @@ class _Runner:
             if now >= self.start_at:
                 self.start_serve()
             return
-        if self.serve.ended() is not None:
-            return self.fail(self.what_ended())
-        if self.is_there(now):
-            return
-        if now - self.looked_for_progress >= LOCK_REREAD:
-            self.looked_for_progress = now
-            self.note_progress(now)
-        if now - self.moved_at >= self.start_timeout:
-            tail = self.tail()
-            self.stop_serve()
-            text = start_timeout_text(self.progress(), self.start_timeout, tail)
-            self.fail(ServeStartTimeoutError(text, self.start_timeout))
-        elif self.state == "loading":
-            is_awaited = self.front.count("held", "asking", "following") or live_consumers(self.key)
-            if not is_awaited and now - max(self.since, self.used_at) >= min(self.idle_timeout, UNWATCHED_START):
-                raise self.call_off()
-        elif self.state == "restarting" and not (is_wanted or self.stays or self.front.count("held")):
+        if now - self.progress_at >= LOCK_REREAD:  # a model file that grows is progress: the serve prints none
+            sizes, self.progress_at = model_files(models_folder()), now
+            self.moved_at = self.moved_at if sizes == self.sizes else now
+            self.sizes = sizes
+            self.say()
+        try:
+            if self.serve.ended() is not None:
+                raise self.what_ended()
+            if self.is_there(now):
+                self.failures = 0 if self.state == "waking" else self.failures
+                self.ready_at = self.used_at = time.monotonic()
+                self.port_attempts = 0
+                return self.enter("ready")
+            if now - self.moved_at >= self.start_timeout:
+                text = start_timeout_text(self.progress(), self.start_timeout, self.tail())
+                raise ServeStartTimeoutError(text, self.start_timeout)
+        except QvacManagedModeError as error:
+            return self.fail(error)
+        is_awaited = bool(self.front.count("held", "asking", "following"))
+        if self.state == "loading":
+            patience = min(self.idle_timeout, UNWATCHED_START)
+            if not is_awaited and not live_consumers(self.key) and now - max(self.since, self.used_at) >= patience:
+                self.call_off()
+        elif self.state == "restarting" and not is_wanted and not is_awaited:
             self.state = "stopping"
 
     def is_there(self, now: float) -> bool:
-        """Whether the serve has come up, well or not: what listens is its, and its answer is a list of our models."""
+        """Whether the serve has come up: what listens is its, and its answer is a list of our models. Raises what
+        speaks against that."""
+        assert self.serve is not None
         if not self.probed_at and accepts_connections("127.0.0.1", self.inner_port):
-            assert self.serve is not None
             if who_listens("127.0.0.1", self.inner_port, self.serve.pid) == STRANGER:
-                self.fail(ServeExitedError(None, None, "EADDRINUSE: another program listens on the port"))
-                return True
+                raise ServeExitedError(None, None, "EADDRINUSE: another program listens on the port")
             self.probed_at = now
             self.front.probe(self.inner_port, self.inner_key, self.serve.pid)
         verdict = self.front.verdict if self.probed_at else ""
+        if verdict == BUSY and now - self.probed_at >= LOCK_REREAD:
+            self.probed_at = 0.0  # ask again
+        if verdict not in (WRONG, HEALTHY):
+            return False
         states = {model["id"]: model.get("state") for model in self.front.listing}
         missing = [alias for alias in self.wish.models if alias not in states]
-        if verdict == WRONG or (verdict == HEALTHY and missing):
-            self.fail(ServeSpawnFailedError("What was started is not the serve that was asked for: %s." % (
-                self.front.detail or "it lacks the model %s" % ", ".join(missing))))  # fmt: skip
-        elif verdict == HEALTHY and self.state == "waking" and set(states.values()) == {"error"}:
+        if verdict == WRONG or missing:
+            raise ServeSpawnFailedError("What was started is not the serve that was asked for: %s." % (
+                self.front.detail or "it lacks the model %s" % ", ".join(missing)))  # fmt: skip
+        if self.state == "waking" and set(states.values()) == {"error"}:
             alias = next(iter(states))
-            self.fail(ModelLoadFailedError(alias, load_failure_reason(self.key, alias, self.inner_key)))
-        elif verdict == HEALTHY:
-            self.get_ready()
-        elif verdict == BUSY and now - self.probed_at >= LOCK_REREAD:
-            self.probed_at = 0.0  # ask again
-        return verdict in (WRONG, HEALTHY)
+            raise ModelLoadFailedError(alias, load_failure_reason(self.key, alias, self.inner_key))
+        return True
 
-    looked_for_progress = probed_at = 0.0
-
-    def call_off(self) -> ServeSpawnFailedError:
+    def call_off(self) -> None:
         """A failure of this start only: who has come meanwhile is to try another, so it goes into no KEY.error."""
-        self.called_off = True
-        return ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
-
-    def note_progress(self, now: float) -> None:
-        """A model file that grows is progress: the serve prints none."""
-        sizes = model_files(models_folder())
-        self.moved_at = self.moved_at if sizes == self.sizes else now
-        self.sizes = sizes
-        self.say()
+        self.is_quiet = True
+        raise ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
 
     def progress(self) -> Dict[str, Any]:
         """For the front to tell: phase, bytes of the files that grow, and for how long nothing has moved."""
-        now, first = time.monotonic(), self.first_sizes
-        growing = {path: size for path, size in self.sizes.items() if first.get(path) != size}
-        done = sum(growing.values()) if growing else None
-        total = download_size(self.wish.models, first) if growing else None
-        phase = "loading" if growing or now - self.since > 0.5 else "starting"
-        if growing and (now - self.moved_at < 3.0 or (total is not None and done is not None and done < total)):
+        still = time.monotonic() - self.moved_at
+        growing = {path: size for path, size in self.sizes.items() if self.first_sizes.get(path) != size}
+        done, total = sum(growing.values()), download_size(self.wish.models, self.first_sizes) if growing else None
+        total = None if total is None or total < done else total
+        phase = "loading" if growing or time.monotonic() - self.since > 0.5 else "starting"
+        if growing and (still < 3.0 or (total or 0) > done):
             phase = "downloading"
-        total = total if total is not None and done is not None and total >= done else None
-        return {"phase": phase, "bytes_done": done, "bytes_total": total, "still_s": round(now - self.moved_at, 2),
-                "detail": self.front.detail if self.state in STARTING else "",
+        return {"phase": phase, "bytes_done": done if growing else None, "bytes_total": total,
+                "still_s": round(still, 2), "detail": self.front.detail if self.state in STARTING else "",
                 "names": list(self.wish.models)}  # fmt: skip
-
-    def get_ready(self) -> None:
-        if self.state == "waking":
-            self.failures = 0
-        self.ready_at = self.used_at = time.monotonic()
-        self.port_attempts = 0
-        self.enter("ready")
-        self.say()
-        self.front.enter("ready")
 
     def restart(self, is_wanted: bool) -> None:
         """It ended by itself. Held connections go on when it is there again; what it was working on is broken off."""
-        self.front.enter("restarting")
-        crash, (exit_code, number) = self.what_ended(), (self.serve.ended() if self.serve else None) or (None, None)
+        error, (exit_code, number) = self.what_ended(), (self.serve.ended() if self.serve else None) or (None, None)
         self.log("the serve ended (%s)" % ("signal %s" % number if number else "exit code %s" % exit_code))
-        if not is_wanted and not self.stays:
+        if not is_wanted:
             self.state = "stopping"
             return
         if time.monotonic() - self.ready_at > STABLE_AFTER:
             self.failures = 0
         self.restarts += 1
         self.enter("restarting")
-        self.fail(crash)
+        self.fail(error)
 
     def fail(self, error: QvacManagedModeError) -> None:
         """A start, a wake or a restart has failed, or a serve has crashed: the end, a pause, or another port."""
         self.stop_serve()
-        was_taken = "EADDRINUSE" in str(error) and self.state != "restarting"
-        if was_taken and self.port_attempts < PORT_ATTEMPTS:
+        if "EADDRINUSE" in str(error) and self.state != "restarting" and self.port_attempts < PORT_ATTEMPTS:
             self.port_attempts += 1
             return self.log("port %d was taken: trying another" % self.inner_port)
-        pause = RESTART_BACKOFF[min(self.failures, len(RESTART_BACKOFF) - 1)]
         self.failures += 1
-        self.start_at = time.monotonic() + pause
+        self.start_at = time.monotonic() + RESTART_BACKOFF[min(self.failures, len(RESTART_BACKOFF)) - 1]
         if self.state == "waking":
             self.log("the wake failed: %s" % str(error).split("\n")[0])
-            self.front.enter("asleep")
-            self.front.refuse("model_load_failed", redact(str(error), self.inner_key))
             self.enter("asleep")
+            self.front.refuse("model_load_failed", self.redact(str(error)))
         elif self.state == "loading":
             raise error
         elif self.failures > len(RESTART_BACKOFF):
             if isinstance(error, ServeExitedError):
-                error.what = "qvac serve crashed %d times in a row; at last it ended" % self.failures
-                error.args = (error.exit_code, error.signal, error.tail, error.what)
+                what = "qvac serve crashed %d times in a row; at last it ended" % self.failures
+                raise ServeExitedError(error.exit_code, error.signal, error.tail, what)
             raise error
 
     def what_ended(self) -> QvacManagedModeError:
@@ -4765,9 +4724,6 @@ class _Runner:
             stop_serve_process(serve)
 
     # -- the record
-
-    def idle_timeout_ms(self) -> float:
-        return NEVER_MS if self.idle_timeout == float("inf") else self.idle_timeout * 1000
 
     def publish(self) -> None:
         """The first act: the record stands and the spawn lock is free, in one step for whoever holds the guard."""
@@ -4792,16 +4748,16 @@ class _Runner:
 
     def write_record(self) -> None:
         """Under the guard."""
-        me = os.getpid()
+        me, host = os.getpid(), self.wish.host.strip("[]")
         serve_pid = self.serve.pid if self.state == "ready" and self.serve is not None else me
-        host = self.wish.host.strip("[]")
+        idle, sleep = (NEVER_MS if seconds == float("inf") else seconds * 1000
+                       for seconds in (self.idle_timeout, self.sleep_timeout))  # fmt: skip
         self.record = ServeRecord(
             fleet_key=self.key, api_key=self.api_key, serve_pid=serve_pid, runner_pid=me, port=self.port, host=host,
             base_url=base_url_of(host, self.port), config_path=os.path.join(self.folder, CONFIG_NAME),
-            started_at=self.started_at, idle_timeout_ms=self.idle_timeout_ms(),
+            started_at=self.started_at, idle_timeout_ms=idle, sleep_timeout_ms=sleep,
             serve_start=process_start(serve_pid) or "", runner_start=process_start(me) or "", place=place(),
             restarts=self.restarts, front=1, models=self.wish.models, serve_bin_path=self.wish.bin or "",
-            sleep_timeout_ms=NEVER_MS if self.sleep_timeout == float("inf") else self.sleep_timeout * 1000,
             pinned_port=self.wish.port or 0, serve_args=list(self.wish.serve_args))  # fmt: skip
         self.record_version = write_record(self.record)
 
@@ -4829,26 +4785,27 @@ class _Runner:
         A provider's client knows no guard: it has a moment to show itself, with the front still open. The spawn lock is
         ours until the serve is gone: whoever comes meanwhile waits, and gets either this one or the next.
         """
+        is_usable = not self.home_is_gone()
         try:
-            if not try_lock(self.key, timeout=1.0):
+            if is_usable and not try_lock(self.key, timeout=1.0):
                 return  # a client is about to look again
         except RegistryError:
             if time.monotonic() - self.used_at < self.idle_timeout + UNUSABLE_REAP:
                 raise
-            if self.front.enter_if_unused("stopping", self.idle_timeout):  # nobody has been able to come for minutes
-                self.state = "stopping"
-            return
+            is_usable = False  # nobody has been able to come for minutes
         try:
-            with guard(timeout=1.0):
-                if live_consumers(self.key) or self.front.idle_s() < self.idle_timeout:
-                    return
-                self.remove_own_record()
-            time.sleep(WITHDRAW_PAUSE)
-            if not live_consumers(self.key) and self.front.enter_if_unused("stopping", self.idle_timeout):
+            if is_usable:
+                with guard(timeout=1.0):
+                    if live_consumers(self.key) or self.front.idle_s() < self.idle_timeout:
+                        return
+                    self.remove_own_record()
+                time.sleep(WITHDRAW_PAUSE)
+            has_come = is_usable and live_consumers(self.key)
+            if not has_come and self.front.enter_if_unused("stopping", self.idle_timeout):
                 self.state = "stopping"
                 self.log("nobody has used it for %g s: stopping" % self.idle_timeout)
         finally:
-            if self.state != "stopping":
+            if is_usable and self.state != "stopping":
                 release_lock(self.key)
 
     def remove_own_record(self) -> None:
@@ -4870,66 +4827,54 @@ class _Runner:
         another at once. Each step may fail (a full disk, a folder that is gone); the later ones are done all the same.
         """
         report = {"superseded": True} if self.failure is None else _error_to_json(self.failure)
+        self.front.error = report if self.failure else {}
+        self.state = "stopping"
         steps: List[Callable[[], Any]] = [
-            self.keep_spawners_out, self.answer_all, self.withdraw,
-            self.stop_serve, self.remove_folder, lambda: self.leave_error(report), lambda: release_lock(self.key),
-            lambda: self.tell(report)]  # fmt: skip
-        if self.home_is_gone():
-            steps = [self.stop_serve, lambda: self.tell(report)]
-        for step in steps:
+            lambda: self.record is not None and try_lock(self.key, timeout=2.0), lambda: self.front.enter("stopping"),
+            self.withdraw, self.stop_serve, lambda: self.remove_folder(self.folder, self.alive_fd),
+            lambda: self.leave_error(report), lambda: release_lock(self.key), lambda: self.tell(report)]  # fmt: skip
+        for step in steps if not self.home_is_gone() else [self.stop_serve, lambda: self.tell(report)]:
             try:
                 step()
             except Exception as error:
                 self.log("while ending: %s: %s" % (type(error).__name__, error))
         self.log("runner ends%s" % (": " + str(self.failure).split("\n")[0] if self.failure else ""))
-        if is_private_key(self.key) and self.failure is None:
+        if is_private_key(self.key) and (self.failure is None or isinstance(self.failure, ServeStoppedError)):
             _unlink(log_path(self.key))
-
-    def answer_all(self) -> None:
-        """Those who wait are told why it ends."""
-        error = self.failure or self.stopped
-        self.front.error = _error_to_json(error) if error else {}
-        self.front.enter("stopping")
-
-    def keep_spawners_out(self) -> None:
-        """Who comes while the serve ends waits for its end: a large model twice is too much for many machines."""
-        if self.record is not None and not held_lock(self.key):
-            try_lock(self.key, timeout=2.0)
 
     def withdraw(self) -> None:
         if self.record is not None:
             with guard(timeout=2.0):
                 self.remove_own_record()
 
-    def remove_folder(self) -> None:
-        if self.folder:
-            os.close(self.alive_fd)
-            remove_serve_folder(self.key, self.folder)
-
     def leave_error(self, report: Mapping[str, Any]) -> None:
-        if self.failure is not None and not self.called_off:
+        if self.failure is not None and not self.is_quiet:
             _write_new_file(error_path(self.key), _error_text(self.failure, report, self.api_key), replace=True)
 
     # -- telling
 
     def say(self) -> None:
         """What the front answers to who asks for the status."""
+        idle, sleep = (None if seconds == float("inf") else seconds
+                       for seconds in (self.idle_timeout, self.sleep_timeout))  # fmt: skip
         self.front.said = dict(
             self.progress(), version=__version__, restarts=self.restarts, pid=self.serve.pid if self.serve else 0,
-            ready_at=self.ready_at, loaded=self.loaded,
-            idle_timeout_s=None if self.idle_timeout == float("inf") else self.idle_timeout,
-            sleep_timeout_s=None if self.sleep_timeout == float("inf") else self.sleep_timeout,
+            ready_at=self.ready_at, loaded=self.loaded, idle_timeout_s=idle, sleep_timeout_s=sleep,
             start_timeout_s=self.start_timeout)  # fmt: skip
 
-    loaded: Mapping[str, Any] = {}
-    inner_key = ""
+    def redact(self, text: str) -> str:
+        return redact(redact(text, self.api_key), self.inner_key)
 
     def tail(self) -> str:
-        return redact(log_tail(self.log_fd, self.log_start, self.api_key), self.inner_key)
+        return self.redact(log_tail(self.log_fd, self.log_start, self.api_key))
+
+    def note_trouble(self, error: Exception) -> None:
+        if self.trouble != str(error):
+            self.trouble = str(error)
+            self.log("will look again: %s" % error)
 
     def log(self, text: str) -> None:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = "[qvac_managed %s] %s\n" % (stamp, redact(redact(text, self.api_key), self.inner_key))
+        line = "[qvac_managed %s] %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), self.redact(text))
         try:
             os.write(self.log_fd, line.encode("utf-8", "replace"))
         except OSError:
@@ -4938,14 +4883,12 @@ class _Runner:
     def tell(self, message: Mapping[str, Any]) -> bool:
         """One JSON line to the client that waits for us; False if it has gone. The first is all that it reads."""
         fd, self.report_fd = self.report_fd, -1
-        if fd < 0:
-            return True
         try:
-            os.write(fd, redact(json.dumps(message), self.api_key).encode() + b"\n")
+            if fd >= 0:
+                os.write(fd, self.redact(json.dumps(message)).encode() + b"\n")
+                os.close(fd)
         except OSError:
             return False
-        finally:
-            os.close(fd)
         return True
 
 
@@ -5074,17 +5017,12 @@ def _error_from_text(data: bytes) -> QvacManagedModeError:
     return error
 
 
-def importable(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
-
-
 def _run_runner() -> int:
-    if importable("_sha2") or importable("_sha256"):
+    try:
+        __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
         sys.modules["_hashlib"] = None  # type: ignore[assignment]  # OpenSSL: 4 MB, for what hashlib has of its own
+    except ImportError:
+        pass
     params, report_fd = report_channel()
     watch_signals()
     neutral_limits()
