@@ -4350,8 +4350,9 @@ def read_listing(answer: bytes) -> Tuple[str, str, List[Dict[str, Any]]]:
     listing = value.get("data") if isinstance(value, dict) else None
     if code == 200 and _listed_models(listing) is not None:
         return HEALTHY, "", listing  # type: ignore[return-value]
+    is_busy = code >= 500 or code == 429 or (code == 200 and value is None)  # broken off, say
     what = "something that is no model list" if code == 200 else str(code)
-    return BUSY if code >= 500 or code == 429 else WRONG, "it answers GET /v1/models with " + what, []
+    return BUSY if is_busy else WRONG, "it answers GET /v1/models with " + what, []
 
 
 # ==================================================================================================
