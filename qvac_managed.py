@@ -4342,15 +4342,17 @@ class Front:
 
 def read_listing(answer: bytes) -> Tuple[str, str, List[Dict[str, Any]]]:
     """What a serve has answered to GET /v1/models: HEALTHY and its list, BUSY or WRONG and why."""
-    head, _, content = answer.partition(b"\r\n\r\n")
-    status = head.split(b" ", 2)[1:2]
-    if not status or not status[0].isdigit():
+    head, content = split_head(answer, FRONT_LIMIT)
+    try:
+        (_, status, _), fields = parse_head(head)
+        code, body = int(status), body_of(fields, "close")
+        value = _strict_json(content[: body.take(content)])
+    except ValueError:
         return BUSY, "it does not answer GET /v1/models", []
-    code, value = int(status[0]), _strict_json(content)
     listing = value.get("data") if isinstance(value, dict) else None
     if code == 200 and _listed_models(listing) is not None:
         return HEALTHY, "", listing  # type: ignore[return-value]
-    is_busy = code >= 500 or code == 429 or (code == 200 and value is None)  # broken off, say
+    is_busy = code >= 500 or code == 429 or (code == 200 and body.left > 0 and len(answer) < FRONT_LIMIT)  # broken off
     what = "something that is no model list" if code == 200 else str(code)
     return BUSY if is_busy else WRONG, "it answers GET /v1/models with " + what, []
 
