@@ -8245,11 +8245,13 @@ def _refuse_private(args: Any) -> None:
 def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
     """Attach to the serve that the arguments ask for, or start it, with progress and notes on stderr."""
     progress = _ProgressLine(args.quiet)
-    times = {"start_timeout": args.start_timeout, "idle_timeout": args.idle_timeout, "sleep_timeout": args.sleep_after}
+    flags = {"start_timeout": "start_timeout", "idle_timeout": "idle_timeout", "sleep_timeout": "sleep_after"}
+    times = {name: getattr(args, flag) for name, flag in flags.items()}
     running = _running_serve(args, words)
     try:
-        if running is not None:
-            client: ManagedQvac = attach(running.fleet_key, on_progress=progress, _wishes=times)
+        if running is not None:  # which keeps its own times, but for those that have been given
+            said = {name: value for name, value in times.items() if value != _FLAGS[flags[name]][3]}
+            client: ManagedQvac = attach(running.fleet_key, on_progress=progress, _wishes=said)
         else:
             # `reuse` is not left open: for the API a pinned port means a private serve, but `up` must not end it.
             client = create_qvac(
@@ -8723,12 +8725,13 @@ def _model_list(serve: ServeInfo) -> str:
 
 def _settings(serve: ServeInfo) -> List[str]:
     """What is not default about a serve, in words."""
-    config, words = serve.config or {}, []
-    for alias, entry in config.items():
-        own = [f"{key} {_json_word(value)}" for key, value in (entry.get("config") or {}).items()]
-        own += ["lazy"] if entry.get("preload") is False else []
-        own += [entry["model"]] if entry.get("model", alias) not in (alias, resolve_model_constant(alias)) else []
-        words += [f"{alias}: {text}" if len(config) > 1 else text for text in own]
+    own: Dict[str, List[str]] = {}
+    for alias, entry in (serve.config or {}).items():
+        own[alias] = [f"{key} {_json_word(value)}" for key, value in (entry.get("config") or {}).items()]
+        own[alias] += ["lazy"] if entry.get("preload") is False else []
+        own[alias] += [entry["model"]] if entry.get("model", alias) not in (alias, resolve_model_constant(alias)) else []
+    words = [text for text in next(iter(own.values()), []) if all(text in texts for texts in own.values())]
+    words += [f"{alias}: {text}" for alias, texts in own.items() for text in texts if text not in words]
     words += [] if serve.bin is None else ["echo serve" if serve.bin == ECHO else f"bin {serve.bin}"]
     words += [f"port {serve.pinned_port}"] if serve.pinned_port else []
     words += ["private"] if serve.private else []

@@ -11102,6 +11102,19 @@ class PsTest(Transcripts):
         config = {"mine": {"model": "X", "preload": False}, MODEL: {"model": q.resolve_model_constant(MODEL), "default": True}}
         serve = self.serve(config=config, bin=q.ECHO, pinned_port=11434, serve_args=["--cors-origin", "http://a"])
         self.assertEqual(q._settings(serve), ["mine: lazy", "mine: X", "echo serve", "port 11434", "--cors-origin http://a"])
+        both = {name: {"config": {"device": "cpu"}, "preload": False} for name in ("a", "b")}
+        self.assertEqual(["device cpu", "lazy"], q._settings(self.serve(config=both, bin=None, serve_args=[])))
+
+    def test_who_names_a_running_serve_does_not_change_its_times(self):
+        self.up("--sleep-after", "20", "--idle-timeout", "40")
+        self.typed("env " + MODEL)
+        self.assertEqual((40, 20), self.times())
+        self.typed(f"env {MODEL} --sleep-after 30")
+        self.assertEqual((40, 30), self.times())
+
+    def times(self):
+        (serve,) = self.json_of("ps", "--json")
+        return serve["idle_timeout_s"], serve["sleep_timeout_s"]
 
     def test_a_forged_name_cannot_drive_the_terminal(self):
         lines = q._serve_lines([self.serve(models=[{"id": "a\x1b[2Jb\x9b31m", "state": "ready"}])], 0)
