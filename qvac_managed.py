@@ -8729,7 +8729,8 @@ def _settings(serve: ServeInfo) -> List[str]:
     for alias, entry in (serve.config or {}).items():
         own[alias] = [f"{key} {_json_word(value)}" for key, value in (entry.get("config") or {}).items()]
         own[alias] += ["lazy"] if entry.get("preload") is False else []
-        own[alias] += [entry["model"]] if entry.get("model", alias) not in (alias, resolve_model_constant(alias)) else []
+        is_plain = entry.get("model", alias) in (alias, resolve_model_constant(alias))
+        own[alias] += [] if is_plain else [entry["model"]]
     words = [text for text in next(iter(own.values()), []) if all(text in texts for texts in own.values())]
     words += [f"{alias}: {text}" for alias, texts in own.items() for text in texts if text not in words]
     words += [] if serve.bin is None else ["echo serve" if serve.bin == ECHO else f"bin {serve.bin}"]
