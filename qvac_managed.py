@@ -3700,6 +3700,12 @@ class _Refusal(ValueError):
     """A message that cannot be framed or is too large: HTTP status and reason."""
 
 
+def error_body(status: int, code: Optional[str], message: str) -> Dict[str, Any]:
+    """As OpenAI and the CLI write it."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "code": code}}
+
+
 class _Body:
     """Follows a message body in a stream of bytes (RFC 9112, 6 and 7): where it ends, and no more."""
 
@@ -3896,8 +3902,7 @@ class _Link:
 
     def refuse(self, status: int, code: Optional[str] = "invalid_api_key",
                message: str = "Invalid or missing API key.", fields: str = "") -> None:  # fmt: skip
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.answer(status, {"error": {"message": message, "type": kind, "code": code}}, fields)
+        self.answer(status, error_body(status, code, message), fields)
 
 
 class Front:
@@ -7296,54 +7301,41 @@ def _reexecuted(argv: List[str]) -> int:
 # 15. Echo serve
 # ==================================================================================================
 
-
 # Plain sockets: http.server would nearly double the start-up time, and cannot send chunks. The main thread
 # loads, listens and accepts; each connection has a thread of its own.
 
-_ECHO_USAGE = "usage: serve --openai --no-default --config FILE --port N --host H --api-key-file FILE"
-_ECHO_HEAD_LIMIT = 64 * 1024  # bytes of request line and header fields
 _ECHO_BODY_LIMIT = 100 * 1024 * 1024  # bytes, as the real serve
 _ECHO_KEEP_ALIVE = 72.0  # seconds a silent connection stays open, as the real serve
 _ECHO_LAST_WORDS = 1.0  # seconds for answers under way at SIGTERM, and for the rest of a refused body
 
 
 def run_echo_serve(argv: List[str]) -> int:
-    """Do what `qvac serve` does, with models that answer their input; return the exit code once stopped.
+    """Do what `qvac serve` does, with its arguments and models that answer their input; return the exit code once
+    stopped: 1 is a serve that cannot start, 2 a usage error. Takes the main thread's SIGTERM and SIGINT.
 
-    argv is the CLI's: `serve --openai --no-default --config FILE --port N --host H --api-key-file FILE`, or
-    `--api-key KEY`; without a key nobody is asked for one. SIGTERM and Ctrl-C stop it with 0; 1 is a serve
-    that cannot start, 2 a usage error. Every model chats, completes and embeds. For trying things out, a
-    model's `config` may hold
-
-    - `echo_load_seconds`: how long it takes to load
-    - `echo_token_seconds`: the pause between two pieces of a streamed answer
-    - `echo_fail`: why it cannot be loaded; every attempt fails with this reason
-    - `ctx_size`: the longest prompt in words. For a longer one it does what the real serve does: an internal
-      error, or, streamed, silence
-
-    What follows `<think>` at the beginning of a prompt, up to `</think>`, is thought (`reasoning_content`), and
-    `max_tokens` words end an answer.
-
-    Must run in the main thread, whose SIGTERM and SIGINT it takes.
+    A model's `config` may hold `echo_load_seconds`; `echo_token_seconds` between two pieces of a stream; `echo_fail`,
+    why it cannot be loaded; `ctx_size`, the longest prompt in words (a longer one is an internal error or, streamed,
+    silence, as in the real serve). A prompt's `<think>` to `</think>` is thought; `max_tokens` words end an answer.
     """
-    options, words = {"port": "11434", "host": "127.0.0.1", "api-key": ""}, iter(argv)
+    options, words = {"port": "11434", "host": "127.0.0.1", "api-key": "", "config": ""}, iter(argv)
+    unknown = ""
     for word in words:
         if word in ("--config", "--port", "--host", "--api-key", "--api-key-file", "--cors-origin"):
             options[word[2:]] = next(words, "")
         elif word not in ("serve", "--openai", "--no-default"):
-            _echo_log(f"error: unknown option '{word}'; {_ECHO_USAGE}", stream=2)
-            return 2
-    if not options.get("config") or not options["port"].isdecimal():
-        _echo_log(f"error: --config needs a file, --port a number; {_ECHO_USAGE}", stream=2)
+            unknown = "unknown option '%s'; " % word
+    if unknown or not options["config"] or not options["port"].isdecimal():
+        usage = "serve --openai --no-default --config FILE --port N --host H --api-key-file FILE"
+        _echo_log("error: %susage: %s" % (unknown, usage), stream=2)
         return 2
     try:
         serve = _EchoServe(options)
         serve.preload()
-        serve.listen(options["host"], int(options["port"]))
+        serve.listen(options["host"].strip("[]"), int(options["port"]))
     except (OSError, ValueError, OverflowError) as error:
         # With its symbol, EADDRINUSE, as Node.js does: whoever reads the log looks for that.
         symbol = errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None
-        _echo_log(f"error: {symbol}: {error}" if symbol else f"error: {error}", stream=2)
+        _echo_log("error: %s%s" % (symbol + ": " if symbol else "", error), stream=2)
         return 1
     return 0
 
@@ -7359,11 +7351,6 @@ def _echo_log(line: str, stream: int = 1) -> None:
 class _EchoError(Exception):
     """An answer that is not 200: HTTP status, OpenAI's error code, message."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.status, self.body = status, {"error": {"message": message, "type": kind, "code": code}}
-        super().__init__(message)
-
 
 class _EchoModel:
     """One alias of `serve.models`. `state` is one of the real serve's: idle, loading, ready, error."""
@@ -7375,70 +7362,28 @@ class _EchoModel:
         self.source = entry["model"] if "model" in entry else entry["src"]
         self.preload = bool(entry.get("preload", "model" in entry))  # the real serve's two defaults
         self.load_seconds, self.token_seconds = (
-            float(config.get("echo_%s_seconds" % name, 0)) for name in ("load", "token"))  # fmt: skip
+            float(config.get("echo_%s_seconds" % what, 0)) for what in ("load", "token"))
         self.fail = config.get("echo_fail")
         self.context = config["ctx_size"] if type(config.get("ctx_size")) is int else 0  # in words; 0: no limit
 
     def listing(self) -> Dict[str, Any]:
         return {"id": self.alias, "object": "model", "created": self.created, "owned_by": "qvac", "state": self.state}
 
-    def facts(self, prefix: str, kind: str) -> Dict[str, Any]:
+    def facts(self, prefix: str, kind: str, **more: Any) -> Dict[str, Any]:
         """What every answer begins with, plain or a piece of a stream."""
-        name = f"{prefix}-{os.urandom(5).hex()}"
-        return {"id": name, "object": kind, "created": int(time.time()), "model": self.alias}
+        return {"id": prefix + os.urandom(5).hex(), "object": kind, "created": int(time.time()), "model": self.alias,
+                **more}  # fmt: skip
 
 
-class _EchoRequest:
-    """One request. While its body is `unread`, the connection can carry no other one."""
-
-    def __init__(self, lines: List[str]) -> None:
-        self.method, self.target, self.version = (lines[0].split() + ["", "", ""])[:3]
-        self.path = self.target.partition("?")[0]
-        fields = (line.partition(":") for line in lines[1:])
-        self.headers = {name.strip().lower(): value.strip() for name, _, value in fields}
-        self.unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
-        self.body = b""
-
-    def keeps_open(self) -> bool:
-        asked_to = self.version == "HTTP/1.1" and self.headers.get("connection", "").lower() != "close"
-        return asked_to and not self.unread
-
-    def read_body(self, stream: BinaryIO) -> None:
-        digits = self.headers.get("content-length", "0")
-        if "transfer-encoding" in self.headers or not digits.isdecimal():
-            raise _EchoError(411, "length_required", "The request body needs a Content-Length.")
-        if len(digits) > len(str(_ECHO_BODY_LIMIT)) or int(digits) > _ECHO_BODY_LIMIT:
-            raise _EchoError(413, "request_too_large", "Request body is too large")
-        self.body = stream.read(int(digits))
-        if len(self.body) < int(digits):
-            raise ConnectionError("the client went away")
-        self.unread = False
-
-    def json(self) -> Dict[str, Any]:
-        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise _EchoError(415, "unsupported_media_type", "Content-Type must be application/json.")
-        try:
-            body = json.loads(self.body)
-        except (ValueError, RecursionError):
-            raise _EchoError(400, "invalid_json", "Request body must be valid JSON.") from None
-        if not isinstance(body, dict):
-            raise _EchoError(400, "invalid_request", "Request body must be a JSON object.")
-        return body
-
-
-def _echo_head(stream: BinaryIO) -> List[str]:
-    """The lines before the empty one; none if the client has closed, or sends more than it may."""
-    lines: List[str] = []
-    room = _ECHO_HEAD_LIMIT
-    while True:
-        line = stream.readline(room)
-        room -= len(line)
+def _echo_head(stream: BinaryIO) -> bytes:
+    """Up to the empty line; nothing if the client has closed, or sends more than it may."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        line = stream.readline(HEAD_LIMIT - len(head))
         if not line.endswith(b"\n"):
-            return []
-        if line.strip():
-            lines.append(line.decode("latin-1"))
-        elif lines:
-            return lines
+            return b""
+        head = (head + line).lstrip()
+    return head[:-4]
 
 
 def _echo_text(message: Any) -> str:
@@ -7453,25 +7398,13 @@ def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
     """A field that is a string or a list of strings, as a list."""
     values: Any = body.get(name) if isinstance(body.get(name), list) else [body.get(name)]
     if not values or not all(isinstance(one, str) for one in values):
-        raise _EchoError(400, code, f'"{name}" must be a string or a list of strings.')
+        raise _EchoError(400, code, '"%s" must be a string or a list of strings.' % name)
     return list(values)
 
 
 def _echo_words(text: str) -> List[str]:
     """The text in pieces of one word each that add up to it."""
     return re.findall(r"\s*\S+|\s+", text)
-
-
-def _echo_thinking(text: str, most: Any) -> Tuple[List[str], List[str], str]:
-    """`(thoughts, words, finish_reason)`: what follows <think> is thought, up to a </think>; no more than max_tokens.
-    """
-    thought, content = "", text
-    if text.startswith("<think>"):
-        thought, _, content = text[len("<think>") :].partition("</think>")
-    thoughts, words = _echo_words(thought), _echo_words(content)
-    if type(most) is not int or most < 1 or len(thoughts) + len(words) <= most:
-        return thoughts, words, "stop"
-    return thoughts[:most], words[: max(most - len(thoughts), 0)], "length"
 
 
 def _echo_usage(asked: List[str], answered: List[str]) -> Dict[str, int]:
@@ -7488,15 +7421,15 @@ class _EchoServe:
                 entries = json.load(file)["serve"]["models"]
             self.models = {alias: _EchoModel(alias, entry) for alias, entry in entries.items()}
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{options['config']} is no serve config ({type(error).__name__}: {error})") from error
+            raise ValueError("%s is no serve config (%r)" % (options["config"], error)) from error
         self.api_key = options["api-key"]
         if "api-key-file" in options:
             with open(options["api-key-file"], encoding="utf-8") as file:
                 self.api_key = file.read().strip()
             if not self.api_key:
-                raise ValueError(f"the API key file {options['api-key-file']} is empty")
+                raise ValueError("the API key file %s is empty" % options["api-key-file"])
         self.loading = threading.Lock()  # one load at a time, as the real serve
-        self.busy: Set[_EchoRequest] = set()
+        self.busy: Set[socket.socket] = set()
         # A signal makes `stop` readable, for good. To raise from a handler would lose the signal that comes
         # right before accept() blocks, or that the system hands to another thread.
         self.stop, self.stopper = socket.socketpair()
@@ -7511,40 +7444,35 @@ class _EchoServe:
 
     def preload(self) -> None:
         wanted = [model for model in self.models.values() if model.preload]
-        names = ", ".join(model.alias for model in wanted)
-        _echo_log(f"Preloading {len(wanted)} model(s): {names}" if wanted else "No models configured for preload.")
+        _echo_log("Preloading %d model(s): %s" % (len(wanted), ", ".join(model.alias for model in wanted)))
         for model in wanted:
             try:
                 self.load(model)
             except _EchoError as error:
-                _echo_log(f'Failed to preload "{model.alias}": {model.fail or error}', stream=2)
+                _echo_log('Failed to preload "%s": %s' % (model.alias, model.fail or error.args[2]), stream=2)
 
     def load(self, model: _EchoModel) -> None:
         with self.loading:
             if model.state == "ready":
                 return
-            _echo_log(f'Loading model "{model.alias}" from {model.source}...')
+            _echo_log('Loading model "%s" from %s...' % (model.alias, model.source))
             model.state = "loading"
             if self.pause(model.load_seconds):
                 raise _EchoError(503, "model_not_ready", "The serve is stopping.")
             model.state = "error" if model.fail else "ready"
             if model.fail:
-                raise _EchoError(503, "model_load_failed", f'Model "{model.alias}" failed to load: {model.fail}')
-            _echo_log(f'Model "{model.alias}" loaded (echo).')
+                raise _EchoError(503, "model_load_failed", "Model failed to load: %s" % model.fail)
+            _echo_log('Model "%s" loaded (echo).' % model.alias)
 
     def listen(self, host: str, port: int) -> None:
         """Accept until it is time to stop, then give the answers under way a moment."""
-        host = host.strip("[]")
-        family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            # Where there is SO_EXCLUSIVEADDRUSE, SO_REUSEADDR would let another program take the port over.
-            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-            listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
             if self.pause(0):
                 return
             listener.bind((host, port))
             listener.listen(511)  # as Node.js
-            _echo_log(f"QVAC API server listening on http://{shown}:{listener.getsockname()[1]}")
+            _echo_log("QVAC API server listening on " + base_url_of(host, listener.getsockname()[1])[: -len("/v1")])
             listener.setblocking(False)  # a client that is gone again must not leave us in accept()
             while self.stop not in select.select([listener, self.stop], [], [])[0]:
                 try:
@@ -7560,97 +7488,108 @@ class _EchoServe:
             with client, client.makefile("rb") as stream:
                 client.settimeout(_ECHO_KEEP_ALIVE)
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                while self.exchange(client, stream):
-                    pass
+                is_kept = True
+                while is_kept:
+                    is_kept = self.exchange(client, stream)
+                    self.busy.discard(client)
                 # Closing over bytes that nobody read would reset the connection before the answer is seen.
                 client.shutdown(socket.SHUT_WR)
                 client.settimeout(_ECHO_LAST_WORDS)
                 wait_until(lambda: not client.recv(65536), _ECHO_LAST_WORDS, 0)
-        except OSError:
-            pass  # the client is gone, or was silent for too long
+        except (OSError, _Refusal):
+            pass  # the client is gone, was silent for too long, or speaks no HTTP
+        finally:
+            self.busy.discard(client)
 
     def exchange(self, client: socket.socket, stream: BinaryIO) -> bool:
         """Answer one request; return whether there may be another."""
-        lines = _echo_head(stream)
-        if not lines:
+        head = _echo_head(stream)
+        if not head:
             return False
-        started, request = time.monotonic(), _EchoRequest(lines)
-        self.busy.add(request)
+        self.busy.add(client)
+        started, ((method, target, version), fields) = time.monotonic(), parse_head(head)
+        path, body = target.partition("?")[0], _Body("close")
         try:
-            try:
-                status, answer = 200, self.handle(request, stream)
-            except _EchoError as error:
-                status, answer = error.status, error.body
-            self.send(client, request, status, answer)
-        finally:
-            self.busy.discard(request)
-        seconds = time.monotonic() - started
-        took = f"{seconds * 1000:.0f}ms" if seconds < 1 else f"{seconds:.2f}s"
-        _echo_log(f"← {status} {request.method} {request.path} ({took})")
-        return request.keeps_open()
+            if self.api_key and fields.get("authorization") != ["Bearer " + self.api_key]:
+                raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")
+            _echo_log("→ %s %s" % (method, path))
+            body = body_of(fields, "length")
+            if body.kind != "length" or body.left > _ECHO_BODY_LIMIT:
+                raise _EchoError(413, "request_too_large", "The request body is too large, or of unknown length.")
+            data = stream.read(body.left)
+            body.take(data)
+            if not body.is_over:
+                raise ConnectionError("the client went away")
+            status, answer = 200, self.handle(method, path, data)
+        except _EchoError as error:
+            status, answer = error.args[0], error_body(*error.args)
+        except _Refusal as error:
+            status, answer = 400, error_body(400, "bad_request", error.args[1])
+        is_kept = version == "HTTP/1.1" and fields.get("connection") != ["close"] and body.is_over
+        self.send(client, method, status, answer, "keep-alive" if is_kept else "close")
+        _echo_log("← %d %s %s (%.0fms)" % (status, method, path, (time.monotonic() - started) * 1000))
+        return is_kept
 
-    def handle(self, request: _EchoRequest, stream: BinaryIO) -> Any:
+    def handle(self, method: str, path: str, data: bytes) -> Any:
         """The answer: a JSON object, or the events of a stream as a list."""
-        if request.version not in ("HTTP/1.0", "HTTP/1.1"):
-            raise _EchoError(400, "bad_request", "This is not an HTTP/1.1 request.")
-        if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
-            raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")
-        _echo_log(f"→ {request.method} {request.path}")
-        request.read_body(stream)
         posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.complete, "/v1/embeddings": self.embed,
                  "/v1/responses": self.respond}  # fmt: skip
-        if request.method == "POST" and request.path in posts:
-            return posts[request.path](request.json())
-        if request.method in ("GET", "HEAD") and request.path == "/v1/models":
+        if method == "POST" and path in posts:
+            body = _strict_json(data)
+            if not isinstance(body, dict):
+                raise _EchoError(400, "invalid_json", "Request body must be a JSON object.")
+            return posts[path](body)
+        if method in ("GET", "HEAD") and path == "/v1/models":
             return {"object": "list", "data": [model.listing() for model in self.models.values()]}
-        if request.method in ("GET", "HEAD") and request.path.startswith("/v1/models/"):
-            return self.find(urllib.parse.unquote(request.path[len("/v1/models/") :])).listing()
-        raise _EchoError(404, "not_found", f"Unknown endpoint: {request.method} {request.target}")
+        if method in ("GET", "HEAD") and path.startswith("/v1/models/"):
+            return self.find(urllib.parse.unquote(path[len("/v1/models/") :])).listing()
+        raise _EchoError(404, "not_found", "Unknown endpoint: %s %s" % (method, path))
 
-    def send(self, client: socket.socket, request: _EchoRequest, status: int, answer: Any) -> None:
-        kept = "keep-alive" if request.keeps_open() else "close"
-        head = f"HTTP/1.1 {status} {'OK' if status == 200 else 'Error'}\r\nConnection: {kept}\r\n"
+    def send(self, client: socket.socket, method: str, status: int, answer: Any, kept: str) -> None:
+        head = "HTTP/1.1 %d %s\r\nConnection: %s\r\n" % (status, "OK" if status == 200 else "Error", kept)
         if isinstance(answer, dict):
             data = json.dumps(answer).encode()
-            head += f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(data)}\r\n\r\n"
-            client.sendall(head.encode() + (b"" if request.method == "HEAD" else data))
-            return
-        head += "Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-        client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+            head += "Content-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n\r\n" % len(data)
+            return client.sendall(head.encode() + (b"" if method == "HEAD" else data))
+        head += "Content-Type: text/event-stream\r\nCache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.sendall(head.encode())
         for event in answer:
             if event is None:  # the real serve says no more of a prompt that is longer than the context
                 select.select([client, self.stop], [], [])
                 return
             if event is not answer[0]:
                 self.pause(self.models[event["model"]].token_seconds)
-            data = f"data: {json.dumps(event)}\n\n".encode()
+            data = b"data: %b\n\n" % json.dumps(event).encode()
             client.sendall(b"%x\r\n%b\r\n" % (len(data), data))
         client.sendall(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
-    def find(self, name: str) -> _EchoModel:
-        if name not in self.models:
-            raise _EchoError(404, "model_not_found", f'Model "{name}" is not available. Check serve.models config.')
-        return self.models[name]
+    def find(self, name: Any) -> _EchoModel:
+        if not isinstance(name, str) or not name.strip():
+            raise _EchoError(400, "missing_model", '"model" is required.')
+        if name.strip() not in self.models:
+            raise _EchoError(404, "model_not_found", 'Model "%s" is not available. Check serve.models config.' % name)
+        return self.models[name.strip()]
 
     def ready_model(self, body: Dict[str, Any]) -> _EchoModel:
         """The model that the request names, loaded if it was not."""
-        name = body.get("model")
-        if not isinstance(name, str) or not name.strip():
-            raise _EchoError(400, "missing_model", '"model" is required.')
-        model = self.find(name.strip())
-        if model.state != "ready":
-            self.load(model)
+        model = self.find(body.get("model"))
+        self.load(model)
         return model
 
     def chat(self, body: Dict[str, Any]) -> Any:
         messages = body.get("messages")
         if not isinstance(messages, list):
             raise _EchoError(400, "missing_messages", '"messages" must be a list.')
-        model = self.ready_model(body)
-        users = [one for one in messages if isinstance(one, dict) and one.get("role") == "user"]
+        model, texts = self.ready_model(body), [_echo_text(message) for message in messages]
+        asked = [text for text, one in zip(texts, messages) if isinstance(one, dict) and one.get("role") == "user"]
+        content, thought, finish = asked[-1] if asked else "", "", "stop"
+        if content.startswith("<think>"):
+            thought, _, content = content[len("<think>") :].partition("</think>")
+        thoughts, words = _echo_words(thought), _echo_words(content)
         most = body.get("max_completion_tokens") or body.get("max_tokens")
-        thoughts, words, finish = _echo_thinking(_echo_text(users[-1]) if users else "", most)
-        usage = _echo_usage([_echo_text(one) for one in messages], thoughts + words)
+        if type(most) is int and 0 < most < len(thoughts) + len(words):
+            thoughts, words, finish = thoughts[:most], words[: max(most - len(thoughts), 0)], "length"
+        usage = _echo_usage(texts, thoughts + words)
         overflows = 0 < model.context <= usage["prompt_tokens"]
         if not body.get("stream"):
             if overflows:
@@ -7659,18 +7598,17 @@ class _EchoServe:
             if thoughts:
                 message["reasoning_content"] = "".join(thoughts)
             choice = {"index": 0, "message": message, "finish_reason": finish}
-            return dict(model.facts("chatcmpl", "chat.completion"), choices=[choice], usage=usage)
-        facts = model.facts("chatcmpl", "chat.completion.chunk")
+            return model.facts("chatcmpl-", "chat.completion", choices=[choice], usage=usage)
+        facts = model.facts("chatcmpl-", "chat.completion.chunk")
         deltas = [{"role": "assistant", "content": ""}, *({"reasoning_content": word} for word in thoughts),
                   *({"content": word} for word in words), {}]  # fmt: skip
-        events: List[Any] = [dict(facts, choices=[{"index": 0, "delta": d, "finish_reason": None}]) for d in deltas]
-        events[-1]["choices"][0]["finish_reason"] = finish
-        if overflows:
-            return [events[0], None]
+        events: List[Any] = [
+            {**facts, "choices": [{"index": 0, "delta": delta, "finish_reason": None if delta else finish}]}
+            for delta in deltas]  # fmt: skip
         options = body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage") is True:
-            events.append(dict(facts, choices=[], usage=usage))
-        return events
+            events.append({**facts, "choices": [], "usage": usage})
+        return [events[0], None] if overflows else events
 
     def respond(self, body: Dict[str, Any]) -> Any:
         """The Responses API, whose `input` is a string or a list of messages. No reasoning, as in the real serve."""
@@ -7679,20 +7617,19 @@ class _EchoServe:
             raise _EchoError(400, "missing_input", '"input" must be a string or a list of messages.')
         model, text = self.ready_model(body), asked if isinstance(asked, str) else _echo_text((asked or [None])[-1])
         count = len(text.split())
-        item: Dict[str, Any] = {"type": "message", "id": f"msg_{os.urandom(5).hex()}", "role": "assistant"}
+        facts = model.facts("resp_", "response", created_at=int(time.time()), tools=[])
         part: Dict[str, Any] = {"type": "output_text", "text": "", "annotations": []}
-        begun = {**item, "status": "in_progress", "content": []}
-        facts = model.facts("resp", "response")
-        facts.update(created_at=facts.pop("created"), parallel_tool_calls=True, tool_choice="auto", tools=[])
-        done = {**facts, "status": "completed", "output_text": text,
-                "usage": {"input_tokens": count, "output_tokens": count, "total_tokens": 2 * count},
-                "output": [{**item, "status": "completed", "content": [{**part, "text": text}]}]}  # fmt: skip
+        item: Dict[str, Any] = {"type": "message", "id": "msg_" + os.urandom(5).hex(), "role": "assistant"}
+        output = {**item, "status": "completed", "content": [{**part, "text": text}]}
+        done = {**facts, "status": "completed", "output_text": text, "output": [output],
+                "usage": {"input_tokens": count, "output_tokens": count, "total_tokens": 2 * count}}  # fmt: skip
         if not body.get("stream"):
             return done
+        item.update(status="in_progress", content=[])
         place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
         events: List[Dict[str, Any]] = [
             {"type": "response.created", "response": {**facts, "status": "in_progress", "output": []}},
-            {"type": "response.output_item.added", "output_index": 0, "item": begun},
+            {"type": "response.output_item.added", "output_index": 0, "item": item},
             {"type": "response.content_part.added", "part": part, **place},
             *({"type": "response.output_text.delta", "delta": word, **place} for word in _echo_words(text)),
             {"type": "response.output_text.done", "text": text, **place},
@@ -7701,18 +7638,17 @@ class _EchoServe:
         return [{**event, "sequence_number": number, "model": model.alias} for number, event in enumerate(events)]
 
     def complete(self, body: Dict[str, Any]) -> Any:
-        prompts = _echo_strings(body, "prompt", "invalid_prompt")
-        if body.get("stream") and len(prompts) > 1:
+        prompts, is_stream = _echo_strings(body, "prompt", "invalid_prompt"), bool(body.get("stream"))
+        if is_stream and len(prompts) > 1:
             raise _EchoError(400, "unsupported_streaming", "Several prompts cannot be streamed at once.")
-        facts, usage = self.ready_model(body).facts("cmpl", "text_completion"), _echo_usage(prompts, prompts)
-
-        def choice(index: int, text: str, finish: Optional[str]) -> Dict[str, Any]:
-            return {"text": text, "index": index, "logprobs": None, "finish_reason": finish}
-
-        if not body.get("stream"):
-            return dict(facts, choices=[choice(i, prompt, "stop") for i, prompt in enumerate(prompts)], usage=usage)
-        events = [dict(facts, choices=[choice(0, word, None)]) for word in _echo_words(prompts[0])]
-        return [*events, dict(facts, choices=[choice(0, "", "stop")], usage=usage)]
+        facts, usage = self.ready_model(body).facts("cmpl-", "text_completion"), _echo_usage(prompts, prompts)
+        texts = [*_echo_words(prompts[0]), ""] if is_stream else prompts
+        choices = [{"text": text, "index": 0 if is_stream else index, "logprobs": None,
+                    "finish_reason": None if is_stream and text else "stop"}
+                   for index, text in enumerate(texts)]  # fmt: skip
+        if not is_stream:
+            return {**facts, "choices": choices, "usage": usage}
+        return [{**facts, "choices": [choice], **({} if choice["text"] else {"usage": usage})} for choice in choices]
 
     def embed(self, body: Dict[str, Any]) -> Any:
         """Unit vectors of 32 dimensions that depend on nothing but the text."""
