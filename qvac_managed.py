@@ -7315,7 +7315,7 @@ def run_echo_serve(argv: List[str]) -> int:
 
     A model's `config` may hold `echo_load_seconds`; `echo_token_seconds` between two pieces of a stream; `echo_fail`,
     why it cannot be loaded; `ctx_size`, the longest prompt in words (a longer one is an internal error or, streamed,
-    silence, as in the real serve). A prompt's `<think>` to `</think>` is thought; `max_tokens` words end an answer.
+    silence, as in the real serve). A prompt's `<think>` to `</think>` is thought; `max_tokens` words are the limit.
     """
     options, words = {"port": "11434", "host": "127.0.0.1", "api-key": "", "config": ""}, iter(argv)
     unknown = ""
