@@ -4395,6 +4395,7 @@ class _Runner:
         self.lock: str = params["lock"]  # our client's text in the spawn lock
         self.report_fd, self.log_fd = report_fd, 2  # KEY.log: the client opened it for us
         self.news: List[str] = []  # what the front's thread has to log: it waits for no file
+        self.room_notes: List[str] = []  # of the last start: who was put to sleep for it
         self.idle_timeout, self.sleep_timeout = (
             float("inf") if wish is None else wish for wish in (self.wish.idle_timeout, self.wish.sleep_timeout))
         self.start_timeout = self.wish.start_timeout
@@ -4577,7 +4578,10 @@ class _Runner:
         self.log_start = os.fstat(self.log_fd).st_size
         self.log("starting %s%s%s" % (self.command[-1], LOGGED_MODELS, json.dumps(list(self.wish.models))))
         self.say()
-        make_room(self.wish.models, self.key, self.log)
+        self.room_notes = []
+        make_room(self.wish.models, self.key, self.room_notes.append)
+        for text in self.room_notes:
+            self.log(text)
         self.start_at = now + RESTART_BACKOFF[-1]  # a full disk, say: again, for as long as it is wanted
         self.make_folder()
         self.inner_key, self.inner_port = _new_api_key(), allocate_free_port("127.0.0.1")
@@ -4685,7 +4689,7 @@ class _Runner:
             phase = "downloading"
         return {"phase": phase, "bytes_done": done if growing else None, "bytes_total": total,
                 "still_s": round(still, 2), "detail": self.front.detail if self.state in STARTING else "",
-                "names": list(self.wish.models)}  # fmt: skip
+                "names": list(self.wish.models), "notes": self.room_notes}  # fmt: skip
 
     def restart(self, is_wanted: bool) -> None:
         """It ended by itself. Held connections go on when it is there again; what it was working on is broken off."""
@@ -4929,12 +4933,10 @@ def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None
     for _, key, record in sorted(idle):
         if wanted <= (free_memory() or wanted):
             return
-        log("making room: %d MB wanted, %d MB free: %s is put to sleep" % (
-            wanted >> 20, (free_memory() or 0) >> 20, key))  # fmt: skip
+        log("making room: %d MB wanted, %d MB free: %s (%s) is put to sleep" % (
+            wanted >> 20, (free_memory() or 0) >> 20, key[:8], clean_text(", ".join(record.models))))  # fmt: skip
         look(record, 0.5, do="sleep", by="the start of " + own_key)
-        deadline = time.monotonic() + STOP_GRACE
-        while not (_read_any_record(key) or record).is_resting and time.monotonic() < deadline:
-            time.sleep(LOOK_PAUSE)
+        wait_until(lambda record=record: record.judge_serve() != ALIVE, STOP_GRACE, LOOK_PAUSE)
     if wanted > (free_memory() or wanted):
         log("%d MB wanted, %d MB free: trying all the same" % (wanted >> 20, (free_memory() or 0) >> 20))
 
@@ -6267,6 +6269,8 @@ class _Resolver:
         for path in changed:
             _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.",
                   path, self.key, self.key)  # fmt: skip
+        if self._starts:
+            self.notes += facts.get("notes", ())
         self._wish_to_keep(record)
         self._report(Progress("ready", time.monotonic() - self._began, None, None))
         record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now

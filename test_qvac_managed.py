@@ -6221,7 +6221,7 @@ class SleepTest(SleepCase):
             said: List[str] = []
             q.make_room({MODEL: {"model": "QWEN3_5_2B_MULTIMODAL_Q4_K_M", "preload": True}}, "0" * 16, said.append)
         self.assertEqual(("asleep", "ready"), (self.state_of(first), self.state_of(second)))
-        self.assertIn(first.fleet_key, said[0])
+        self.assertIn("%s (%s) is put to sleep" % (first.fleet_key[:8], MODEL), said[0])
 
     def test_a_neighbours_config_is_not_what_a_restart_takes(self) -> None:
         client = self.sleeper(600)
