@@ -4936,7 +4936,9 @@ def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None
         log("making room: %d MB wanted, %d MB free: %s (%s) is put to sleep" % (
             wanted >> 20, (free_memory() or 0) >> 20, key[:8], clean_text(", ".join(record.models))))  # fmt: skip
         look(record, 0.5, do="sleep", by="the start of " + own_key)
-        wait_until(lambda record=record: record.judge_serve() != ALIVE, STOP_GRACE, LOOK_PAUSE)
+        deadline = time.monotonic() + STOP_GRACE
+        while record.judge_serve() == ALIVE and time.monotonic() < deadline:
+            time.sleep(LOOK_PAUSE)
     if wanted > (free_memory() or wanted):
         log("%d MB wanted, %d MB free: trying all the same" % (wanted >> 20, (free_memory() or 0) >> 20))
 
