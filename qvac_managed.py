@@ -230,7 +230,6 @@ UNWATCHED_START = 30.0  # seconds a first start goes on for nobody: without a ma
 LOCK_STALE = 30.0  # seconds after which a lock whose owner cannot be read may be stolen
 LOCK_REREAD = 0.25  # seconds after which a provider that stole our lock has shown itself; a start looks that often
 HEARTBEAT = 20.0  # seconds between touches of the record: on a home without locks, other machines see only these
-UNUSABLE_REAP = 180.0  # seconds beyond the idle timeout after which a serve is reaped though its folder is unusable
 FOREIGN_LOCK_STALE = 60.0  # seconds after which another namespace's lock is dead: it is held for a moment
 FOREIGN_STALE = 180.0  # seconds without a heartbeat after which another namespace's file is dead
 PARAMS_STALE = 360.0  # seconds after which no runner can still be about to read its parameters
@@ -246,7 +245,6 @@ GROUP_GRACE = 1.0  # seconds the serve's worker gets to follow it; the real one 
 WITHDRAW_PAUSE = 0.15  # seconds between withdrawing a record and the last look for provider clients
 RESTART_BACKOFF = (0.0, 0.25, 1.0, 3.0, 3.0)  # seconds before the 1st, 2nd ... restart of a crash loop
 STABLE_AFTER = 10.0  # seconds of service after which a crash starts a new loop
-PORT_ATTEMPTS = 5  # inner ports tried when another program takes the chosen one
 LOOK_PAUSE = 0.05  # seconds between looks at a front that was told to do something
 ROOM_IDLE = 10.0  # seconds without a request after which a serve may be put to sleep to make room for another
 
@@ -4375,10 +4373,8 @@ class _Superseded(Exception):
 
 
 class _Runner:
-    """One serve's owner, from its start to its end, and the only one who writes its record.
-
-    The front's thread passes bytes on; this one decides, once in a while and whenever something happens, in look().
-    States:
+    """One serve's owner, and the only one who writes its record. The front's thread passes bytes on; this one decides,
+    once in a while and whenever something happens, in look().
 
         loading ----> ready ----> asleep ----> waking ----> ready      stopping
            |            |  `--------^  (wanted, but no request for the sleep timeout)
@@ -4392,7 +4388,7 @@ class _Runner:
         self.wish = Wish(**params["wish"])
         self.key: str = params["key"]
         self.command: List[str] = params["command"]
-        self.lock: str = params["lock"]  # our client's text in the spawn lock
+        self.lock = params["lock"]  # our client's text in the spawn lock
         self.report_fd, self.log_fd = report_fd, 2  # KEY.log: the client opened it for us
         self.news: List[str] = []  # what the front's thread has to log: it waits for no file
         self.room_notes: List[str] = []  # of the last start: who was put to sleep for it
@@ -4404,9 +4400,9 @@ class _Runner:
         self.api_key = (kept_key(self.key) if self.stays else "") or _new_api_key()
         self.front = Front(self.api_key, wake_up, self.news.append, origins_of(self.wish.serve_args))
         self.state, self.since = "loading", time.monotonic()
-        # Monotonic seconds; `start_at`: when the next try of a restart or a wake may begin.
-        self.used_at = self.ready_at = self.touched_at = self.looked_at = self.start_at = 0.0
-        self.port = self.inner_port = self.failures = self.restarts = self.port_attempts = 0
+        self.used_at = self.ready_at = self.touched_at = self.looked_at = 0.0  # monotonic seconds
+        self.start_at = 0.0  # when the next try of a restart or a wake may begin
+        self.port = self.inner_port = self.failures = self.restarts = 0
         self.serve: Optional[ServeProcess] = None
         self.folder, self.alive_fd = "", -1
         self.record: Optional[ServeRecord] = None  # as published last
@@ -4427,7 +4423,10 @@ class _Runner:
                 self.call_off()  # our client went while this interpreter started
             self.start_serve()
             while self.state != "stopping":
-                wait_for_event(self.tick())
+                pause = min(RUNNER_TICK, max(0.05, min(self.idle_timeout, self.sleep_timeout) / 10))
+                if self.state in STARTING:  # looked at often at first
+                    pause = min(0.05, 0.002 + (time.monotonic() - self.since) / 50)
+                wait_for_event(pause)
                 self.look()
         except _Superseded:
             pass
@@ -4440,33 +4439,26 @@ class _Runner:
     def listen(self) -> int:
         """Bind the front. The runner that had a pinned port before lets go of it as it exits, a moment after its lock.
         """
-        deadline = time.monotonic() + 1.0
+        deadline, port = time.monotonic() + 1.0, self.wish.port or 0
         while True:
             try:
-                return self.front.listen(self.wish.host, self.wish.port or 0)
-            except PortAllocationFailedError as error:
-                if not self.wish.port or time.monotonic() > deadline:
-                    raise self.say_whose_port(error) from None
-                time.sleep(0.02)
+                return self.front.listen(self.wish.host, port)
+            except PortAllocationFailedError:
+                if not port or time.monotonic() > deadline:
+                    self.say_whose_port(port)
+                    raise
+            time.sleep(0.02)
 
-    def say_whose_port(self, error: PortAllocationFailedError) -> PortAllocationFailedError:
-        """A pinned port is taken: by which serve of ours; by another user, who may then have seen the key that is kept.
-        """
+    def say_whose_port(self, port: int) -> None:
+        """Raise, if it is a serve's of ours. If it is another user's, he may have seen the key that is kept."""
         for record in _each_record():
-            if record.port == self.wish.port and record.fleet_key != self.key and judge_record(record) == ALIVE:
+            if record.port == port and record.fleet_key != self.key and judge_record(record) == ALIVE:
                 name, models = record.fleet_key[:8], ", ".join(record.models) or "of a JavaScript program"
-                return PortAllocationFailedError(
+                raise PortAllocationFailedError(
                     "Port %d is taken by your serve %s (%s): stop it with `python -m qvac_managed stop %s`, or choose "
-                    "another serve_port." % (record.port, name, clean_text(models), name))  # fmt: skip
-        if self.wish.port and who_listens(loopback_of(self.wish.host), self.wish.port, os.getpid()) == STRANGER:
+                    "another serve_port." % (port, name, clean_text(models), name))  # fmt: skip
+        if port and who_listens(loopback_of(self.wish.host), port, os.getpid()) == STRANGER:
             _unlink(_registry_path(self.key, ".key"))
-        return error
-
-    def tick(self) -> float:
-        """Seconds until the next look, if nothing happens: a start is looked at often at first."""
-        if self.state in STARTING:
-            return min(0.05, 0.002 + (time.monotonic() - self.since) / 50)
-        return min(RUNNER_TICK, max(0.05, min(self.idle_timeout, self.sleep_timeout) / 10))
 
     # -- the one place that decides
 
@@ -4487,7 +4479,7 @@ class _Runner:
             self.note_trouble(error)
 
     def hear(self) -> None:
-        """What the front's thread has to say, and what clients with the key ask for. The longest wish wins."""
+        """News of the front's thread, and what clients with the key ask for. The longest wish wins."""
         while self.news:
             self.log(self.news.pop(0))
         while self.front.asked:
@@ -4559,7 +4551,8 @@ class _Runner:
         if state == "ready":
             self.front.enter(state)
 
-    def home_is_gone(self) -> bool:
+    @staticmethod
+    def home_is_gone() -> bool:
         """The user's home, or the folder above QVAC_MANAGED_DIR, has been removed: not ours to bring back."""
         try:
             place = managed_serves_dir() if os.environ.get("QVAC_MANAGED_DIR") else qvac_home()
@@ -4570,8 +4563,7 @@ class _Runner:
     # -- bringing a serve up
 
     def start_serve(self) -> None:
-        """Start the serve on an inner port with an inner key, both new, out of a fresh folder and this process's
-        memory. What fails goes to fail()."""
+        """With an inner port, an inner key and a folder, all new; the config is out of this process's memory."""
         now = self.since = self.moved_at = self.progress_at = time.monotonic()
         self.probed_at = 0.0
         self.sizes = self.first_sizes = model_files(models_folder())
@@ -4594,8 +4586,7 @@ class _Runner:
                 "--host", "127.0.0.1", "--api-key-file", key_file, *self.wish.serve_args]  # fmt: skip
         environ = {**runner_environ(), "TMPDIR": scratch_of(self.folder), "PATH": serve_path(self.command)}
         try:
-            # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in, and a shared serve
-            # must not depend on who was first to start it.
+            # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in.
             self.serve = ServeProcess(argv, environ, self.log_fd, os.path.abspath(os.sep))
         except OSError as error:
             self.fail(ServeSpawnFailedError("Could not start %s: %s." % (self.command[0], error.strerror or error)))
@@ -4632,9 +4623,8 @@ class _Runner:
             if self.serve.ended() is not None:
                 raise self.what_ended()
             if self.is_there(now):
-                self.failures = 0 if self.state == "waking" else self.failures
+                self.failures = self.failures if self.state == "restarting" else 0
                 self.ready_at = self.used_at = time.monotonic()
-                self.port_attempts = 0
                 return self.enter("ready")
             if now - self.moved_at >= self.start_timeout:
                 text = start_timeout_text(self.progress(), self.start_timeout, self.tail())
@@ -4650,8 +4640,7 @@ class _Runner:
             self.state = "stopping"
 
     def is_there(self, now: float) -> bool:
-        """Whether the serve has come up: what listens is its, and its answer is a list of our models. Raises what
-        speaks against that."""
+        """What listens is the serve's, and its answer is a list of our models. Raises what speaks against that."""
         assert self.serve is not None
         if not self.probed_at and accepts_connections("127.0.0.1", self.inner_port):
             if who_listens("127.0.0.1", self.inner_port, self.serve.pid) == STRANGER:
@@ -4674,7 +4663,7 @@ class _Runner:
         return True
 
     def call_off(self) -> None:
-        """A failure of this start only: who has come meanwhile is to try another, so it goes into no KEY.error."""
+        """Who has come meanwhile is to try another start."""
         self.is_quiet = True
         raise ServeSpawnFailedError("The start was called off: nobody waits for it any more.")
 
@@ -4692,7 +4681,7 @@ class _Runner:
                 "names": list(self.wish.models), "notes": self.room_notes}  # fmt: skip
 
     def restart(self, is_wanted: bool) -> None:
-        """It ended by itself. Held connections go on when it is there again; what it was working on is broken off."""
+        """It ended by itself; what it was working on is broken off, what is held goes on when it is there again."""
         error, (exit_code, number) = self.what_ended(), (self.serve.ended() if self.serve else None) or (None, None)
         self.log("the serve ended (%s)" % ("signal %s" % number if number else "exit code %s" % exit_code))
         if not is_wanted:
@@ -4707,12 +4696,11 @@ class _Runner:
     def fail(self, error: QvacManagedModeError) -> None:
         """A start, a wake or a restart has failed, or a serve has crashed: the end, a pause, or another port."""
         self.stop_serve()
-        if "EADDRINUSE" in str(error) and self.state != "restarting" and self.port_attempts < PORT_ATTEMPTS:
-            self.port_attempts += 1
-            return self.log("port %d was taken: trying another" % self.inner_port)
         self.failures += 1
         self.start_at = time.monotonic() + RESTART_BACKOFF[min(self.failures, len(RESTART_BACKOFF)) - 1]
-        if self.state == "waking":
+        if "EADDRINUSE" in str(error) and self.failures <= len(RESTART_BACKOFF):
+            self.log("port %d was taken: trying another" % self.inner_port)
+        elif self.state == "waking":
             self.log("the wake failed: %s" % str(error).split("\n")[0])
             self.enter("asleep")
             self.front.refuse("model_load_failed", self.redact(str(error)))
@@ -4738,7 +4726,7 @@ class _Runner:
     # -- the record
 
     def publish(self) -> None:
-        """The first act: the record stands and the spawn lock is free, in one step for whoever holds the guard."""
+        """The record stands and the spawn lock is free, in one step for whoever holds the guard."""
         with guard():
             if _read_lock(self.key) != self.lock or self.another_owner():
                 raise _Superseded
@@ -4774,8 +4762,8 @@ class _Runner:
         self.record_version = write_record(self.record)
 
     def keep_record(self) -> None:
-        """Publish the record again if it is not what we wrote, and touch it now and then, which shows other machines
-        that share the home that we live; give way to another live owner's once nothing is under way."""
+        """Publish the record again if it is not what we wrote; give way to another live owner's once nothing is under
+        way. Touch it now and then: other machines that share the home see that we live."""
         if self.record is None or self.state == "stopping" or self.home_is_gone():
             return
         path, now = record_path(self.key), time.monotonic()
@@ -4791,33 +4779,28 @@ class _Runner:
             self.record_version = file_version(path)
 
     def reap(self) -> None:
-        """Withdraw the record unless somebody has come, then stop.
+        """Withdraw the record unless somebody has come, then stop. The spawn lock is ours until the serve is gone.
 
         A client of ours registers and reads the record under the guard, so it either stops us here or finds no record.
-        A provider's client knows no guard: it has a moment to show itself, with the front still open. The spawn lock is
-        ours until the serve is gone: whoever comes meanwhile waits, and gets either this one or the next.
+        A provider's knows no guard: it has a moment to show itself, with the front still open.
         """
-        is_usable = not self.home_is_gone()
+        if self.home_is_gone():
+            if self.front.enter_if_unused("stopping", self.idle_timeout):
+                self.state = "stopping"
+            return
+        if not try_lock(self.key, timeout=1.0):
+            return  # a client is about to look again
         try:
-            if is_usable and not try_lock(self.key, timeout=1.0):
-                return  # a client is about to look again
-        except RegistryError:
-            if time.monotonic() - self.used_at < self.idle_timeout + UNUSABLE_REAP:
-                raise
-            is_usable = False  # nobody has been able to come for minutes
-        try:
-            if is_usable:
-                with guard(timeout=1.0):
-                    if live_consumers(self.key) or self.front.idle_s() < self.idle_timeout:
-                        return
-                    self.remove_own_record()
-                time.sleep(WITHDRAW_PAUSE)
-            has_come = is_usable and live_consumers(self.key)
-            if not has_come and self.front.enter_if_unused("stopping", self.idle_timeout):
+            with guard(timeout=1.0):
+                if live_consumers(self.key) or self.front.idle_s() < self.idle_timeout:
+                    return
+                self.remove_own_record()
+            time.sleep(WITHDRAW_PAUSE)
+            if not live_consumers(self.key) and self.front.enter_if_unused("stopping", self.idle_timeout):
                 self.state = "stopping"
                 self.log("nobody has used it for %g s: stopping" % self.idle_timeout)
         finally:
-            if is_usable and self.state != "stopping":
+            if self.state != "stopping":
                 release_lock(self.key)
 
     def remove_own_record(self) -> None:
@@ -4830,13 +4813,10 @@ class _Runner:
     # -- ending
 
     def end(self) -> None:
-        """Take the lock, answer who waits, withdraw the record, stop the serve, remove its folder, leave KEY.error,
-        release the lock, tell the client; the front's listeners close with this process.
-
-        In this order. The lock first: nobody is to start a second serve beside one that ends. The record before the
-        serve: nobody is to be handed one that is being stopped. KEY.error late, as a provider's client spins while it
-        sees it beside a held lock; before the release, as clients of ours read it then. The client last: it may start
-        another at once. Each step may fail (a full disk, a folder that is gone); the later ones are done all the same.
+        """The lock first: nobody is to start a second serve beside one that ends. The record before the serve: nobody
+        is to be handed one that is being stopped. KEY.error late, as a provider's client spins while it sees it beside
+        a held lock; before the release, as clients of ours read it then. The client last: it may start another at once.
+        Each step may fail (a full disk); the later ones are done all the same.
         """
         report = {"superseded": True} if self.failure is None else _error_to_json(self.failure)
         self.front.error = report if self.failure else {}
@@ -4844,7 +4824,7 @@ class _Runner:
         steps: List[Callable[[], Any]] = [
             lambda: self.record is not None and try_lock(self.key, timeout=2.0), lambda: self.front.enter("stopping"),
             self.withdraw, self.stop_serve, lambda: self.remove_folder(self.folder, self.alive_fd),
-            lambda: self.leave_error(report), lambda: release_lock(self.key), lambda: self.tell(report)]  # fmt: skip
+            self.leave_error, lambda: release_lock(self.key), lambda: self.tell(report)]  # fmt: skip
         for step in steps if not self.home_is_gone() else [self.stop_serve, lambda: self.tell(report)]:
             try:
                 step()
@@ -4859,9 +4839,9 @@ class _Runner:
             with guard(timeout=2.0):
                 self.remove_own_record()
 
-    def leave_error(self, report: Mapping[str, Any]) -> None:
+    def leave_error(self) -> None:
         if self.failure is not None and not self.is_quiet:
-            _write_new_file(error_path(self.key), _error_text(self.failure, report, self.api_key), replace=True)
+            _write_new_file(error_path(self.key), _error_text(self.failure, self.api_key), replace=True)
 
     # -- telling
 
@@ -4916,30 +4896,28 @@ def decide_reap(
 
 def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None]) -> None:
     """Before a start that wants more memory than is free: put serves of this user to sleep that have had no request for
-    ten seconds, least recently used first, until it fits. It waits for nobody and stops nothing.
+    ten seconds, least recently used first, until it fits. It waits for nobody and stops nothing."""
+    wanted = sum(model_weights(models).values())
 
-    Two that do so at once do not put each other to sleep in turn: one that starts is not asleep yet, nor idle for long.
-    """
-    wanted, free = sum(model_weights(models).values()), free_memory()
-    if not wanted or free is None or wanted <= free:
-        return
+    def fits() -> bool:
+        return wanted <= (free_memory() or wanted)
+
     idle = []
-    for record in _each_record():
+    for record in _each_record() if not fits() else ():
         if record.fleet_key != own_key and record.has_front and not record.is_resting:
             seen = look(record, 0.5)
             unused = seen.facts.get("last_used_s", 0.0)
             if seen.state == "ready" and not seen.facts.get("requests") and unused >= ROOM_IDLE:
                 idle.append((-unused, record.fleet_key, record))
     for _, key, record in sorted(idle):
-        if wanted <= (free_memory() or wanted):
-            return
-        log("making room: %d MB wanted, %d MB free: %s (%s) is put to sleep" % (
-            wanted >> 20, (free_memory() or 0) >> 20, key[:8], clean_text(", ".join(record.models))))  # fmt: skip
-        look(record, 0.5, do="sleep", by="the start of " + own_key)
-        deadline = time.monotonic() + STOP_GRACE
-        while record.judge_serve() == ALIVE and time.monotonic() < deadline:
-            time.sleep(LOOK_PAUSE)
-    if wanted > (free_memory() or wanted):
+        if not fits():
+            log("making room: %d MB wanted, %d MB free: %s (%s) is put to sleep" % (
+                wanted >> 20, (free_memory() or 0) >> 20, key[:8], clean_text(", ".join(record.models))))  # fmt: skip
+            look(record, 0.5, do="sleep", by="the start of " + own_key)
+            deadline = time.monotonic() + STOP_GRACE
+            while record.judge_serve() == ALIVE and time.monotonic() < deadline:
+                time.sleep(LOOK_PAUSE)
+    if not fits():
         log("%d MB wanted, %d MB free: trying all the same" % (wanted >> 20, (free_memory() or 0) >> 20))
 
 
@@ -4969,21 +4947,22 @@ def _output(tail: str) -> str:
 
 def remove_serve_folder(key: str, folder: str) -> None:
     """Remove this key's KEY.RAND.d: the known files, the serve's scratch folder, nothing else and no other place."""
-    if is_serve_folder(key, folder) and _is_own_folder(folder):
-        if _is_own_folder(scratch_of(folder)):
-            for place, folders, names in os.walk(scratch_of(folder), topdown=False):  # follows no link
-                for name in names + folders:
-                    _unlink(os.path.join(place, name)) or _rmdir(os.path.join(place, name))
-            _rmdir(scratch_of(folder))
-        for inside in _listdir_own(folder):
-            if inside.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
-                _unlink(os.path.join(folder, inside))
-        _rmdir(folder)
+    if not is_serve_folder(key, folder) or not _is_own_folder(folder):
+        return
+    scratch = scratch_of(folder)
+    if _is_own_folder(scratch):
+        for place, folders, names in os.walk(scratch, topdown=False):  # follows no link
+            for name in names + folders:
+                _unlink(os.path.join(place, name)) or _rmdir(os.path.join(place, name))
+    for name in _listdir_own(folder):
+        if name.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
+            _unlink(os.path.join(folder, name))
+    _rmdir(scratch)
+    _rmdir(folder)
 
 
 def scratch_of(folder: str) -> str:
-    """The TMPDIR of the serve whose folder this is: in it, or, where that is too long for a socket's path, in
-    SOCKET_DIR."""
+    """The TMPDIR of the serve whose folder this is: in it, or where that is too long for a socket, in SOCKET_DIR."""
     path = os.path.join(folder, SCRATCH_NAME)
     if not SOCKET_DIR or len(os.fsencode(path)) <= SCRATCH_MOST:
         return path
@@ -5010,19 +4989,20 @@ def refuses_key_file(output: str) -> bool:
                for line in output.lower().splitlines())  # fmt: skip
 
 
-def _error_text(failure: BaseException, report: Mapping[str, Any], api_key: str) -> bytes:
-    """KEY.error: a text (a provider's client shows it as it is), and a last line for clients of ours."""
-    brief = {**report, "args": [_shorten(arg, 300) if isinstance(arg, str) else arg for arg in report["args"]]}
-    text = "%s\n%s\n" % (redact(str(failure), api_key), redact(json.dumps(brief), api_key))
-    return text.encode("utf-8", "replace")
+def _error_text(failure: BaseException, api_key: str) -> bytes:
+    """KEY.error: a text, which a provider's client shows, and a last line for clients of ours."""
+    report = _error_to_json(failure)
+    report["args"] = [_shorten(arg, 300) if isinstance(arg, str) else arg for arg in report["args"]]
+    return redact("%s\n%s\n" % (failure, json.dumps(report)), api_key).encode("utf-8", "replace")
 
 
 def _error_from_text(data: bytes) -> QvacManagedModeError:
     """The typed error behind a KEY.error, ours or the provider's."""
-    text, _, last = data.decode("utf-8", "replace").rstrip().rpartition("\n")
+    whole = data.decode("utf-8", "replace").strip()
+    text, _, last = whole.rpartition("\n")
     report = _strict_json(last.encode())
     if not isinstance(report, dict):
-        return ServeSpawnFailedError("qvac serve failed to start: %s" % data.decode("utf-8", "replace").strip())
+        return ServeSpawnFailedError("qvac serve failed to start: %s" % whole)
     error = _error_from_json(report)
     if isinstance(error, ServeExitedError):
         return ServeExitedError(error.exit_code, error.signal, text.partition(_OUTPUT_MARK)[2], error.what)
