@@ -3845,16 +3845,16 @@ class _Link:
         self.is_look = path == STATUS_PATH or (
             self.method in ("GET", "HEAD", "OPTIONS") and (path in LOOKS or path.startswith("/v1/models/")))
         self.closes = version == "HTTP/1.0" or "close" in ",".join(fields.get("connection", [])).lower()
-        origins, origin = self.front.origins, fields.get("origin", [""])[0]
-        is_allowed = origin.lower() in origins
-        self.cors = "Vary: Origin\r\n" if origins else ""
-        self.cors += "Access-Control-Allow-Origin: %s\r\n" % origin if is_allowed else ""
+        origin, keys = fields.get("origin", [""])[0], fields.get("authorization", [])
+        is_allowed = origin.lower() in self.front.origins
+        self.cors = "Access-Control-Allow-Origin: %s\r\n" % origin if is_allowed else ""
         if path == STATUS_PATH:
             self.front.answer_status(self, query)
-        elif self.method == "OPTIONS" and origins and (is_allowed or not origin):
-            self.answer(204, None, "Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS\r\n"
-                                   "Access-Control-Allow-Headers: Content-Type, Authorization\r\n")  # fmt: skip
-        elif not self.front.is_key(fields.get("authorization", [])):
+        elif self.method == "OPTIONS" and is_allowed:
+            self.cors += "Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS\r\n"
+            self.cors += "Access-Control-Allow-Headers: Content-Type, Authorization\r\n"
+            self.answer(204, None)
+        elif not hmac.compare_digest("\0".join(keys).encode("latin-1"), self.front.credentials):
             self.refuse(401)
         else:
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
@@ -3886,21 +3886,21 @@ class _Link:
             return _Body("close")
         return _Body("length") if self.method == "HEAD" or status in ("204", "304") else body_of(fields, "close")
 
-    def answer(self, status: int, value: Any, fields: str = "") -> None:
+    def answer(self, status: int, value: Any) -> None:
         """What the front says itself. The connection stays open for another request if this one has been read whole."""
-        data = b"" if value is None else json.dumps(value).encode()
+        data, fields = b"" if value is None else json.dumps(value).encode(), self.cors
         self.closes = self.closes or not self.body.is_over or status == 503
         if status != 204:
             fields += "Content-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n" % len(data)
-        self.client.out += ("HTTP/1.1 %d %s\r\nConnection: %s\r\n%s%s\r\n" % (
-            status, _REASONS[status], "close" if self.closes else "keep-alive", self.cors, fields,
+        self.client.out += ("HTTP/1.1 %d %s\r\nConnection: %s\r\nQvac-Managed: %s\r\n%s\r\n" % (
+            status, _REASONS[status], "close" if self.closes else "keep-alive", self.front.state, fields,
         )).encode("latin-1") + (b"" if self.method == "HEAD" else data)  # fmt: skip
         self.state = "closing" if self.closes else "head"
         self.client.send()
 
     def refuse(self, status: int, code: Optional[str] = "invalid_api_key",
-               message: str = "Invalid or missing API key.", fields: str = "") -> None:  # fmt: skip
-        self.answer(status, error_body(status, code, message), fields)
+               message: str = "Invalid or missing API key.") -> None:  # fmt: skip
+        self.answer(status, error_body(status, code, message))
 
 
 class Front:
@@ -3913,7 +3913,8 @@ class Front:
     def __init__(
         self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()
     ) -> None:
-        self.api_key, self.wake, self.origins = api_key, wake, {one.strip().lower().rstrip("/") for one in origins}
+        self.api_key, self.credentials = api_key, ("Bearer " + api_key).encode("latin-1")
+        self.wake, self.origins = wake, {origin.strip().lower().rstrip("/") for origin in origins}
         self.tell_log, self.logged_at = log, 0.0
         self.state, self.port, self.serve_key, self.serve_pid = "loading", 0, "", 0
         self.said: Dict[str, Any] = {}  # by the runner, for the status
@@ -4139,10 +4140,6 @@ class Front:
 
     # -- requests
 
-    def is_key(self, given: Sequence[str]) -> bool:
-        expected = ("Bearer " + self.api_key).encode("latin-1")
-        return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), expected)
-
     def note_known(self, link: _Link) -> None:
         link.knows_key, link.due = True, 0.0
         self.strangers.pop(link, None)
@@ -4162,7 +4159,7 @@ class Front:
         if self.state == "stopping":
             # Nothing has been passed on: a client of ours resolves again and sends it to the next serve.
             why = str([*self.error.get("args", ()), "The serve is stopping."][0])
-            link.refuse(503, "serve_stopping", why, "Qvac-Managed: stopping\r\n")
+            link.refuse(503, "serve_stopping", why)
         elif self.state == "ready" and link.serve is None:
             self.connect(link)
 
@@ -4267,12 +4264,28 @@ class Front:
         except OSError:
             answer = b""
         with self.lock:
-            verdict, self.detail, listing = read_listing(answer)
-            self.listing, self.verdict = listing or self.listing, verdict
+            self.verdict, self.detail = self.read_listing(answer)
             for link in [link for link in self.links if link.state == "asking"]:
                 self.handle(link, self.tell, link)
         self.poke()
         self.wake()
+
+    def read_listing(self, answer: bytes) -> Tuple[str, str]:
+        """HEALTHY and a new `listing`, or BUSY or WRONG and why."""
+        head, content = split_head(answer, FRONT_LIMIT)
+        try:
+            (_, status, _), fields = parse_head(head)
+            code, body = int(status), body_of(fields, "close")
+            value = _strict_json(content[: body.take(content)])
+        except ValueError:
+            return BUSY, "it does not answer GET /v1/models"
+        listing = value.get("data") if isinstance(value, dict) else None
+        if code == 200 and _listed_models(listing) is not None:
+            self.listing = listing or []
+            return HEALTHY, ""
+        is_busy = code >= 500 or code == 429 or (code == 200 and body.left > 0 and len(answer) < FRONT_LIMIT)
+        what = "something that is no model list" if code == 200 else str(code)
+        return BUSY if is_busy else WRONG, "it answers GET /v1/models with " + what
 
     def tell(self, link: _Link) -> None:
         """The answer to a status request, or the next line for one that follows."""
@@ -4341,23 +4354,6 @@ class Front:
             self.poker.send(b".")
         except OSError:
             pass
-
-
-def read_listing(answer: bytes) -> Tuple[str, str, List[Dict[str, Any]]]:
-    """What a serve has answered to GET /v1/models: HEALTHY and its list, BUSY or WRONG and why."""
-    head, content = split_head(answer, FRONT_LIMIT)
-    try:
-        (_, status, _), fields = parse_head(head)
-        code, body = int(status), body_of(fields, "close")
-        value = _strict_json(content[: body.take(content)])
-    except ValueError:
-        return BUSY, "it does not answer GET /v1/models", []
-    listing = value.get("data") if isinstance(value, dict) else None
-    if code == 200 and _listed_models(listing) is not None:
-        return HEALTHY, "", listing  # type: ignore[return-value]
-    is_busy = code >= 500 or code == 429 or (code == 200 and body.left > 0 and len(answer) < FRONT_LIMIT)  # broken off
-    what = "something that is no model list" if code == 200 else str(code)
-    return BUSY if is_busy else WRONG, "it answers GET /v1/models with " + what, []
 
 
 # ==================================================================================================
