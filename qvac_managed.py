@@ -3690,8 +3690,6 @@ FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status reque
 ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
 RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
 LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET, HEAD and OPTIONS neither wake nor keep awake
-_REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
-            431: "Request Header Fields Too Large", 503: "Service Unavailable"}  # fmt: skip
 
 
 class _Refusal(ValueError):
@@ -3745,8 +3743,7 @@ class _Body:
 
 
 def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
-    """The three words of the first line, and the values by lower-case name. _Refusal for what two readers may read in
-    two ways."""
+    """The words of the first line, the fields by lower-case name. _Refusal for what can be read in two ways."""
     text, fields = head.decode("latin-1"), {}  # type: str, Dict[str, List[str]]
     first, *lines = text.split("\r\n")
     if any(c in text.replace("\r\n", "") for c in "\r\n\0"):
@@ -3793,7 +3790,7 @@ class _End:
         try:
             while self.out:
                 del self.out[: self.sock.send(self.out)]
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             pass
 
     def shut(self) -> None:
@@ -3805,15 +3802,15 @@ class _End:
 class _Link:
     """A client's connection, and the one to the serve that carries its present request.
 
-    `state`: head (a request's head is awaited), held (it waits for the serve), busy (it is passed on), asking or
-    following (a status request), closing (what is sent is read to its end), dropped. `due`: when its time is up.
+    `state`: head (one is awaited), held (the request waits for the serve), busy (it is passed on), asking or following
+    (a status request), closing (what is still sent is read to its end), dropped. `due`: when its time is up.
     """
 
     def __init__(self, front: Front, sock: Any) -> None:
         self.front, self.client, self.serve = front, _End(sock), None  # type: Front, _End, Optional[_End]
         self.state, self.due, self.inbox, self.head = "head", 0.0, b"", b""
         self.knows_key = self.is_look = self.closes = self.follows = False
-        self.method, self.cors, self.proof, self.body = "", "", "", _Body("length")
+        self.method, self.proof, self.body, self.cors = "", "", _Body("length"), []  # type: str, str, _Body, List[str]
         self.answer_head, self.reply = b"", None  # type: bytes, Optional[_Body]
 
     @property
@@ -3847,19 +3844,23 @@ class _Link:
         self.closes = version == "HTTP/1.0" or "close" in ",".join(fields.get("connection", [])).lower()
         origin, keys = fields.get("origin", [""])[0], fields.get("authorization", [])
         is_allowed = origin.lower() in self.front.origins
-        self.cors = "Access-Control-Allow-Origin: %s\r\n" % origin if is_allowed else ""
+        self.cors = ["Access-Control-Allow-Origin: " + origin] if is_allowed else []
         if path == STATUS_PATH:
             self.front.answer_status(self, query)
         elif self.method == "OPTIONS" and is_allowed:
-            self.cors += "Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS\r\n"
-            self.cors += "Access-Control-Allow-Headers: Content-Type, Authorization\r\n"
+            self.cors += ["Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS",
+                          "Access-Control-Allow-Headers: Content-Type, Authorization"]  # fmt: skip
             self.answer(204, None)
         elif not hmac.compare_digest("\0".join(keys).encode("latin-1"), self.front.credentials):
             self.refuse(401)
         else:
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
             self.head = b"\r\n".join(lines)
-            self.front.admit(self, path)
+            self.front.note_known(self)
+            if self.is_look and self.front.state not in ("ready", "stopping"):
+                return self.front.answer_look(self, path)
+            self.state = "held"
+            self.front.resume(self)
 
     def take_answer(self, data: bytes) -> None:
         """What the serve sends, to the end of its answer and no further."""
@@ -3887,14 +3888,14 @@ class _Link:
         return _Body("length") if self.method == "HEAD" or status in ("204", "304") else body_of(fields, "close")
 
     def answer(self, status: int, value: Any) -> None:
-        """What the front says itself. The connection stays open for another request if this one has been read whole."""
-        data, fields = b"" if value is None else json.dumps(value).encode(), self.cors
+        """What the front says itself; then comes another request, if this one has been read whole."""
+        data = b"" if value is None else json.dumps(value).encode()
         self.closes = self.closes or not self.body.is_over or status == 503
+        lines = ["HTTP/1.1 %d %s" % (status, "OK" if status < 300 else "Error"), "Qvac-Managed: " + self.front.state,
+                 "Connection: " + ("close" if self.closes else "keep-alive"), *self.cors]  # fmt: skip
         if status != 204:
-            fields += "Content-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n" % len(data)
-        self.client.out += ("HTTP/1.1 %d %s\r\nConnection: %s\r\nQvac-Managed: %s\r\n%s\r\n" % (
-            status, _REASONS[status], "close" if self.closes else "keep-alive", self.front.state, fields,
-        )).encode("latin-1") + (b"" if self.method == "HEAD" else data)  # fmt: skip
+            lines += ["Content-Type: application/json; charset=utf-8", "Content-Length: %d" % len(data)]
+        self.client.out += "\r\n".join([*lines, "", ""]).encode("latin-1") + (b"" if self.method == "HEAD" else data)
         self.state = "closing" if self.closes else "head"
         self.client.send()
 
@@ -3907,7 +3908,7 @@ class Front:
     """Accepts, passes on, holds, and answers for a serve that is not there: one thread, no file, no wait.
 
     `state` is ready, asleep, loading, waking, restarting or stopping. One lock is held while the thread works on what
-    is ready and by the runner's calls; each of these has done all that follows from it when it returns.
+    is ready, and by the runner's calls.
     """
 
     def __init__(
@@ -4073,7 +4074,7 @@ class Front:
         if events & selectors.EVENT_READ:
             try:
                 data = end.sock.recv(65536)
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 return
             end.has_ended = not data
             if end is link.client:
@@ -4144,24 +4145,16 @@ class Front:
         link.knows_key, link.due = True, 0.0
         self.strangers.pop(link, None)
 
-    def admit(self, link: _Link, path: str) -> None:
-        """A request with the key: pass it on, hold it, or answer for a serve that is not there."""
-        self.note_known(link)
-        if link.is_look and self.state not in ("ready", "stopping"):
-            return self.answer_look(link, path)
-        link.state = "held"
-        self.resume(link)
-        if self.state == "asleep":
-            self.wake()
-
     def resume(self, link: _Link) -> None:
-        """A request that is held, as things are now."""
+        """A request with the key: pass it on, hold it, or refuse it, as things are now."""
         if self.state == "stopping":
             # Nothing has been passed on: a client of ours resolves again and sends it to the next serve.
             why = str([*self.error.get("args", ()), "The serve is stopping."][0])
             link.refuse(503, "serve_stopping", why)
         elif self.state == "ready" and link.serve is None:
             self.connect(link)
+        elif self.state == "asleep":
+            self.wake()
 
     def answer_look(self, link: _Link, path: str) -> None:
         path = urllib.parse.unquote(path) if "%" in path else path  # an import that few need
@@ -4181,8 +4174,7 @@ class Front:
         return [model if state is None else {**model, "state": state} for model in self.listing]
 
     def connect(self, link: _Link) -> None:
-        """A connection of its own for each request: one that was kept could be closed by the serve in this very moment.
-        """
+        """A new connection for each request: the serve might close a kept one in this very moment."""
         try:
             link.serve = _End(socket.socket())
             link.serve.is_connecting = True
@@ -4202,10 +4194,9 @@ class Front:
         self.set_due(link, RECONNECT_PAUSE)
 
     def begin(self, link: _Link) -> None:
-        """The serve has taken the connection: from here on the request is never sent again. A process that is being
-        killed takes connections, too, until its memory is freed: it is looked at in between."""
+        """The serve has taken the connection: from here on the request is never sent again."""
         assert link.serve is not None
-        if process_start(self.serve_pid) is None:
+        if process_start(self.serve_pid) is None:  # being killed, it takes connections until its memory is freed
             return self.try_again(link)
         link.serve.is_connecting = False
         link.serve.out += link.head + b"\r\nAuthorization: Bearer " + self.serve_key.encode() + b"\r\n\r\n"
@@ -4245,7 +4236,7 @@ class Front:
             self.tell(link)
 
     def ask_for_models(self) -> None:
-        """One question of our own to the serve, for all who ask in the meantime."""
+        """One question to the serve for all who ask in the meantime."""
         if self.verdict:
             start_without_signals(threading.Thread(target=self.question, name="question", daemon=True).start)
             self.verdict = ""
@@ -4315,16 +4306,15 @@ class Front:
             return sum(link.state in states for link in self.links)
 
     def probe(self, port: int, key: str, pid: int) -> None:
-        """A serve listens there: ask it for its models. `verdict` tells what came of it; nothing else is passed on yet.
-        """
+        """A serve listens there: ask it for its models. `verdict` tells what came of it."""
         with self.lock:
             self.port, self.serve_key, self.serve_pid = port, key, pid
             self.ask_for_models()
             self.poke()
 
     def enter(self, state: str) -> None:
-        """How things are now. What waits goes on in `ready`, from when idle time counts, and is told why in `stopping`;
-        else it waits on. The listeners close as this process exits, not before: nobody else may have the port."""
+        """What waits goes on in `ready`, from when idle time counts, and is told why in `stopping`; else it waits on.
+        The listeners close as this process exits, not before: nobody else may have the port."""
         with self.lock:
             self.state = state
             self.used_at = time.monotonic() if state == "ready" else self.used_at
