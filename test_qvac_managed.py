@@ -4588,10 +4588,6 @@ class ReexecutionTest(Case):
         self.assertTrue(self.source.endswith("    sys.exit(main())\n"))
         return self.source[: -len("    sys.exit(main())\n")] + lines
 
-    def test_beside_a_program_that_is_run_as_a_file(self) -> None:
-        self.put("app/qvac_managed.py", self.source)
-        self.run_host(self.put("app/program.py", "import qvac_managed as q\n" + HOST))
-
     def test_vendored_under_another_name_in_a_package_that_is_run_with_m(self) -> None:
         self.put("app/pkg/_vendor/local_models.py", self.source)
         self.put("app/pkg/_vendor/__init__.py")
@@ -4620,14 +4616,11 @@ class ReexecutionTest(Case):
     def test_under_names_that_an_import_would_not_find(self) -> None:
         """In the other interpreter a folder on the path is all there is: a file named types.py is not found there."""
         self.put("app/pkg/__init__.py")
-        for name in ("types", "errno"):
-            self.put("app/pkg/%s.py" % name, self.source)
-            program = self.put("app/program_%s.py" % name, "from pkg import %s as q\n%s" % (name, HOST))
-            self.run_host(program)
-        self.run_host(self.put("bin/qvac_managed-0.1.0.py", self.as_main()))
+        self.put("app/pkg/types.py", self.source)
+        self.run_host(self.put("app/program.py", "from pkg import types as q\n" + HOST))
 
     def test_as_a_script_without_an_ending(self) -> None:
-        self.run_host(self.put("bin/qvac-models", self.as_main()))
+        self.run_host(self.put("bin/qvac-models-0.1", self.as_main()))
 
     def test_without_its_source(self) -> None:
         import py_compile
@@ -6244,7 +6237,7 @@ class SleepTest(SleepCase):
                     (refused if q.is_refused(error) else broken).append(error)
 
         asking = [in_thread(ask) for _ in range(3)]
-        for _ in range(4):
+        for _ in range(3):
             before = len(answered)
             wait_until(lambda before=before: len(answered) > before + 10)
             os.kill(self.ready_pid(client), signal.SIGKILL)
@@ -6254,7 +6247,7 @@ class SleepTest(SleepCase):
         for one in asking:
             one()
         self.assertEqual([], refused)
-        self.assertLessEqual(len(broken), 4 * 3, "only what was under way")
+        self.assertLessEqual(len(broken), 3 * 3, "only what was under way")
 
     def ready_pid(self, client: q.ManagedQvac) -> int:
         self.wait_for_state(client, "ready")
@@ -6525,7 +6518,7 @@ class IdleTest(LifeCase):
 
     def test_it_lives_with_its_consumer_and_ends_after_the_idle_timeout(self) -> None:
         client = self.create()
-        self.assert_lives(client.pid, 2 * self.IDLE + 0.5)
+        self.assert_lives(client.pid, self.IDLE + 0.4)
         client.close()
         began = time.monotonic()
         self.assert_lives(client.pid, self.IDLE - 0.1)
@@ -6546,11 +6539,11 @@ class IdleTest(LifeCase):
 
     def test_the_longest_wish_wins(self) -> None:
         first = self.create(serve_idle_timeout=0.2)
-        later = self.create(serve_idle_timeout=2.5)
+        later = self.create(serve_idle_timeout=1.3)
         shorter = self.create(serve_idle_timeout=0.1)
         for client in (later, shorter, first):
             client.close()
-        self.assert_lives(first.pid, 2.3)
+        self.assert_lives(first.pid, 1.1)
         self.assert_all_gone()
 
     def test_a_wish_made_during_a_restart_counts(self) -> None:
@@ -6568,7 +6561,7 @@ class IdleTest(LifeCase):
         until_stopped = self.create(serve_idle_timeout=None)
         first.close()
         until_stopped.close()
-        self.assert_lives(first.pid, 1.5)
+        self.assert_lives(first.pid, 0.8)
         self.assertEqual((None, None), (q.list_serves()[0].ends_in_s, q.list_serves()[0].idle_timeout_s))
         self.assertTrue(q.stop_serve(first.fleet_key))
         self.assert_all_gone()
@@ -6585,80 +6578,31 @@ class IdleTest(LifeCase):
 class RawUseTest(LifeCase):
     """Programs that know the URL and the key, and leave no marker."""
 
-    IDLE = 0.8
+    IDLE = 0.4
 
-    def test_an_open_connection_keeps_it_alive(self) -> None:
+    def test_a_request_keeps_it_alive_and_an_open_connection_does_not(self) -> None:
         import socket
 
-        client = self.create(serve_bin_path=self.fake(answer_delay_s=self.IDLE + 2.0))
-        request = in_thread(q.create_qvac(base_url=client.base_url, api_key=client.api_key).chat, "hi", model=MODEL)
+        client = self.create(serve_bin_path=self.fake(answer_delay_s=self.IDLE + 1.5), serve_host="0.0.0.0")
+        request = in_thread(q.create_qvac(base_url=client.base_url, api_key=client.api_key).chat, "at last", model=MODEL)
         wait_until(lambda: [event for event in self.fake_events("request") if "chat" in event["path"]])
         client.close()
-        time.sleep(self.IDLE + 1.0)
+        time.sleep(self.IDLE + 0.8)
         self.assertTrue(q.process_alive(client.pid))
-        self.assertEqual("hi", request())
+        self.assertEqual("at last", request())
         with socket.create_connection(("127.0.0.1", client.port)):  # one without a request is no use
             self.assert_all_gone()
 
-    def test_short_requests_keep_it_alive(self) -> None:
-        client = self.create()
+    def test_short_requests_keep_it_alive_and_bring_it_back(self) -> None:
+        client = self.create(serve_idle_timeout=1.0)
         client.close()
-        for _ in range(12):
+        for _ in range(6):
             self.assertEqual("hi", self.raw(client))
             time.sleep(0.25)
-        self.assert_all_gone()
-
-    def test_requests_that_leave_no_line_in_the_log_keep_it_alive(self) -> None:
-        client = self.create(serve_bin_path=self.fake(quiet=True))
-        client.close()
-        for _ in range(12):
-            self.raw(client)
-            time.sleep(0.25)
-        self.assertEqual(1, len(self.fake_events("start")))
-        self.assert_all_gone()
-
-    def test_a_slow_answer_is_not_cut(self) -> None:
-        client = self.create(serve_bin_path=self.fake(answer_delay_s=self.IDLE + 2), serve_idle_timeout=0.3)
-        client.close()
-        self.assertEqual("at last", self.raw(client, "at last"))
-        self.assert_all_gone()
-
-    def test_a_slow_answer_of_a_serve_on_all_addresses_is_not_cut(self) -> None:
-        """The connection has an address; the serve was asked to listen at none."""
-        serve = self.fake(answer_delay_s=self.IDLE + 2)
-        client = self.create(serve_bin_path=serve, serve_idle_timeout=0.3, serve_host="0.0.0.0")
-        client.close()
-        self.assertEqual("at last", self.raw(client, "at last"))
-        self.assert_all_gone()
-
-    def test_a_slow_answer_to_a_client_that_has_said_all_is_not_cut(self) -> None:
-        """One that has closed its half of the connection: the serve still works for it."""
-        import socket
-
-        client = self.create(serve_bin_path=self.fake(answer_delay_s=self.IDLE + 2), serve_idle_timeout=0.3)
-        client.close()
-        body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "half"}]})
-        request = "POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s"
-        with socket.create_connection(("127.0.0.1", client.port)) as connection:
-            connection.sendall((request % (client.api_key, len(body), body)).encode())
-            connection.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: connection.recv(4096), b""))
-        self.assertIn(b"half", answer)
-
-    def test_a_serve_used_by_url_alone_comes_back(self) -> None:
-        client = self.create(serve_idle_timeout=5)
-        client.close()
-        self.assertEqual("hi", self.raw(client))
         os.kill(client.pid, signal.SIGKILL)
         wait_until(lambda: self.starts() == 2)
-
-        def answers() -> bool:
-            try:
-                return self.raw(client) == "hi"
-            except OSError:
-                return False
-
-        wait_until(answers, what="the same URL to answer again")
+        self.assertEqual("hi", self.raw(client))
+        self.assert_all_gone()
 
 
 class RestartTest(LifeCase):
@@ -6861,7 +6805,7 @@ class StopTest(LifeCase):
 
     def test_clients_that_come_during_a_slow_end_get_one_fresh_serve(self) -> None:
         """It closes its listener at once and exits later, as a serve that finishes its last answers."""
-        serve = self.fake(term_s=2.0)
+        serve = self.fake(term_s=1.0)
         client = self.create(serve_bin_path=serve, serve_idle_timeout=0.1)
         client.close()
         wait_until(lambda: self.fake_events("signal"))
