@@ -3942,13 +3942,10 @@ class Front:
                 failure: Any = error
                 while self.listeners:
                     self.listeners.pop().close()
-        causes = {errno.EADDRINUSE: "is taken by another program", errno.EACCES: "needs privileges"}
-        why = causes.get(getattr(failure, "errno", 0)) if port else None
-        if why:
-            raise PortAllocationFailedError(
-                "Port %d on %s %s: choose another serve_port, or none for a free one." % (port, host, why))
-        reason = getattr(failure, "strerror", None) or failure
-        raise PortAllocationFailedError("No port could be had on %s: %s." % (host, reason))
+        is_taken = getattr(failure, "errno", 0) == errno.EADDRINUSE
+        why = "it is taken by another program" if is_taken else getattr(failure, "strerror", None) or failure
+        text = "Port %d on %s cannot be had: %s. Choose another serve_port, or none for a free one." % (port, host, why)
+        raise PortAllocationFailedError(text if port else "No port on %s can be had: %s." % (host, why))
 
     def _listen(self, host: str, port: int) -> int:
         rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -7303,7 +7300,8 @@ def run_echo_serve(argv: List[str]) -> int:
     try:
         serve = _EchoServe(options)
         serve.preload()
-        serve.listen(options["host"].strip("[]"), int(options["port"]))
+        if not serve.pause(0):
+            serve.listen(options["host"].strip("[]"), int(options["port"]))
     except (OSError, ValueError, OverflowError) as error:
         # With its symbol, EADDRINUSE, as Node.js does: whoever reads the log looks for that.
         symbol = errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None
@@ -7321,7 +7319,7 @@ def _echo_log(line: str, stream: int = 1) -> None:
 
 
 class _EchoError(Exception):
-    """An answer that is not 200: HTTP status, OpenAI's error code, message."""
+    """HTTP status, OpenAI's error code, message."""
 
 
 class _EchoModel:
@@ -7440,8 +7438,6 @@ class _EchoServe:
         """Accept until it is time to stop, then give the answers under way a moment."""
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, LISTEN_OPTION, 1)
-            if self.pause(0):
-                return
             listener.bind((host, port))
             listener.listen(511)  # as Node.js
             _echo_log("QVAC API server listening on " + base_url_of(host, listener.getsockname()[1])[: -len("/v1")])
@@ -7611,16 +7607,13 @@ class _EchoServe:
 
     def complete(self, body: Dict[str, Any]) -> Any:
         prompts, is_stream = _echo_strings(body, "prompt", "invalid_prompt"), bool(body.get("stream"))
-        if is_stream and len(prompts) > 1:
-            raise _EchoError(400, "unsupported_streaming", "Several prompts cannot be streamed at once.")
         facts, usage = self.ready_model(body).facts("cmpl-", "text_completion"), _echo_usage(prompts, prompts)
-        texts = [*_echo_words(prompts[0]), ""] if is_stream else prompts
-        choices = [{"text": text, "index": 0 if is_stream else index, "logprobs": None,
-                    "finish_reason": None if is_stream and text else "stop"}
-                   for index, text in enumerate(texts)]  # fmt: skip
+        choices = [{"text": text, "index": index, "finish_reason": None if is_stream and text else "stop"}
+                   for index, prompt in enumerate(prompts)
+                   for text in ([*_echo_words(prompt), ""] if is_stream else [prompt])]  # fmt: skip
         if not is_stream:
             return {**facts, "choices": choices, "usage": usage}
-        return [{**facts, "choices": [choice], **({} if choice["text"] else {"usage": usage})} for choice in choices]
+        return [{**facts, "choices": [choice], "usage": None if choice["text"] else usage} for choice in choices]
 
     def embed(self, body: Dict[str, Any]) -> Any:
         """Unit vectors of 32 dimensions that depend on nothing but the text."""
