@@ -4503,7 +4503,7 @@ class _Runner:
         is_wanted = has_consumers or min(now - self.used_at, self.front.idle_s()) < self.idle_timeout
         if self.state in STARTING:
             self.look_at_start(now, is_wanted or self.stays)
-        elif self.state == "ready" and self.serve is not None and self.serve.ended() is not None:
+        elif self.state == "ready" and self.ended():
             self.restart(is_wanted or self.stays)
         elif not is_wanted and not self.stays:
             self.reap()
@@ -4603,7 +4603,7 @@ class _Runner:
             self.sizes = sizes
             self.say()
         try:
-            if self.serve.ended() is not None:
+            if self.ended():
                 raise self.what_ended()
             if self.is_there(now):
                 self.failures = self.failures if self.state == "restarting" else 0
@@ -4665,8 +4665,8 @@ class _Runner:
 
     def restart(self, is_wanted: bool) -> None:
         """It ended by itself; what it was working on is broken off, what is held goes on when it is there again."""
-        error, (exit_code, number) = self.what_ended(), (self.serve.ended() if self.serve else None) or (None, None)
-        self.log("the serve ended (%s)" % ("signal %s" % number if number else "exit code %s" % exit_code))
+        error = self.what_ended()
+        self.log("the serve ended (exit code %s, signal %s)" % (self.ended() or (None, None)))
         if not is_wanted:
             self.state = "stopping"
             return
@@ -4695,11 +4695,14 @@ class _Runner:
                 raise ServeExitedError(error.exit_code, error.signal, error.tail, what)
             raise error
 
+    def ended(self) -> Optional[Tuple[Optional[int], Optional[int]]]:
+        """Exit code and signal, once the serve has ended."""
+        return self.serve.ended() if self.serve else None
+
     def what_ended(self) -> QvacManagedModeError:
-        exit_code, number = (self.serve.ended() if self.serve else None) or (None, None)
         if refuses_key_file(self.tail()):
             return ServeSpawnFailedError("This qvac CLI knows no --api-key-file: update @qvac/cli.")
-        return ServeExitedError(exit_code, number, self.tail())
+        return ServeExitedError(*(self.ended() or (None, None)), self.tail())
 
     def stop_serve(self) -> None:
         if self.serve is not None:
@@ -4733,12 +4736,11 @@ class _Runner:
         """Under the guard."""
         me, host = os.getpid(), self.wish.host.strip("[]")
         serve_pid = self.serve.pid if self.state == "ready" and self.serve is not None else me
-        idle, sleep = (NEVER_MS if seconds == float("inf") else seconds * 1000
-                       for seconds in (self.idle_timeout, self.sleep_timeout))  # fmt: skip
         self.record = ServeRecord(
             fleet_key=self.key, api_key=self.api_key, serve_pid=serve_pid, runner_pid=me, port=self.port, host=host,
             base_url=base_url_of(host, self.port), config_path=os.path.join(self.folder, CONFIG_NAME),
-            started_at=self.started_at, idle_timeout_ms=idle, sleep_timeout_ms=sleep,
+            started_at=self.started_at, idle_timeout_ms=min(self.idle_timeout * 1000, NEVER_MS),
+            sleep_timeout_ms=min(self.sleep_timeout * 1000, NEVER_MS),
             serve_start=process_start(serve_pid) or "", runner_start=process_start(me) or "", place=place(),
             restarts=self.restarts, front=1, models=self.wish.models, serve_bin_path=self.wish.bin or "",
             pinned_port=self.wish.port or 0, serve_args=list(self.wish.serve_args))  # fmt: skip
@@ -4830,12 +4832,10 @@ class _Runner:
 
     def say(self) -> None:
         """What the front answers to who asks for the status."""
-        idle, sleep = (None if seconds == float("inf") else seconds
-                       for seconds in (self.idle_timeout, self.sleep_timeout))  # fmt: skip
         self.front.said = dict(
             self.progress(), version=__version__, restarts=self.restarts, pid=self.serve.pid if self.serve else 0,
-            ready_at=self.ready_at, loaded=self.loaded, idle_timeout_s=idle, sleep_timeout_s=sleep,
-            start_timeout_s=self.start_timeout)  # fmt: skip
+            ready_at=self.ready_at, loaded=self.loaded, start_timeout_s=self.start_timeout,
+            idle_timeout_s=min(self.idle_timeout, NEVER_MS), sleep_timeout_s=min(self.sleep_timeout, NEVER_MS))
 
     def redact(self, text: str) -> str:
         return redact(redact(text, self.api_key), self.inner_key)
