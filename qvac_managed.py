@@ -3922,7 +3922,7 @@ class Front:
         self.listing: List[Dict[str, Any]] = []  # of the models, as the serve has listed them last
         self.asked: List[Dict[str, str]] = []  # what clients with the key ask of the runner
         self.error: Mapping[str, Any] = {}  # why it stops
-        self.lock = threading.RLock()
+        self.lock, self.is_asked = threading.RLock(), threading.Semaphore(0)
         self.selector, self.listeners = selectors.DefaultSelector(), []  # type: Any, List[Any]
         self.links: Set[_Link] = set()
         self.strangers: Dict[_Link, float] = {}  # that have not shown the key, with the time they came
@@ -3976,7 +3976,8 @@ class Front:
         return port
 
     def start(self) -> None:
-        start_without_signals(threading.Thread(target=self.work, name="front", daemon=True).start)
+        for work in (self.work, self.question):
+            start_without_signals(threading.Thread(target=work, name="front", daemon=True).start)
 
     # -- the thread
 
@@ -4235,33 +4236,38 @@ class Front:
     def ask_for_models(self) -> None:
         """One question to the serve for all who ask in the meantime."""
         if self.verdict:
-            start_without_signals(threading.Thread(target=self.question, name="question", daemon=True).start)
             self.verdict = ""
+            self.is_asked.release()
 
     def question(self) -> None:
-        """A thread of its own. In HTTP/1.0, whose answers come in one piece; HEALTH_TIMEOUT in all."""
-        answer, data, deadline = b"", b".", time.monotonic() + HEALTH_TIMEOUT
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), HEALTH_TIMEOUT) as sock:
-                sock.sendall(("GET /v1/models HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\n\r\n"
-                              % self.serve_key).encode())  # fmt: skip
-                while data and len(answer) < FRONT_LIMIT:
-                    sock.settimeout(max(0.001, deadline - time.monotonic()))
-                    data = sock.recv(65536)
-                    answer += data
-        except OSError:
-            answer = b""
-        with self.lock:
-            self.verdict, self.detail = self.read_listing(answer)
-            for link in [link for link in self.links if link.state == "asking"]:
-                self.handle(link, self.tell, link)
-        self.poke()
-        self.wake()
+        """A thread of its own. It asks in HTTP/1.0, whose answers come in one piece; HEALTH_TIMEOUT in all."""
+        while True:
+            self.is_asked.acquire()
+            answer, data, deadline = b"", b".", time.monotonic() + HEALTH_TIMEOUT
+            try:
+                with socket.socket() as sock:
+                    sock.settimeout(HEALTH_TIMEOUT)
+                    sock.connect((b"127.0.0.1", self.port))
+                    sock.sendall(("GET /v1/models HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\n\r\n"
+                                  % self.serve_key).encode())  # fmt: skip
+                    while data and len(answer) < FRONT_LIMIT:
+                        sock.settimeout(max(0.001, deadline - time.monotonic()))
+                        data = sock.recv(65536)
+                        answer += data
+            except OSError:
+                answer = b""
+            with self.lock:
+                self.verdict, self.detail = self.read_listing(answer)
+                for link in [link for link in self.links if link.state == "asking"]:
+                    self.handle(link, self.tell, link)
+            self.poke()
+            if self.state != "ready":
+                self.wake()
 
     def read_listing(self, answer: bytes) -> Tuple[str, str]:
         """HEALTHY and a new `listing`, or BUSY or WRONG and why."""
-        head, content = split_head(answer, FRONT_LIMIT)
         try:
+            head, content = split_head(answer, FRONT_LIMIT)
             (_, status, _), fields = parse_head(head)
             code, body = int(status), body_of(fields, "close")
             value = _strict_json(content[: body.take(content)])
