@@ -3911,12 +3911,10 @@ class Front:
     is ready, and by the runner's calls.
     """
 
-    def __init__(
-        self, api_key: str, wake: Callable[[], None], log: Callable[[str], None], origins: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, api_key: str, wake: Callable[[], None], origins: Sequence[str] = ()) -> None:
         self.api_key, self.credentials = api_key, ("Bearer " + api_key).encode("latin-1")
         self.wake, self.origins = wake, {origin.strip().lower().rstrip("/") for origin in origins}
-        self.tell_log, self.logged_at = log, 0.0
+        self.news, self.logged_at = [], 0.0  # type: List[str], float  # for the log: this thread waits for no file
         self.state, self.port, self.serve_key, self.serve_pid = "loading", 0, "", 0
         self.said: Dict[str, Any] = {}  # by the runner, for the status
         self.listing: List[Dict[str, Any]] = []  # of the models, as the serve has listed them last
@@ -4042,7 +4040,7 @@ class Front:
         """For the runner's thread to write, once a second at most."""
         if time.monotonic() - self.logged_at >= 1.0:
             self.logged_at = time.monotonic()
-            self.tell_log(text)
+            self.news.append(text)
             self.wake()
 
     # -- connections
@@ -4379,7 +4377,6 @@ class _Runner:
         self.command: List[str] = params["command"]
         self.lock = params["lock"]  # our client's text in the spawn lock
         self.report_fd, self.log_fd = report_fd, 2  # KEY.log: the client opened it for us
-        self.news: List[str] = []  # what the front's thread has to log: it waits for no file
         self.room_notes: List[str] = []  # of the last start: who was put to sleep for it
         self.idle_timeout, self.sleep_timeout = (
             float("inf") if wish is None else wish for wish in (self.wish.idle_timeout, self.wish.sleep_timeout))
@@ -4387,7 +4384,7 @@ class _Runner:
         # A tool's settings hold this address and key: they sleep rather than end.
         self.stays = self.wish.port is not None and not is_private_key(self.key)
         self.api_key = (kept_key(self.key) if self.stays else "") or _new_api_key()
-        self.front = Front(self.api_key, wake_up, self.news.append, origins_of(self.wish.serve_args))
+        self.front = Front(self.api_key, wake_up, origins_of(self.wish.serve_args))
         self.state, self.since = "loading", time.monotonic()
         self.used_at = self.ready_at = self.touched_at = self.looked_at = 0.0  # monotonic seconds
         self.start_at = 0.0  # when the next try of a restart or a wake may begin
@@ -4469,8 +4466,8 @@ class _Runner:
 
     def hear(self) -> None:
         """News of the front's thread, and what clients with the key ask for. The longest wish wins."""
-        while self.news:
-            self.log(self.news.pop(0))
+        while self.front.news:
+            self.log(self.front.news.pop(0))
         while self.front.asked:
             query = self.front.asked.pop(0)
             try:

@@ -6131,12 +6131,12 @@ class SleepTest(SleepCase):
 
     def test_requests_around_the_sleep_are_all_answered_once(self) -> None:
         client = self.sleeper(0.2)
-        for step in range(12):
+        for step in range(8):
             client.chat("again")
-            time.sleep(0.17 + step * 0.006)
+            time.sleep(0.17 + step * 0.009)
             self.assertEqual("step %d" % step, self.raw(client, "step %d" % step))
         posts = [event for event in self.fake_events("request") if event["method"] == "POST"]
-        self.assertEqual(24, len(posts))
+        self.assertEqual(16, len(posts))
 
     def test_twelve_that_wake_it_make_one_start(self) -> None:
         client = self.sleeper()
@@ -9427,43 +9427,13 @@ class WrongErrorTest(Case):
 
 class LastingServeTest(Case):
     def test_a_renamed_machine_is_the_same_machine(self) -> None:
-        client = self.create(serve_idle_timeout=3.0)
+        client = self.create(serve_idle_timeout=0.5)
         code = """
 q.host_name = lambda: "renamed"
-client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=3.0)
+client = q.create_qvac("managed", models=["qwen3.5-2b"], serve_bin_path=q.ECHO, serve_idle_timeout=0.5)
 print(client.pid, len(q.live_consumers(client.fleet_key)))
 """
         self.assertEqual("%d 2" % client.pid, self.run_python(code))
-
-    def test_a_restart_survives_the_loss_of_its_folder(self) -> None:
-        client = self.create()
-        (folder,) = [name for name in self.files() if name.endswith(".d")]
-        import shutil
-
-        shutil.rmtree(os.path.join(self.folder, folder))
-        pid = client.pid
-        end_process(pid)
-        self.assertEqual("hi", client.chat("hi"))
-        self.assertEqual(1, q.list_serves()[0].restarts)
-        client.close()
-        self.assert_all_gone()
-
-    def test_the_log_of_a_start_is_bounded_too(self) -> None:
-        def has_settled() -> bool:
-            before = os.path.getsize(log)
-            time.sleep(0.7)
-            return q.MAX_LOG_BYTES // 8 < before == os.path.getsize(log)
-
-        path = self.fake(flood_mb=12, preload_s=60)
-        thread = threading.Thread(target=lambda: self.assertRaises(
-            q.QvacManagedModeError, self.create, serve_bin_path=path))  # fmt: skip
-        thread.start()
-        folder = wait_until(lambda: [name for name in self.files() if name.endswith(".d")])[0]
-        log = q.log_path(folder.split(".")[0])
-        wait_until(has_settled)
-        self.assertLessEqual(os.path.getsize(log), q.MAX_LOG_BYTES)
-        q.stop_serve(folder.split(".")[0])
-        thread.join()
 
     def test_a_record_that_is_removed_as_soon_as_it_appears_is_no_failed_start(self) -> None:
         removed = []
@@ -9652,9 +9622,8 @@ class FrontCase(unittest.TestCase):
     ORIGINS: List[str] = []
 
     def setUp(self) -> None:
-        self.log: List[str] = []
         self.wakes: List[float] = []
-        self.front = q.Front(self.KEY, lambda: self.wakes.append(time.monotonic()), self.log.append, self.ORIGINS)
+        self.front = q.Front(self.KEY, lambda: self.wakes.append(time.monotonic()), self.ORIGINS)
         self.port = self.front.listen("127.0.0.1", 0)
         self.front.start()
         self.addCleanup(self.end_front)
@@ -9942,8 +9911,8 @@ class FrontStrangerTest(FrontCase):
             sock.connect(("127.0.0.1", self.port))
             sock.sendall(self.head("GET /x"))
         time.sleep(0.7)
-        self.assertEqual(1, len(self.log), self.log)
-        self.assertIn("no connection can be", self.log[0])
+        self.assertEqual(1, len(self.front.news), self.front.news)
+        self.assertIn("no connection can be", self.front.news[0])
         self.assertLess(time.process_time() - began, 0.3)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         self.assertEqual([(200, b"/x 0")] * 3, [self.read(sock) for sock in waiting])
@@ -9953,7 +9922,7 @@ class FrontStrangerTest(FrontCase):
     def test_what_a_stranger_sends_is_in_no_log(self) -> None:
         self.assertEqual(404, (self.front.enter("loading"), self.ask("GET /v1/models/%1b[31m"))[1][0])
         self.assertEqual(401, self.ask("GET /\x1b[31m", key="\x1b[31m")[0])
-        self.assertEqual([], self.log)
+        self.assertEqual([], self.front.news)
 
 
 class FrontUseTest(FrontCase):
@@ -10196,11 +10165,11 @@ class FrontStatusTest(FrontCase):
             self.assertEqual((503, "stopping", "close"), (code, self.fields["Qvac-Managed"], self.fields["Connection"]))
             self.assertEqual("stopped by you", json.loads(body)["error"]["message"])
         with self.assertRaises(q.PortAllocationFailedError):
-            q.Front("k", lambda: None, self.log.append).listen("127.0.0.1", self.port)
+            q.Front("k", lambda: None).listen("127.0.0.1", self.port)
 
     def test_addresses(self) -> None:
         def listen(host: str) -> List[Tuple[Any, ...]]:
-            front = q.Front("k", lambda: None, self.log.append)
+            front = q.Front("k", lambda: None)
             self.addCleanup(lambda: [sock.close() for sock in (*front.listeners, front.selector)])  # type: ignore[func-returns-value]
             port = front.listen(host, 0)
             self.assertEqual({port}, {sock.getsockname()[1] for sock in front.listeners if sock.fileno() >= 0})
