@@ -4066,7 +4066,13 @@ class Front:
     def move(self, link: _Link, end: _End, events: int) -> None:
         """What is ready at one end is read; settle() sends."""
         if end.is_connecting:
-            return self.try_again(link) if end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) else self.begin(link)
+            # Being killed, a serve takes connections until its memory is freed.
+            if end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or process_start(self.serve_pid) is None:
+                return self.try_again(link)
+            end.is_connecting = False  # from here on the request is never sent again
+            end.out += link.head + b"\r\nAuthorization: Bearer " + self.serve_key.encode() + b"\r\n\r\n"
+            link.state, link.reply, link.answer_head = "busy", None, b""
+            return link.take()
         if events & selectors.EVENT_READ:
             try:
                 data = end.sock.recv(65536)
@@ -4189,16 +4195,6 @@ class Front:
         link.state, link.serve = "held", None
         self.set_due(link, RECONNECT_PAUSE)
 
-    def begin(self, link: _Link) -> None:
-        """The serve has taken the connection: from here on the request is never sent again."""
-        assert link.serve is not None
-        if process_start(self.serve_pid) is None:  # being killed, it takes connections until its memory is freed
-            return self.try_again(link)
-        link.serve.is_connecting = False
-        link.serve.out += link.head + b"\r\nAuthorization: Bearer " + self.serve_key.encode() + b"\r\n\r\n"
-        link.state, link.reply, link.answer_head = "busy", None, b""
-        link.take()
-
     def end_answer(self, link: _Link) -> None:
         self.close(link.serve)
         link.serve = None
@@ -4232,8 +4228,7 @@ class Front:
             self.tell(link)
 
     def ask_for_models(self) -> None:
-        """One question to the serve for all who ask in the meantime."""
-        if self.verdict:
+        if self.verdict:  # else one question is under way, for all who ask in the meantime
             self.verdict = ""
             self.is_asked.release()
 
@@ -4281,7 +4276,10 @@ class Front:
 
     def tell(self, link: _Link) -> None:
         """The answer to a status request, or the next line for one that follows."""
-        facts = {**self.facts(), **(self.error if self.state == "stopping" else {}), "proof": link.proof}
+        facts = {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
+                 "models_busy": self.state == "ready" and self.verdict != HEALTHY,
+                 "requests": sum(one.is_use for one in self.links), "last_used_s": round(self.idle_s(), 2),
+                 **(self.error if self.state == "stopping" else {}), "proof": link.proof}  # fmt: skip
         if not link.follows:
             return link.answer(200, facts)
         is_last = self.state in ("ready", "asleep", "stopping")
@@ -4289,11 +4287,6 @@ class Front:
             link.client.out += json.dumps(facts).encode() + b"\n"
         link.state = "closing" if is_last else "following"
         self.set_due(link, LAST_TIMEOUT if is_last else FOLLOW_PAUSE)
-
-    def facts(self) -> Dict[str, Any]:
-        return {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
-                "models_busy": self.state == "ready" and self.verdict != HEALTHY,
-                "requests": sum(link.is_use for link in self.links), "last_used_s": round(self.idle_s(), 2)}
 
     # -- for the runner
 
