@@ -3689,14 +3689,15 @@ STRANGERS_LIMIT = 512  # and all of them together
 FOLLOW_PAUSE = 0.25  # seconds between two lines for who waits in a status request
 ACCEPT_PAUSE = 0.2  # seconds without accepting, once there are no descriptors left
 RECONNECT_PAUSE = 0.05  # seconds until the serve's port is tried again: it may just have died
+_UNAUTHORIZED = (401, "Invalid or missing API key.", "invalid_api_key")
 LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET, HEAD and OPTIONS neither wake nor keep awake
 
 
 class _Refusal(ValueError):
-    """A message that cannot be framed or is too large: HTTP status and reason."""
+    """A message that cannot be framed or is refused: the arguments of error_body()."""
 
 
-def error_body(status: int, code: Optional[str], message: str) -> Dict[str, Any]:
+def error_body(status: int, message: str, code: Optional[str] = None) -> Dict[str, Any]:
     """As OpenAI and the CLI write it."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "code": code}}
@@ -3852,7 +3853,7 @@ class _Link:
                           "Access-Control-Allow-Headers: Content-Type, Authorization"]  # fmt: skip
             self.answer(204, None)
         elif not hmac.compare_digest("\0".join(keys).encode("latin-1"), self.front.credentials):
-            self.refuse(401)
+            self.refuse(*_UNAUTHORIZED)
         else:
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
             self.head = b"\r\n".join(lines)
@@ -3899,9 +3900,8 @@ class _Link:
         self.state = "closing" if self.closes else "head"
         self.client.send()
 
-    def refuse(self, status: int, code: Optional[str] = "invalid_api_key",
-               message: str = "Invalid or missing API key.") -> None:  # fmt: skip
-        self.answer(status, error_body(status, code, message))
+    def refuse(self, status: int, message: str, code: Optional[str] = None) -> None:
+        self.answer(status, error_body(status, message, code))
 
 
 class Front:
@@ -4006,7 +4006,7 @@ class Front:
             if link.state != "head":
                 return self.drop(link)
             link.closes, link.inbox = True, b""
-            self.handle(link, link.refuse, error.args[0], None, error.args[1])
+            self.handle(link, link.refuse, *error.args)
         except Exception as error:
             if not isinstance(error, OSError):  # a defect of ours: not a reason to end everybody's streams
                 self.log("a connection was given up: %r" % error)
@@ -4152,7 +4152,7 @@ class Front:
         if self.state == "stopping":
             # Nothing has been passed on: a client of ours resolves again and sends it to the next serve.
             why = str([*self.error.get("args", ()), "The serve is stopping."][0])
-            link.refuse(503, "serve_stopping", why)
+            link.refuse(503, why, "serve_stopping")
         elif self.state == "ready" and link.serve is None:
             self.connect(link)
         elif self.state == "asleep":
@@ -4168,7 +4168,7 @@ class Front:
             link.answer(200, found[path])
         else:
             code = "model_not_found" if path.startswith("/v1/models/") else "not_found"
-            link.refuse(404, code, "Not found: %s %s" % (link.method, path))
+            link.refuse(404, "Not found: %s %s" % (link.method, path), code)
 
     def models(self) -> List[Dict[str, Any]]:
         """As the serve has listed them last; while it is not there, none is loaded."""
@@ -4209,7 +4209,7 @@ class Front:
         nonce = asked.get("nonce", "")
         right = proof(self.api_key, "client", nonce, host, port)
         if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
-            return link.refuse(401)
+            return link.refuse(*_UNAUTHORIZED)
         self.note_known(link)
         link.proof, link.follows = proof(self.api_key, "server", nonce, host, port), "wait" in asked
         if {"do", "idle", "sleep", "start"} & set(asked):
@@ -4329,7 +4329,7 @@ class Front:
         """All who wait now are told so; who comes later waits again."""
         with self.lock:
             for link in [link for link in self.links if link.state == "held" and link.serve is None]:
-                self.handle(link, link.refuse, 503, code, message)
+                self.handle(link, link.refuse, 503, message, code)
             self.poke()
 
     def poke(self) -> None:
@@ -7314,10 +7314,6 @@ def _echo_log(line: str, stream: int = 1) -> None:
         pass  # nobody reads the log any more: no reason to stop answering
 
 
-class _EchoError(Exception):
-    """HTTP status, OpenAI's error code, message."""
-
-
 class _EchoModel:
     """One alias of `serve.models`. `state` is one of the real serve's: idle, loading, ready, error."""
 
@@ -7364,7 +7360,7 @@ def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
     """A field that is a string or a list of strings, as a list."""
     values: Any = body.get(name) if isinstance(body.get(name), list) else [body.get(name)]
     if not values or not all(isinstance(one, str) for one in values):
-        raise _EchoError(400, code, '"%s" must be a string or a list of strings.' % name)
+        raise _Refusal(400, '"%s" must be a string or a list of strings.' % name, code)
     return list(values)
 
 
@@ -7414,8 +7410,8 @@ class _EchoServe:
         for model in wanted:
             try:
                 self.load(model)
-            except _EchoError as error:
-                _echo_log('Failed to preload "%s": %s' % (model.alias, model.fail or error.args[2]), stream=2)
+            except _Refusal as error:
+                _echo_log('Failed to preload "%s": %s' % (model.alias, model.fail or error.args[1]), stream=2)
 
     def load(self, model: _EchoModel) -> None:
         with self.loading:
@@ -7424,10 +7420,10 @@ class _EchoServe:
             _echo_log('Loading model "%s" from %s...' % (model.alias, model.source))
             model.state = "loading"
             if self.pause(model.load_seconds):
-                raise _EchoError(503, "model_not_ready", "The serve is stopping.")
+                raise _Refusal(503, "The serve is stopping.", "model_not_ready")
             model.state = "error" if model.fail else "ready"
             if model.fail:
-                raise _EchoError(503, "model_load_failed", "Model failed to load: %s" % model.fail)
+                raise _Refusal(503, "Model failed to load: %s" % model.fail, "model_load_failed")
             _echo_log('Model "%s" loaded (echo).' % model.alias)
 
     def listen(self, host: str, port: int) -> None:
@@ -7475,20 +7471,18 @@ class _EchoServe:
         path, body = target.partition("?")[0], _Body("close")
         try:
             if self.api_key and fields.get("authorization") != ["Bearer " + self.api_key]:
-                raise _EchoError(401, "invalid_api_key", "Invalid or missing API key.")
+                raise _Refusal(*_UNAUTHORIZED)
             _echo_log("→ %s %s" % (method, path))
             body = body_of(fields, "length")
             if body.kind != "length" or body.left > _ECHO_BODY_LIMIT:
-                raise _EchoError(413, "request_too_large", "The request body is too large, or of unknown length.")
+                raise _Refusal(413, "The request body is too large, or of unknown length.", "request_too_large")
             data = stream.read(body.left)
             body.take(data)
             if not body.is_over:
                 raise ConnectionError("the client went away")
             status, answer = 200, self.handle(method, path, data)
-        except _EchoError as error:
-            status, answer = error.args[0], error_body(*error.args)
         except _Refusal as error:
-            status, answer = 400, error_body(400, "bad_request", error.args[1])
+            status, answer = error.args[0], error_body(*error.args)
         is_kept = version == "HTTP/1.1" and fields.get("connection") != ["close"] and body.is_over
         self.send(client, method, status, answer, "keep-alive" if is_kept else "close")
         _echo_log("← %d %s %s (%.0fms)" % (status, method, path, (time.monotonic() - started) * 1000))
@@ -7501,13 +7495,13 @@ class _EchoServe:
         if method == "POST" and path in posts:
             body = _strict_json(data)
             if not isinstance(body, dict):
-                raise _EchoError(400, "invalid_json", "Request body must be a JSON object.")
+                raise _Refusal(400, "Request body must be a JSON object.", "invalid_json")
             return posts[path](body)
         if method in ("GET", "HEAD") and path == "/v1/models":
             return {"object": "list", "data": [model.listing() for model in self.models.values()]}
         if method in ("GET", "HEAD") and path.startswith("/v1/models/"):
             return self.find(urllib.parse.unquote(path[len("/v1/models/") :])).listing()
-        raise _EchoError(404, "not_found", "Unknown endpoint: %s %s" % (method, path))
+        raise _Refusal(404, "Unknown endpoint: %s %s" % (method, path), "not_found")
 
     def send(self, client: socket.socket, method: str, status: int, answer: Any, kept: str) -> None:
         head = "HTTP/1.1 %d %s\r\nConnection: %s\r\n" % (status, "OK" if status == 200 else "Error", kept)
@@ -7529,9 +7523,9 @@ class _EchoServe:
 
     def find(self, name: Any) -> _EchoModel:
         if not isinstance(name, str) or not name.strip():
-            raise _EchoError(400, "missing_model", '"model" is required.')
+            raise _Refusal(400, '"model" is required.', "missing_model")
         if name.strip() not in self.models:
-            raise _EchoError(404, "model_not_found", 'Model "%s" is not available. Check serve.models config.' % name)
+            raise _Refusal(404, 'Model "%s" is not available. Check serve.models config.' % name, "model_not_found")
         return self.models[name.strip()]
 
     def ready_model(self, body: Dict[str, Any]) -> _EchoModel:
@@ -7543,7 +7537,7 @@ class _EchoServe:
     def chat(self, body: Dict[str, Any]) -> Any:
         messages = body.get("messages")
         if not isinstance(messages, list):
-            raise _EchoError(400, "missing_messages", '"messages" must be a list.')
+            raise _Refusal(400, '"messages" must be a list.', "missing_messages")
         model, texts = self.ready_model(body), [_echo_text(message) for message in messages]
         asked = [text for text, one in zip(texts, messages) if isinstance(one, dict) and one.get("role") == "user"]
         content, thought, finish = asked[-1] if asked else "", "", "stop"
@@ -7557,7 +7551,7 @@ class _EchoServe:
         overflows = 0 < model.context <= usage["prompt_tokens"]
         if not body.get("stream"):
             if overflows:
-                raise _EchoError(500, "internal_error", "An internal error occurred.")
+                raise _Refusal(500, "An internal error occurred.", "internal_error")
             message = {"role": "assistant", "content": "".join(words) or None}
             if thoughts:
                 message["reasoning_content"] = "".join(thoughts)
@@ -7578,7 +7572,7 @@ class _EchoServe:
         """The Responses API, whose `input` is a string or a list of messages. No reasoning, as in the real serve."""
         asked = body.get("input")
         if not isinstance(asked, (str, list)):
-            raise _EchoError(400, "missing_input", '"input" must be a string or a list of messages.')
+            raise _Refusal(400, '"input" must be a string or a list of messages.', "missing_input")
         model, text = self.ready_model(body), asked if isinstance(asked, str) else _echo_text((asked or [None])[-1])
         count = len(text.split())
         facts = model.facts("resp_", "response", created_at=int(time.time()), tools=[])
