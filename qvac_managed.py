@@ -4933,10 +4933,10 @@ def remove_serve_folder(key: str, folder: str) -> None:
         for place, folders, names in os.walk(scratch, topdown=False):  # follows no link
             for name in names + folders:
                 _unlink(os.path.join(place, name)) or _rmdir(os.path.join(place, name))
+        _rmdir(scratch)
     for name in _listdir_own(folder):
         if name.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
             _unlink(os.path.join(folder, name))
-    _rmdir(scratch)
     _rmdir(folder)
 
 
@@ -4963,9 +4963,8 @@ def origins_of(serve_args: Sequence[str]) -> List[str]:
 
 def refuses_key_file(output: str) -> bool:
     """Whether an old CLI says that it does not know the option; not one that names it and fails for another reason."""
-    words = [(verb, kind) for verb in ("unknown", "unrecognized") for kind in ("option", "argument")]
-    return any("--api-key-file" in line and any("%s %s" % pair in line for pair in words)
-               for line in output.lower().splitlines())  # fmt: skip
+    pattern = "(unknown|unrecognized) (option|argument)[^\n]*--api-key-file"
+    return "--api-key-file" in output and re.search(pattern, output.lower()) is not None
 
 
 def _error_text(failure: BaseException, api_key: str) -> bytes:
