@@ -4504,17 +4504,19 @@ class _Runner:
         elif not is_wanted and not self.stays:
             self.reap()
         elif self.state == "ready":
-            # In this order: the front passes nothing on any more, in one step with the proof that no request is under
-            # way; the record names this process, so that a provider's client finds it alive; the serve is stopped.
             patience = min(self.sleep_timeout, float("inf") if is_wanted else self.idle_timeout)
-            patience = 0.0 if self.is_to_sleep else patience
-            if patience < float("inf") and self.front.enter_if_unused("asleep", patience):
-                self.is_to_sleep = False
-                self.enter("asleep")
-                self.stop_serve()
+            self.fall_asleep(0.0 if self.is_to_sleep else patience)
         elif self.front.count("held") and now >= self.start_at:
             self.enter("waking")
             self.start_serve()
+
+    def fall_asleep(self, patience: float) -> None:
+        """In this order: the front passes nothing on any more, in one step with the proof that no request is under way;
+        the record names this process, so that a provider's client finds it alive; the serve is stopped."""
+        if self.front.enter_if_unused("asleep", patience):
+            self.is_to_sleep = False
+            self.enter("asleep")
+            self.stop_serve()
 
     def enter(self, state: str) -> None:
         """Take on a state. The front holds requests before the record says why, and passes them on after it."""
@@ -4769,8 +4771,13 @@ class _Runner:
             if self.front.enter_if_unused("stopping", self.idle_timeout):
                 self.state = "stopping"
             return
-        if not try_lock(self.key, timeout=1.0):
-            return  # a client is about to look again
+        try:
+            if not try_lock(self.key, timeout=1.0):
+                return  # a client is about to look again
+        except RegistryError:
+            if self.state == "ready":  # a folder that cannot be used keeps no model in memory
+                self.fall_asleep(self.idle_timeout)
+            raise
         try:
             with guard(timeout=1.0):
                 if live_consumers(self.key) or self.front.idle_s() < self.idle_timeout:

@@ -6954,6 +6954,16 @@ class DamageTest(LifeCase):
         client.close()
         wait_until(lambda: not self.processes())
 
+    def test_a_guard_that_nobody_can_use_keeps_no_model_in_memory(self) -> None:
+        client = self.create()
+        client.close()
+        guard = os.path.join(self.folder, "registry.guard")
+        os.unlink(guard)
+        os.mkdir(guard)
+        self.assert_gone(client.pid)
+        os.rmdir(guard)
+        self.assert_all_gone()
+
 
 class ReapRaceTest(LifeCase):
     IDLE = 0.2
