@@ -7272,8 +7272,7 @@ def _reexecuted(argv: List[str]) -> int:
 # 15. Echo serve
 # ==================================================================================================
 
-# Plain sockets: http.server would nearly double the start-up time, and cannot send chunks. The main thread
-# loads, listens and accepts; each connection has a thread of its own.
+# Plain sockets: http.server would nearly double the start-up time, and cannot send chunks.
 
 _ECHO_BODY_LIMIT = 100 * 1024 * 1024  # bytes, as the real serve
 _ECHO_KEEP_ALIVE = 72.0  # seconds a silent connection stays open, as the real serve
@@ -7371,7 +7370,7 @@ def _echo_strings(body: Dict[str, Any], name: str, code: str) -> List[str]:
 
 
 def _echo_words(text: str) -> List[str]:
-    """The text in pieces of one word each that add up to it."""
+    """Pieces that add up to the text."""
     return re.findall(r"\s*\S+|\s+", text)
 
 
@@ -7381,8 +7380,6 @@ def _echo_usage(asked: List[str], answered: List[str]) -> Dict[str, int]:
 
 
 class _EchoServe:
-    """The models, the key, and who is being answered."""
-
     def __init__(self, options: Dict[str, str]) -> None:
         try:
             with open(options["config"], encoding="utf-8") as file:
@@ -7398,8 +7395,7 @@ class _EchoServe:
                 raise ValueError("the API key file %s is empty" % options["api-key-file"])
         self.loading = threading.Lock()  # one load at a time, as the real serve
         self.busy: Set[socket.socket] = set()
-        # A signal makes `stop` readable, for good. To raise from a handler would lose the signal that comes
-        # right before accept() blocks, or that the system hands to another thread.
+        # A signal makes `stop` readable, for good: no handler's exception is lost right before accept() blocks.
         self.stop, self.stopper = socket.socketpair()
         self.stopper.setblocking(False)
         signal.set_wakeup_fd(self.stopper.fileno(), warn_on_full_buffer=False)
@@ -7407,7 +7403,7 @@ class _EchoServe:
             signal.signal(number, lambda *_: None)
 
     def pause(self, seconds: float) -> bool:
-        """Wait, but not beyond the time to stop; return whether that has come."""
+        """Whether the time to stop has come meanwhile."""
         return bool(select.select([self.stop], [], [], seconds)[0])
 
     def preload(self) -> None:
@@ -7575,7 +7571,7 @@ class _EchoServe:
         return [events[0], None] if overflows else events
 
     def respond(self, body: Dict[str, Any]) -> Any:
-        """The Responses API, whose `input` is a string or a list of messages. No reasoning, as in the real serve."""
+        """The Responses API. No reasoning, as in the real serve."""
         asked = body.get("input")
         if not isinstance(asked, (str, list)):
             raise _Refusal(400, '"input" must be a string or a list of messages.', "missing_input")
@@ -7585,7 +7581,7 @@ class _EchoServe:
         part: Dict[str, Any] = {"type": "output_text", "text": "", "annotations": []}
         item: Dict[str, Any] = {"type": "message", "id": "msg_" + os.urandom(5).hex(), "role": "assistant"}
         output = {**item, "status": "completed", "content": [{**part, "text": text}]}
-        done = {**facts, "status": "completed", "output_text": text, "output": [output],
+        done = {**facts, "status": "completed", "output": [output],
                 "usage": {"input_tokens": count, "output_tokens": count, "total_tokens": 2 * count}}  # fmt: skip
         if not body.get("stream"):
             return done
