@@ -5996,9 +5996,9 @@ class _Resolver:
     `_close_lock` is held for the moments in which close() must not come between.
     """
 
-    def __init__(self, wish: Wish, key: str, require_ready: bool = True,
-                 on_progress: Optional[Callable[[Progress], Any]] = None) -> None:  # fmt: skip
-        self.wish, self.key, self.require_ready, self.on_progress = wish, key, require_ready, on_progress
+    def __init__(self, wish: Wish, key: str, require_ready: bool = True, on_progress: OnProgress = None) -> None:
+        self.wish, self.key, self.require_ready = wish, key, require_ready
+        self.on_progress: Any = show_progress if on_progress == "auto" else on_progress
         self.consumer_id = _new_consumer_id()
         self.marker = ""  # where it is: the program may change HOME afterwards
         self.cancelled = False
@@ -6509,9 +6509,6 @@ def create_qvac(
 
 
 def _create(mode: Any, options: Dict[str, Any]) -> Qvac:
-    headers, opener = _checked_headers(options["headers"]), options["opener"]
-    if opener is not None and not callable(getattr(opener, "open", None)):
-        raise InvalidManagedModelError("An opener has a method open(), as urllib's have; %r has none." % (opener,))
     if mode not in ("external", "managed"):
         raise InvalidManagedModelError("The mode is 'external' or 'managed', not %r." % (mode,))
     for name, default in (create_qvac.__kwdefaults__ or {}).items():
@@ -6520,36 +6517,33 @@ def _create(mode: Any, options: Dict[str, Any]) -> Qvac:
             raise InvalidManagedModelError("%s goes with %s." % (
                 name, 'create_qvac("managed", ...)' if is_managed else "external mode; a managed serve has its own"))
     if mode == "external":
-        return Qvac(*_checked_address(options["base_url"], options["api_key"]), headers, opener)
-    options = {**options, "models": options["models"] if options["models"] is not None else []}
+        options["base_url"] = options["base_url"] or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL
+        if options["api_key"] is None:
+            options["api_key"] = os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY
     if isinstance(options["serve_bin_path"], os.PathLike):
         options["serve_bin_path"] = os.fsdecode(options["serve_bin_path"])
     _check_options(options)
-    if options["on_progress"] == "auto":
-        options["on_progress"] = show_progress
-    resolver = _resolver_of(options)
-    _Call.note("start", resolver.cancel)
-    if options["close_on_parent_exit"]:
-        _watch_parent(resolver)  # before resolving: a parent may die during a long first download
-    return _open_client(resolver, headers, opener)
-
-
-def _resolver_of(options: Mapping[str, Any]) -> _Resolver:
-    bin_path, port = options["serve_bin_path"], options["serve_port"]
+    if mode == "external":
+        return Qvac(options["base_url"], options["api_key"], options["headers"], options["opener"])
+    bin_path, port, reuse = options["serve_bin_path"], options["serve_port"], options["reuse"]
     wish = Wish(
-        synthesize_serve_config(options["models"], bin_path)["serve"]["models"], options["serve_host"], port, bin_path,
-        list(options["serve_args"]), options["serve_start_timeout"], options["serve_idle_timeout"],
+        synthesize_serve_config(options["models"] or [], bin_path)["serve"]["models"], options["serve_host"], port,
+        bin_path, list(options["serve_args"]), options["serve_start_timeout"], options["serve_idle_timeout"],
         options["serve_sleep_timeout"])  # fmt: skip
     key = wish.fleet_key()
-    if not (port is None if options["reuse"] is None else options["reuse"]):
+    if not (port is None if reuse is None else reuse):
         key, wish = "%s-priv-%d-%s" % (key, os.getpid(), os.urandom(4).hex()), wish._replace(idle_timeout=0.0)
-    return _Resolver(wish, key, options["require_ready"], options["on_progress"])
+    resolver = _Resolver(wish, key, options["require_ready"], options["on_progress"])
+    if options["close_on_parent_exit"]:
+        _watch_parent(resolver)  # before resolving: a parent may die during a long first download
+    return _open_client(resolver, options["headers"], options["opener"])
 
 
 def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], opener: Any) -> ManagedQvac:
     import _weakref
 
     _install_hooks()
+    _Call.note("start", resolver.cancel)
     try:
         client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
         _open_clients[id(client)] = _weakref.ref(client)
@@ -6563,18 +6557,6 @@ def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], open
             _shown_progress.clear()
 
 
-def _checked_address(base_url: Any, api_key: Any) -> Tuple[str, str]:
-    url = base_url or os.environ.get("QVAC_BASE_URL") or DEFAULT_BASE_URL
-    if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
-        raise InvalidManagedModelError("base_url begins with http:// or https://, unlike %r." % (url,))
-    if not url.isprintable() or " " in url:
-        raise InvalidManagedModelError("base_url has a character that no URL has, a line break perhaps: %r." % (url,))
-    key = api_key if api_key is not None else os.environ.get("QVAC_API_KEY") or DEFAULT_API_KEY
-    if not _fits_into_a_header(key):
-        raise InvalidManagedModelError("api_key is a string of characters that a header can carry: no line breaks.")
-    return url, key
-
-
 def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, opener: Any = None,
            on_progress: OnProgress = "auto", _wishes: Optional[Mapping[str, Any]] = None) -> ManagedQvac:  # fmt: skip
     """A client of a serve that runs already, by an alias of its or by its ID (four letters or more will do).
@@ -6582,21 +6564,22 @@ def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, open
     It keeps that serve's config, so it recovers like any other client. Raises UnknownManagedModelError, naming what
     runs, if none fits, and InvalidManagedModelError, listing them, if several do and none of them is all default.
     """
-    checked, found = _checked_headers(headers), find_serves(name_or_id)
+    _check_options({"headers": headers, "opener": opener, "on_progress": on_progress})
+    found = find_serves(name_or_id)
     if not found:
         running = sorted({model["id"] for info in list_serves() for model in info.models})
         raise UnknownManagedModelError([name_or_id], {name_or_id: running[:6] or close_matches(name_or_id)})
-    plain = [info for info in found if is_all_default(info)]
-    if len(found) > 1 and len(plain) != 1:
-        raise InvalidManagedModelError("Several serves answer to %s: %s. Name one by its ID." % (
-            _shorten(repr(name_or_id), 80), ", ".join(info.fleet_key for info in found)))  # fmt: skip
-    record = read_record((plain or found)[0].fleet_key if len(found) > 1 else found[0].fleet_key)
+    if len(found) > 1:
+        plain = [info for info in found if is_all_default(info)]
+        if len(plain) != 1:
+            raise InvalidManagedModelError("Several serves answer to %s: %s. Name one by its ID." % (
+                _shorten(repr(name_or_id), 80), ", ".join(info.fleet_key for info in found)))  # fmt: skip
+        found = plain
+    record = read_record(found[0].fleet_key)
     if record is None:
         raise ServeSpawnFailedError("The serve %s has just ended." % found[0].fleet_key)
-    shown: Any = show_progress if on_progress == "auto" else on_progress
-    resolver = _Resolver(wish_of(record)._replace(**(_wishes or {})), record.fleet_key, True, shown)
-    _Call.note("start", resolver.cancel)
-    return _open_client(resolver, checked, opener)
+    wish = wish_of(record)._replace(**(_wishes or {}))
+    return _open_client(_Resolver(wish, record.fleet_key, on_progress=on_progress), headers, opener)
 
 
 def is_all_default(info: ServeInfo) -> bool:
@@ -6615,53 +6598,63 @@ def wish_of(record: ServeRecord) -> Wish:
         None if sleep >= NEVER_MS else sleep / 1000)  # fmt: skip
 
 
-def _checked_headers(headers: Any) -> Dict[str, str]:
-    """Before anything is started, not when it is done."""
-    refusal = InvalidManagedModelError(
-        "`headers` is a mapping of names to values, both strings of characters that a header can carry.")  # fmt: skip
-    try:
-        checked = dict(headers or {})
-    except (TypeError, ValueError):
-        raise refusal from None
-    if not all(_fits_into_a_header(text) for pair in checked.items() for text in pair):
-        raise refusal
-    if not all(name and name.isascii() and name == name.strip() and ":" not in name for name in checked):
-        raise refusal
-    return checked
-
-
 def _check_options(options: Mapping[str, Any]) -> None:
-    def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-    port, host = options["serve_port"], options["serve_host"]
-    if port is not None and (type(port) is not int or not 0 < port < 65536):
-        raise InvalidManagedModelError("serve_port is a port number from 1 to 65535, not %r." % (port,))
-    if not isinstance(host, str) or not 0 < len(host) < 254 or not all(c.isalnum() or c in ".:-_" for c in host):
-        raise InvalidManagedModelError("serve_host is an address or a host name, not %s." % _shorten(repr(host), 80))
-    start, args = options["serve_start_timeout"], options["serve_args"]
-    if not is_number(start) or not 0 < start <= 1e7:
-        raise InvalidManagedModelError("serve_start_timeout is a number of seconds above 0, not %r." % (start,))
-    for name in ("serve_idle_timeout", "serve_sleep_timeout"):
-        seconds = options[name]
-        if seconds is not None and (not is_number(seconds) or not 0 <= seconds <= 1e9):
-            raise InvalidManagedModelError("%s is None or a number of seconds from 0: not %r." % (name, seconds))
-    if not isinstance(args, (list, tuple)) or not all(isinstance(arg, str) and "\0" not in arg for arg in args):
-        raise InvalidManagedModelError("serve_args is a list of strings, one for each argument: not %r." % (args,))
-    _check_other_options(options)
+    """Before anything is started, not when it is done. No message shows what may be a key."""
+    for name, value in options.items():
+        what, is_right = _OPTIONS.get(name, ("", bool))
+        if what and not is_right(value):
+            shown = "" if name in ("api_key", "headers") else ", not %s" % _shorten(repr(value), 80)
+            raise InvalidManagedModelError("%s is %s%s." % (name, what, shown))
+    for argument in options.get("serve_args", ()):
+        flag = argument.partition("=")[0] if argument.startswith("--") else argument[:2]
+        if flag in _RUNNERS_FLAGS:
+            raise InvalidManagedModelError("serve_args has %s, which cannot be set there: %s." % (
+                flag, _RUNNERS_FLAGS[flag]))  # fmt: skip
 
 
-def _check_other_options(options: Mapping[str, Any]) -> None:
-    path = options["serve_bin_path"]
-    if path is not None and (not isinstance(path, str) or not path):
-        raise InvalidManagedModelError("serve_bin_path is a path, or left out to search for `qvac`: not %r." % (path,))
-    for name in ("require_ready", "close_on_parent_exit"):
-        if not isinstance(options[name], bool):
-            raise InvalidManagedModelError("%s is True or False, not %r." % (name, options[name]))
-    if not isinstance(options["reuse"], (bool, type(None))):
-        raise InvalidManagedModelError("reuse is True, False, or None for the default, not %r." % (options["reuse"],))
-    if options["on_progress"] not in (None, "auto") and not callable(options["on_progress"]):
-        raise InvalidManagedModelError("on_progress is a function, 'auto' or None: not %r." % (options["on_progress"],))
+def _is_seconds(value: Any, most: float = 1e9) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _are_headers(headers: Any) -> bool:
+    try:
+        pairs = dict(headers or {}).items()
+    except (TypeError, ValueError):
+        return False
+    return all(_fits_into_a_header(text) for pair in pairs for text in pair) and all(
+        name and name.isascii() and name == name.strip() and ":" not in name for name, _ in pairs)  # fmt: skip
+
+
+_OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
+    "base_url": ("a URL that begins with http:// or https://, no blanks or line breaks", lambda url: url is None or (
+        isinstance(url, str) and url.lower().startswith(("http://", "https://")) and url.isprintable() and " " not in url)),
+    "api_key": ("a string of characters that a header can carry: no line breaks",
+                lambda key: key is None or _fits_into_a_header(key)),
+    "headers": ("a mapping of names to values, both strings of characters that a header can carry", _are_headers),
+    "opener": ("an object with a method open(), as urllib's have",
+               lambda opener: opener is None or callable(getattr(opener, "open", None))),
+    "serve_port": ("a port number from 1 to 65535",
+                   lambda port: port is None or (type(port) is int and 0 < port < 65536)),
+    "serve_host": ("an address or a host name", lambda host: isinstance(host, str) and 0 < len(host) < 254 and all(
+        c.isalnum() or c in ".:-_" for c in host)),
+    "serve_start_timeout": ("a number of seconds above 0", lambda value: _is_seconds(value, 1e7) and value > 0),
+    "serve_idle_timeout": ("None or a number of seconds from 0", lambda value: value is None or _is_seconds(value)),
+    "serve_sleep_timeout": ("None or a number of seconds from 0", lambda value: value is None or _is_seconds(value)),
+    "serve_args": ("a list of strings, one for each argument", lambda args: isinstance(args, (list, tuple)) and all(
+        isinstance(arg, str) and "\0" not in arg for arg in args)),
+    "serve_bin_path": ("a path, or left out to search for `qvac`",
+                       lambda path: path is None or (isinstance(path, str) and path)),
+    "require_ready": ("True or False", lambda value: isinstance(value, bool)),
+    "close_on_parent_exit": ("True or False", lambda value: isinstance(value, bool)),
+    "reuse": ("True, False, or None for the default", lambda value: value is None or isinstance(value, bool)),
+    "on_progress": ("a function, 'auto' or None", lambda value: value in (None, "auto") or callable(value)),
+}  # fmt: skip
+# What the runner gives the serve itself, and what to use instead.
+_RUNNERS_FLAGS = {
+    **dict.fromkeys(("--port", "-p"), "use serve_port"), **dict.fromkeys(("--host", "-H"), "use serve_host"),
+    **dict.fromkeys(("--config", "-c"), "use `models`"),
+    **dict.fromkeys(("--api-key", "--api-key-file"), "the key is chosen for it, see the client's `api_key`"),
+}  # fmt: skip
 
 
 if TYPE_CHECKING:

@@ -3456,7 +3456,7 @@ class AnswerTest(Unit):
         with self.assertRaisesRegex(q.InvalidManagedModelError, r"stream_chat\(\) streams"):
             client.chat("x", "m", stream=True)
         for url in ("http://h:1/v1\r", "http://h:1/v1\n", "http://h :1/v1"):
-            with self.assertRaisesRegex(q.InvalidManagedModelError, "base_url has a character that no URL has"):
+            with self.assertRaisesRegex(q.InvalidManagedModelError, "base_url is a URL that.*line breaks"):
                 q.create_qvac(base_url=url)
         client = q.create_qvac(base_url="http://h:1", opener=FakeOpener(http_error(404, b"Not found")))
         with self.assertRaisesRegex(q.ServeHTTPError, "base_url ends in /v1 as a rule; http://h:1 does not"):
@@ -3483,6 +3483,14 @@ class AnswerTest(Unit):
                        {"on_progress": "yes"}):  # fmt: skip
             with self.subTest(option), self.assertRaisesRegex(q.InvalidManagedModelError, "^%s is" % [*option][0]):
                 q.create_qvac("managed", models=[MODEL], serve_bin_path=q.ECHO, **option)
+        for words, instead in ((["-v", "--port", "1"], "use serve_port"), (["--host=0.0.0.0"], "use serve_host"),
+                               (["--config=/x"], "use `models`"),
+                               (["-p"], "use serve_port"), (["--api-key", "k"], "the client's `api_key`"),
+                               (["--api-key-file=/k"], "the client's `api_key`")):  # fmt: skip
+            name = next(word for word in words if word != "-v").partition("=")[0]
+            with self.subTest(words), self.assertRaisesRegex(
+                    q.InvalidManagedModelError, "^serve_args has %s, .*%s" % (name, instead)):  # fmt: skip
+                q.create_qvac("managed", models=[MODEL], serve_bin_path=q.ECHO, serve_args=words)
         with q.create_qvac() as client:
             self.assertIs(q.Qvac, type(client))
 
