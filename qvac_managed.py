@@ -6627,7 +6627,8 @@ def _are_headers(headers: Any) -> bool:
 
 _OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
     "base_url": ("a URL that begins with http:// or https://, no blanks or line breaks", lambda url: url is None or (
-        isinstance(url, str) and url.lower().startswith(("http://", "https://")) and url.isprintable() and " " not in url)),
+        isinstance(url, str) and url.lower().startswith(("http://", "https://")) and url.isprintable() and
+        " " not in url)),
     "api_key": ("a string of characters that a header can carry: no line breaks",
                 lambda key: key is None or _fits_into_a_header(key)),
     "headers": ("a mapping of names to values, both strings of characters that a header can carry", _are_headers),
