@@ -3937,11 +3937,10 @@ class Front:
             try:
                 return self._listen(lookup_name(host.strip("[]")), port)
             except (OSError, UnicodeError) as error:
-                failure: Any = error
+                is_taken = getattr(error, "errno", 0) == errno.EADDRINUSE
+                why = "it is taken by another program" if is_taken else getattr(error, "strerror", None) or error
                 while self.listeners:
                     self.listeners.pop().close()
-        is_taken = getattr(failure, "errno", 0) == errno.EADDRINUSE
-        why = "it is taken by another program" if is_taken else getattr(failure, "strerror", None) or failure
         text = "Port %d on %s cannot be had: %s. Choose another serve_port, or none for a free one." % (port, host, why)
         raise PortAllocationFailedError(text if port else "No port on %s can be had: %s." % (host, why))
 
@@ -4149,10 +4148,8 @@ class Front:
 
     def resume(self, link: _Link) -> None:
         """A request with the key: pass it on, hold it, or refuse it, as things are now."""
-        if self.state == "stopping":
-            # Nothing has been passed on: a client of ours resolves again and sends it to the next serve.
-            why = str([*self.error.get("args", ()), "The serve is stopping."][0])
-            link.refuse(503, why, "serve_stopping")
+        if self.state == "stopping":  # a client of ours resolves again and sends it to the next serve
+            link.refuse(503, str([*self.error.get("args", ()), "The serve is stopping."][0]), "serve_stopping")
         elif self.state == "ready" and link.serve is None:
             self.connect(link)
         elif self.state == "asleep":
@@ -4933,18 +4930,19 @@ def _output(tail: str) -> str:
 
 def remove_serve_folder(key: str, folder: str) -> None:
     """Remove this key's KEY.RAND.d: the known files, the serve's scratch folder, nothing else and no other place."""
-    if not is_serve_folder(key, folder) or not _is_own_folder(folder):
+    if not is_serve_folder(key, folder):
         return
-    scratch = scratch_of(folder)
-    if _is_own_folder(scratch):
+    is_there, scratch = _is_own_folder(folder), scratch_of(folder)
+    if _is_own_folder(scratch) and (is_there or os.path.dirname(scratch) != folder):
         for place, folders, names in os.walk(scratch, topdown=False):  # follows no link
             for name in names + folders:
                 _unlink(os.path.join(place, name)) or _rmdir(os.path.join(place, name))
         _rmdir(scratch)
-    for name in _listdir_own(folder):
-        if name.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
-            _unlink(os.path.join(folder, name))
-    _rmdir(folder)
+    if is_there:
+        for name in _listdir_own(folder):
+            if name.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
+                _unlink(os.path.join(folder, name))
+        _rmdir(folder)
 
 
 def scratch_of(folder: str) -> str:
@@ -7548,9 +7546,8 @@ class _EchoServe:
         if not body.get("stream"):
             if overflows:
                 raise _Refusal(500, "An internal error occurred.", "internal_error")
-            message = {"role": "assistant", "content": "".join(words) or None}
-            if thoughts:
-                message["reasoning_content"] = "".join(thoughts)
+            reasoning = {"reasoning_content": "".join(thoughts)} if thoughts else {}
+            message = {"role": "assistant", "content": "".join(words) or None, **reasoning}
             choice = {"index": 0, "message": message, "finish_reason": finish}
             return model.facts("chatcmpl-", "chat.completion", choices=[choice], usage=usage)
         facts = model.facts("chatcmpl-", "chat.completion.chunk")

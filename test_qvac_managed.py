@@ -6587,11 +6587,12 @@ class RestartTest(LifeCase):
         import shutil
 
         client = self.create()
-        pid, port = client.pid, client.port
-        shutil.rmtree(os.path.dirname(self.record(client.fleet_key).config_path))
+        pid, port, folder = client.pid, client.port, os.path.dirname(self.record(client.fleet_key).config_path)
+        shutil.rmtree(folder)
         end_process(pid)
         self.assertEqual("hi", client.chat("hi"))
         self.assertEqual(port, client.port)
+        self.assertFalse(os.path.exists(q.scratch_of(folder)))
 
 
 
