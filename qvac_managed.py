@@ -82,7 +82,7 @@ if sys.version_info < (3, 8):
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
     import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib, hmac  # noqa: E401, I001
-    import http.client, itertools, json, logging, msvcrt, pwd, queue, re, resource, select, selectors  # noqa: E401
+    import http.client, itertools, json, logging, msvcrt, pwd, re, resource, select, selectors  # noqa: E401
     import shlex, shutil, signal, socket, struct, subprocess, tempfile, textwrap, threading, types  # noqa: E401
     import urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
     from ctypes import wintypes
@@ -132,7 +132,7 @@ if not TYPE_CHECKING:
 
     for _name in (
         "_winapi asyncio atexit binascii ctypes difflib fnmatch functools grp hashlib hmac http itertools json logging "
-        "msvcrt pwd queue re resource select selectors shlex shutil signal socket struct subprocess tempfile textwrap "
+        "msvcrt pwd re resource select selectors shlex shutil signal socket struct subprocess tempfile textwrap "
         "threading types urllib zipfile ctypes.wintypes"
     ).split():
         globals()[_name.rpartition(".")[2]] = _Lazy(_name)
@@ -212,7 +212,6 @@ LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
 READ_BYTES = 64 * 1024  # of an answer at once
 STILL_DOWNLOAD = 20.0  # seconds after which a download that does not grow is called that
 _PLAIN_INTERVAL = 10.0  # seconds between two progress lines where they cannot be drawn over
-_RATE_WINDOW = 5.0  # seconds a download rate is averaged over: steady to look at, and soon right again
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # a longer answer is cut, and so no JSON
 MAX_LOG_BYTES = 4 * 1024 * 1024  # KEY.log is cut to its newest quarter beyond this
 TAIL_CHARS = 4000  # how much of the log goes into an error
@@ -5047,11 +5046,6 @@ def _err(text: str, end: str = "\n") -> None:
         pass
 
 
-def _is_notebook(stream: Any) -> bool:
-    """Whether the stream is ipykernel's: no terminal, but what it shows can be drawn over."""
-    return type(stream).__module__.startswith("ipykernel.")
-
-
 def _is_terminal(stream: Any) -> bool:
     try:
         return bool(stream.isatty())
@@ -5068,25 +5062,24 @@ class _ProgressLine:
     """What a start is doing, on stderr: one line drawn over on a terminal, else a plain line now and then."""
 
     def __init__(self, quiet: bool = False, after: float = 0.0, plain: bool = True) -> None:
-        self.quiet, self.after = quiet, after  # `after`: seconds of a start of which nothing is said
-        self.live = not quiet and (_is_terminal(sys.stderr) or _is_notebook(sys.stderr))
-        self.plain = plain
-        self.elapsed = 0.0
-        self.samples: List[Tuple[float, int]] = []  # (elapsed seconds, bytes), for the rate
-        self.next_plain = _PLAIN_INTERVAL
+        self.quiet, self.after, self.plain = quiet, after, plain  # `after`: seconds of which nothing is said
+        # A notebook's stderr is no terminal, but what it shows can be drawn over.
+        self.live = _is_terminal(sys.stderr) or type(sys.stderr).__module__.startswith("ipykernel.")
+        self.elapsed, self.next_plain = 0.0, _PLAIN_INTERVAL
+        self.begin: Optional[Tuple[float, int]] = None  # seconds and bytes, for the rate
         self.drawn = 0  # characters of the line that stands on the terminal
 
     def __call__(self, progress: Any) -> None:
         if self.quiet or progress.elapsed_s < self.after:
             return
-        self._sample(progress)
+        text = self.text(progress)
         if self.live and progress.phase == "ready":
             self.clear()
         elif self.live:
-            self._draw(self._text(progress, max((_columns(sys.stderr) or 80) - 1, 20)))
+            self._draw(text[: max((_columns(sys.stderr) or 80) - 1, 20)])
         elif self.plain and progress.elapsed_s >= self.next_plain:
             self.next_plain = progress.elapsed_s + _PLAIN_INTERVAL
-            _err(self._text(progress, 0))
+            _err(text)
 
     def clear(self) -> None:
         """Take the line off the terminal, so that something else can be said."""
@@ -5099,50 +5092,20 @@ class _ProgressLine:
         _err("\r" + text + " " * (self.drawn - len(text)), end="")
         self.drawn = len(text)
 
-    def _text(self, progress: Any, width: int) -> str:
-        words = progress_words(
-            progress.phase, progress.bytes_done, progress.bytes_total, progress.still_s, progress.models)  # fmt: skip
-        head = f"{words:11} {_span(progress.elapsed_s):>5}"
-        if progress.bytes_done is None or words != progress.phase:
-            return head[:width] if width else head
-        facts = self._download_facts(progress)
-        room = width - len(head) - len(facts) - 6
-        if progress.bytes_total and room >= 5:
-            facts = f"{_bar(progress.bytes_done / progress.bytes_total, min(room, 30))}  {facts}"
-        text = head + "  " + facts
-        return text[:width] if width else text
-
-    def _sample(self, progress: Any) -> None:
-        if progress.bytes_done is None:
-            return
-        if self.samples and progress.bytes_done < self.samples[-1][1]:
-            self.samples = []  # the next file
-        self.samples.append((progress.elapsed_s, progress.bytes_done))
-        while len(self.samples) > 2 and self.samples[1][0] < progress.elapsed_s - _RATE_WINDOW:
-            del self.samples[0]
-
-    def _download_facts(self, progress: Any) -> str:
-        (begin, first), (end, last) = self.samples[0], self.samples[-1]
-        rate = (last - first) / (end - begin) if end > begin else 0.0
+    def text(self, progress: Any) -> str:
         done, total = progress.bytes_done, progress.bytes_total
-        parts = [_size(done)]
-        if total:
-            parts = [f"{min(100 * done // total, 100):3}%", f"{_size(done)} of {_size(total)}"]
-        if rate > 0:
-            parts.append(_size(rate) + "/s")
-            if total and total > done:
-                parts.append(_span((total - done) / rate) + " left")
+        words = progress_words(progress.phase, done, total, progress.still_s, progress.models)
+        parts = [f"{words:11} {_span(progress.elapsed_s):>5}"]
+        if done is not None and words == progress.phase:
+            if self.begin is None or done < self.begin[1]:  # or the next file
+                self.begin = progress.elapsed_s, done
+            seconds = progress.elapsed_s - self.begin[0]
+            rate = (done - self.begin[1]) / seconds if seconds > 0 else 0.0
+            parts += [f"{min(100 * done // total, 100):3}%"] if total else []
+            parts.append(f"{_size(done)} of {_size(total)}" if total else _size(done))
+            parts += [_size(rate) + "/s"] if rate else []
+            parts += [_span((total - done) / rate) + " left"] if rate and total and total > done else []
         return "  ".join(parts)
-
-
-def _bar(part: float, width: int) -> str:
-    full, empty = "█", "░"
-    try:
-        (full + empty).encode(getattr(sys.stderr, "encoding", None) or "ascii")
-    except UnicodeError:
-        full, empty = "#", "-"
-    filled = int(min(max(part, 0.0), 1.0) * width)
-    return full * filled + empty * (width - filled)
 
 
 def _size(count: Optional[float]) -> str:
@@ -5288,8 +5251,8 @@ class Qvac:
     async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: object) -> Answer:  # fmt: skip
         """chat() in a thread of its own: the event loop goes on, and cancelling ends the request at the serve."""
-        answer: Answer = await _Worker().do(
-            lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params), is_last=True)  # fmt: skip
+        answer: Answer = await _in_thread(
+            _Call(), lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params))  # fmt: skip
         return answer
 
     def astream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
@@ -5301,8 +5264,7 @@ class Qvac:
     async def aembed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
                      timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
         """embed(), as achat() is chat()."""
-        vectors: List[List[float]] = await _Worker().do(
-            lambda: self.embed(texts, model, timeout=timeout), is_last=True)  # fmt: skip
+        vectors: List[List[float]] = await _in_thread(_Call(), lambda: self.embed(texts, model, timeout=timeout))
         return vectors
 
     def embed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
@@ -5726,16 +5688,19 @@ class AsyncStream:
     """Stream for `async for` and `async with`. Cancelling the task that reads it, or aclose(), ends the request."""
 
     def __init__(self, start: Callable[[], Stream]) -> None:
-        self._start, self._worker = start, _Worker()
+        self._start, self._call = start, _Call()
         self._stream: Optional[Stream] = None
 
     def __aiter__(self) -> AsyncStream:
         return self
 
     async def __anext__(self) -> Piece:
-        piece: Optional[Piece] = None if self._worker.call.ended else await self._worker.do(self._next)
+        piece: Optional[Piece] = None
+        if not self._call.ended:
+            waits = self._stream is None or not self._stream._ready
+            piece = await _in_thread(self._call, self._next) if waits else self._next()
         if piece is None:
-            self._worker.end()
+            self._call.end()
             raise StopAsyncIteration
         return piece
 
@@ -5750,59 +5715,45 @@ class AsyncStream:
 
     async def aclose(self) -> None:
         """End the request, if it is not over. Idempotent."""
-        self._worker.end()
+        self._call.end()
 
     async def __aenter__(self) -> AsyncStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._worker.end()
+        self._call.end()
 
     def __del__(self) -> None:
-        self._worker.end()
+        self._call.end()
 
 
-class _Worker:
-    """A thread that does what blocks for a coroutine. When that is cancelled, what the thread waits for is ended."""
+async def _in_thread(call: _Call, function: Callable[[], Any], linger: float = 0.0) -> Any:
+    """What blocks, for a coroutine. When that is cancelled, what the thread waits for is ended, and its own end awaited
+    for LINGER seconds: the program may end with its loop."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
 
-    def __init__(self) -> None:
-        self.call = _Call()
-        self._jobs: Any = None
-        self.thread: Any = None
-
-    async def do(self, function: Callable[[], Any], is_last: bool = False) -> Any:
-        done = asyncio.get_running_loop().create_future()
-        if self.thread is None:
-            self._jobs = queue.SimpleQueue()
-            self.thread = _started_thread("qvac_managed request", self._work)
-        self._jobs.put((done, function))
+    def work() -> None:
         try:
-            return await done
-        except BaseException:
-            is_last = True
-            raise
-        finally:
-            if is_last:
-                self.end()
+            with call:
+                outcome: Tuple[Any, Optional[BaseException]] = function(), None
+        except BaseException as caught:
+            outcome = None, caught
+        try:
+            loop.call_soon_threadsafe(_settle, done, *outcome)
+        except RuntimeError:  # the loop has been closed meanwhile
+            _settle(None, *outcome)
+        del outcome
 
-    def end(self) -> None:
-        self.call.end()
-        if self._jobs is not None:
-            self._jobs.put(None)
-
-    def _work(self) -> None:
-        with self.call:
-            for done, function in iter(self._jobs.get, None):
-                result, error = None, None
-                try:
-                    result = function()
-                except BaseException as caught:
-                    error = caught
-                try:
-                    done.get_loop().call_soon_threadsafe(_settle, done, result, error)
-                except RuntimeError:  # the loop has been closed meanwhile
-                    _settle(None, result, None)
-                del done, function, result, error
+    thread = _started_thread("qvac_managed request", work)
+    try:
+        return await done
+    except BaseException as error:
+        call.end()
+        deadline = time.monotonic() + (linger if isinstance(error, asyncio.CancelledError) else 0.0)
+        while thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        raise
 
 
 def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, str]) -> Any:
@@ -5974,17 +5925,21 @@ def stopped_by(key: str) -> str:
     """Who stopped the last serve of a key on purpose, in words; "" if it is there, or ended otherwise."""
     if os.path.exists(record_path(key)):
         return ""
+    ours = [line.partition("] ")[2] for line in _serve_log(key).splitlines() if line.startswith("[qvac_managed ")]
+    told = [line[len("told to stop by ") :] for line in ours[-6:] if line.startswith("told to stop by ")]
+    return clean_text(told[-1]) if told and ours[-1].startswith("runner ends") else ""
+
+
+def _serve_log(key: str, start: int = 0, limit: int = LOG_READ_BYTES) -> str:
+    """The end of a serve's log from offset START; "" if it cannot be read."""
     try:
         fd = open_log(key)
         try:
-            lines = read_log(fd, 0).decode("utf-8", "replace").splitlines()
+            return read_log(fd, start, limit).decode("utf-8", "replace").replace("\0", "")
         finally:
             os.close(fd)
     except (OSError, RegistryError):
         return ""
-    ours = [line.partition("] ")[2] for line in lines if line.startswith("[qvac_managed ")]
-    told = [line[len("told to stop by ") :] for line in ours[-6:] if line.startswith("told to stop by ")]
-    return clean_text(told[-1]) if told and ours[-1].startswith("runner ends") else ""
 
 
 class _Resolver:
@@ -6317,22 +6272,11 @@ class _Resolver:
             same = [alias for alias, entry in self.wish.models.items() for other in record.models.values()
                     if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))]  # fmt: skip
             if same and record.fleet_key != self.key and judge_record(record) == ALIVE and not record.is_private:
+                found = ", ".join("%s %s" % (name, _shorten(json.dumps(theirs), 80))
+                                  for name, _, theirs in differences(self.wish, wish_of(record)))  # fmt: skip
                 self.notes.append("the serve %s has %s, too, with %s; to share it, name it: %s" % (
-                    record.fleet_key[:8], ", ".join(sorted(set(same))), self._difference(record), record.fleet_key[:8]))
-
-    def _difference(self, record: ServeRecord) -> str:
-        """What another serve was asked to be, where it differs from what we ask for."""
-        found = []
-        if record.models != self.wish.models:
-            found.append(", ".join("%s %s" % (alias, _shorten(json.dumps(entry.get("config", {})), 80))
-                                   for alias, entry in record.models.items()))  # fmt: skip
-        for word, theirs, ours in (("host", record.host, self.wish.host),
-                                   ("port", record.pinned_port, self.wish.port or 0),
-                                   ("bin", record.serve_bin_path, self.wish.bin or ""),
-                                   ("arguments", list(record.serve_args), list(self.wish.serve_args))):  # fmt: skip
-            if theirs != ours:
-                found.append("%s %s" % (word, theirs or "default"))
-        return clean_text("; ".join(found)) or "a place of its own"
+                    record.fleet_key[:8], ", ".join(sorted(set(same))), clean_text(found) or "a place of its own",
+                    record.fleet_key[:8]))  # fmt: skip
 
 
 def changed_files(facts: Mapping[str, Any]) -> List[str]:
@@ -6373,29 +6317,15 @@ def _started_runner(log_fd: int, params: bytes) -> RunnerChannel:
 
 
 def _runner_died(key: str, code: Optional[int] = None, log_start: int = 0) -> str:
-    try:
-        fd = open_log(key)
-        try:
-            tail = log_tail(fd, log_start, "")
-        finally:
-            os.close(fd)
-    except RegistryError:
-        tail = ""
     how = " with exit code %d" % code if code else ""
-    return "The runner ended%s before the serve was ready.%s" % (how, _output(tail[-1500:]))
+    tail = _serve_log(key, log_start).strip()[-1500:]
+    return "The runner ended%s before the serve was ready.%s" % (how, _output(tail))
 
 
 def load_failure_reason(key: str, alias: str, secret: str) -> str:
     """Why a model failed to load, in the serve's own words from its log."""
     found = None
-    try:
-        fd = open_log(key)
-        try:
-            lines = redact(read_log(fd, 0, 16 * LOG_READ_BYTES).decode("utf-8", "replace"), secret).splitlines()
-        finally:
-            os.close(fd)
-    except (OSError, RegistryError):
-        lines = []
+    lines = redact(_serve_log(key, 0, 16 * LOG_READ_BYTES), secret).splitlines()
     for index, line in enumerate(lines):
         if line.startswith('Failed to preload "%s": ' % alias):
             found = line.partition('": ')[2].strip()
@@ -6596,6 +6526,22 @@ def wish_of(record: ServeRecord) -> Wish:
         None if sleep >= NEVER_MS else sleep / 1000)  # fmt: skip
 
 
+def differences(wanted: Wish, found: Wish) -> List[Tuple[str, Any, Any]]:
+    """The inputs in which two serves differ, with the value of each."""
+    def flat(wish: Wish) -> Dict[str, Any]:
+        fields = {"host": wish.host, "serve_bin_path": wish.bin, "serve_port": wish.port,
+                  "serve_args": list(wish.serve_args)}  # fmt: skip
+        for alias, entry in wish.models.items():
+            inner = {**entry, **{"config." + name: value for name, value in (entry.get("config") or {}).items()}}
+            fields.update((f"models.{alias}.{name}", value) for name, value in inner.items() if name != "config")
+        return fields
+
+    one, other, unset = flat(wanted), flat(found), "(not set)"
+    pairs = [(name, one.get(name, unset), other.get(name, unset)) for name in sorted({*one, *other})]
+    # As JSON: 1 and true are equal in Python, and are two different serves.
+    return [pair for pair in pairs if len({json.dumps(value, sort_keys=True) for value in pair[1:]}) > 1]
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Before anything is started, not when it is done. No message shows what may be a key."""
     for name, value in options.items():
@@ -6679,24 +6625,13 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Qvac:
     The client it gives is the same; achat(), astream_chat() and aembed() never block the loop either.
     """
     create = functools.partial(create_qvac, mode, **options)
-    return await _opened_in_thread(create) if mode == "managed" else create()
+    return await _in_thread(_Call(), create, STOP_GRACE) if mode == "managed" else create()
 
 
 async def attach_async(name_or_id: str, **options: Any) -> ManagedQvac:
     """attach() that never blocks the event loop."""
-    client: ManagedQvac = await _opened_in_thread(functools.partial(attach, name_or_id, **options))
+    client: ManagedQvac = await _in_thread(_Call(), functools.partial(attach, name_or_id, **options), STOP_GRACE)
     return client
-
-
-async def _opened_in_thread(open_client: Callable[[], Any]) -> Any:
-    worker = _Worker()
-    try:
-        return await worker.do(open_client, is_last=True)
-    except asyncio.CancelledError:
-        deadline = time.monotonic() + STOP_GRACE
-        while worker.thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)  # the program may end with its loop, and leave a runner that loads for nobody
-        raise
 
 
 def _settle(done: Optional[asyncio.Future[Any]], result: Any, error: Optional[BaseException]) -> None:
@@ -6751,10 +6686,6 @@ class ServeInfo:
     runner. `reused` is False only from serve_info(), for a client that started its serve.
     """
 
-    FIELDS = ("fleet_key", "base_url", "host", "port", "pid", "runner_pid", "models", "reused", "private", "state",
-              "consumers", "connections", "requests", "last_used_s", "uptime_s", "idle_timeout_s", "sleep_timeout_s",
-              "restarts", "rss_bytes", "started_at", "sleeps_in_s", "ends_in_s", "config", "bin", "pinned_port",
-              "serve_args", "changed", "version")  # fmt: skip
     fleet_key: str
     base_url: str
     host: str
@@ -6783,6 +6714,7 @@ class ServeInfo:
     serve_args: List[str]
     changed: List[str]
     version: Optional[str]
+    FIELDS = tuple(__annotations__)
 
     def __init__(self, **fields: Any) -> None:
         for name in self.FIELDS:
@@ -6875,18 +6807,13 @@ def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: 
     if len(items) < 2:
         return [function(item) for item in items]
     results: Dict[int, Any] = {}
-
-    def work(index: int) -> None:
-        results[index] = function(items[index])
-
     threads, deadline = [], time.monotonic() + timeout
-    for index in range(len(items)):
-        thread = threading.Thread(target=work, args=(index,), daemon=True)
+    for index, item in enumerate(items):
         try:
-            start_without_signals(thread.start)
-        except RuntimeError:
+            threads.append(_started_thread("qvac_managed look", functools.partial(
+                lambda index, item: results.update({index: function(item)}), index, item)))  # fmt: skip
+        except ServeSpawnFailedError:
             break  # this process may have no more threads
-        threads.append(thread)
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return [results[index] for index in sorted(results)]
@@ -9268,25 +9195,10 @@ def _wish_of(serve: ServeInfo) -> Wish:
     return Wish(serve.config, serve.host, serve.pinned_port, serve.bin, serve.serve_args, 0.0, None, None)
 
 
-def _flat(wish: Wish) -> Dict[str, Any]:
-    """Everything that goes into a fleet key, as one flat table: field name to value."""
-    fields = {"host": wish.host, "serve_bin_path": wish.bin, "serve_port": wish.port}
-    fields["serve_args"] = list(wish.serve_args)
-    for alias, entry in wish.models.items():
-        config = entry.get("config") or {}
-        inner = {**entry, **{"config." + name: value for name, value in config.items()}}
-        fields.update((f"models.{alias}.{name}", value) for name, value in inner.items() if name != "config")
-    return fields
-
-
 def _differences(wish: Wish, serve: ServeInfo) -> Optional[List[Dict[str, Any]]]:
     """The inputs in which a serve differs from what is wished; None if its config cannot be read."""
-    wanted, actual = _flat(wish), _flat(_wish_of(serve))
-    names = sorted({*wanted, *actual})
-    pairs = [(name, wanted.get(name, "(not set)"), actual.get(name, "(not set)")) for name in names]
-    # As JSON: 1 and true are equal in Python, and are two different serves.
-    pairs = [(name, *two) for name, *two in pairs if len({json.dumps(value, sort_keys=True) for value in two}) > 1]
-    return [dict(zip(("field", "wanted", "running"), pair)) for pair in pairs] if serve.config else None
+    found = differences(wish, _wish_of(serve))
+    return [dict(zip(("field", "wanted", "running"), three)) for three in found] if serve.config else None
 
 
 def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> None:
