@@ -5029,14 +5029,6 @@ else:
     moved. `models`: the names of those that are downloaded."""
 
 
-def last_words(output: str) -> str:
-    """The last line of a program's output that says something, which no bracket or stack trace does; else ""."""
-    for line in reversed(output.splitlines()):
-        if re.search(r"[^\W\d_]{3}", line) and not re.match(r"\s*(at .*[:(]|Node\.js v\d)", line):
-            return line.strip()
-    return ""
-
-
 def _err(text: str, end: str = "\n") -> None:
     """Write to stderr, if there is one: a message is never worth another failure."""
     try:
@@ -5512,17 +5504,6 @@ def _count(value: Any) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-def tokens_used(usage: Mapping[str, Any]) -> int:
-    """How much of the context an answer and all before it take, 0 if the serve does not say.
-
-    CLI 0.13.1 counts as prompt_tokens only what it has not read before, and as cached_tokens all that stands in the
-    context after the answer; elsewhere cached_tokens are a part of prompt_tokens.
-    """
-    details = usage.get("prompt_tokens_details")
-    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
-    return max(cached, _count(usage.get("prompt_tokens")) + _count(usage.get("completion_tokens")))
-
-
 class Stream:
     """An answer as it comes: iterate over its pieces (strings with a `kind`, see Piece).
 
@@ -5602,7 +5583,7 @@ class Stream:
             self.close()
 
 
-class _SilenceWatch:
+class _SilenceWatch(_Call):
     """Finds out whether a stream without a word will ever have one.
 
     CLI 0.13.1 sends no event for a prompt longer than the context, for ever. So after some silence the same is asked
@@ -5610,17 +5591,15 @@ class _SilenceWatch:
     with its first word; if the first has died, this is told so at once.
     """
 
-    def __init__(self, reading: _Reading, call: _Call) -> None:
+    def __init__(self, reading: _Reading, watched: _Call) -> None:
+        super().__init__()
         self.found: Optional[QvacManagedModeError] = None
-        self._reading, self._watched, self._own, self._is_over = reading, call, _Call(), threading.Event()
+        self._reading, self._watched, self._is_over = reading, watched, threading.Event()
+        self._undo["silence"] = self._is_over.set
         try:
             _started_thread("qvac_managed silence", self._run)
         except ServeSpawnFailedError:
             pass  # no more threads here: then nobody watches
-
-    def end(self) -> None:
-        self._is_over.set()
-        self._own.end()
 
     def _run(self) -> None:
         client, body = self._reading.client, {**self._reading.body, "stream": False, "max_tokens": 1}
@@ -5628,11 +5607,11 @@ class _SilenceWatch:
             body.pop(name, None)
         while not self._is_over.wait(SILENT_STREAM):
             try:
-                with self._own:
+                with self:
                     client._send(client._target, "/chat/completions", body, None).close()
             except urllib.error.HTTPError as error:
                 refusal = _serve_error(error)
-                if refusal.status == 500 and not self._is_over.is_set():
+                if refusal.status == 500 and not self.ended:
                     self.found = self._reading.reason(refusal)
                     return self._watched.end()
             except (OSError, http.client.HTTPException):
@@ -5663,7 +5642,7 @@ def _lines_of(response: Any) -> Iterator[bytes]:
     while True:
         try:
             data = read(READ_BYTES)
-        except (http.client.HTTPException, ValueError):
+        except (http.client.HTTPException, ValueError, AttributeError):  # the last two: closed by another thread
             raise _broken_off() from None
         if not data:
             break
@@ -5848,7 +5827,8 @@ class ManagedQvac(Qvac):
         try:
             return self._send(aim, target, data, timeout)
         except OSError as error:
-            if not (is_refused(error) or _says_it_ends(error)) or self._resolver.cancelled:
+            says_it_ends = isinstance(error, urllib.error.HTTPError) and error.headers.get("Qvac-Managed") == "stopping"
+            if not (says_it_ends or is_refused(error)) or self._resolver.cancelled:
                 raise
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
@@ -5916,11 +5896,6 @@ def _refused_error() -> OSError:
     return urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone"))
 
 
-def _says_it_ends(error: BaseException) -> bool:
-    """A front whose serve is being stopped passes nothing on, and says so."""
-    return isinstance(error, urllib.error.HTTPError) and error.headers.get("Qvac-Managed") == "stopping"
-
-
 def stopped_by(key: str) -> str:
     """Who stopped the last serve of a key on purpose, in words; "" if it is there, or ended otherwise."""
     if os.path.exists(record_path(key)):
@@ -5957,7 +5932,8 @@ class _Resolver:
         self.cancelled = False
         self.notes: List[str] = []  # what a person should know of the start
         self._close_lock = _thread.RLock()  # a signal handler of the host may close the client in the middle of it
-        self._began = self._reported = self._deadline = self._wrong_since = 0.0
+        self._began = self._reported = self._wrong_since = 0.0
+        self._deadline = 0.0  # the end of our patience; it moves while we are told that something moves
         self._gone_version: Any = None  # of a provider's record whose serve has refused connections for too long
         self._starts = 0  # of runners, by this resolution
         self._runner: Any = None  # pid and start of the last one
@@ -6035,7 +6011,8 @@ class _Resolver:
         while True:
             record = self._register()
             state = judge_record(record)
-            if state == FOREIGN or self._lock_is_foreign():
+            has_lock = os.path.lexists(lock_path(self.key))
+            if state == FOREIGN or (has_lock and _judge_lock(self.key) == FOREIGN):
                 self._move_here()
             elif record is not None and state == ALIVE and record.version != self._gone_version:
                 target = self._attach(record)
@@ -6057,9 +6034,6 @@ class _Resolver:
                 finally:
                     release_lock(self.key)
 
-    def _lock_is_foreign(self) -> bool:
-        return os.path.lexists(lock_path(self.key)) and _judge_lock(self.key) == FOREIGN
-
     def _move_here(self) -> None:
         """The serve is of another machine, pid or network namespace that shares the folder: all of us here share
         another."""
@@ -6072,14 +6046,10 @@ class _Resolver:
               self.key, managed_serves_dir(), key)  # fmt: skip
         self.key = key
 
-    def _left(self) -> float:
-        """Seconds until our patience ends; while we are told that something moves, it does not."""
-        return self._deadline - time.monotonic()
-
     def _pause(self, why: str) -> None:
         """Until a file of the key changes, for a tenth of the time waited so far (0.5 s at most)."""
         self._check_cancelled()
-        if self._left() <= 0:
+        if time.monotonic() >= self._deadline:
             raise ServeStartTimeoutError("No serve was ready after %g s: %s. See its log: %s" % (
                 self.wish.start_timeout, why, log_path(self.key)), self.wish.start_timeout)  # fmt: skip
         self._report(Progress("starting", time.monotonic() - self._began, None, None))
@@ -6103,7 +6073,7 @@ class _Resolver:
                 raise NotProvedError("its record names the host %s" % record.host)
             if record.has_front:
                 return self._follow(record)
-            seen = look(record, min(HEALTH_TIMEOUT, max(0.1, self._left())))
+            seen = look(record, min(HEALTH_TIMEOUT, max(0.1, self._deadline - time.monotonic())))
             trouble = seen.detail
             if seen.state == "ready":
                 return self._accept(record, seen.facts)
@@ -6133,7 +6103,8 @@ class _Resolver:
 
     def _follow(self, record: ServeRecord) -> Optional[_Target]:
         """Wait in one request until the serve is ready, and pass its progress on."""
-        lines = front_says(record, max(1.0, min(5.0, self._left())), wait=1, start=self.wish.start_timeout)
+        patience = max(1.0, min(5.0, self._deadline - time.monotonic()))
+        lines = front_says(record, patience, wait=1, start=self.wish.start_timeout)
         try:
             for facts in lines:
                 self._check_cancelled()
@@ -6173,7 +6144,8 @@ class _Resolver:
         if missing and states:
             raise NotProvedError("it lacks the model %s" % ", ".join(missing))
         failed = [alias for alias in self.wish.models if states.get(alias) == "error"]
-        is_ours_alone = not self._others_use_it() and not facts.get("requests")
+        others = [name for name in _live_markers(self.key) if name != self.consumer_id]
+        is_ours_alone = not others and not facts.get("requests")
         changed = changed_files(facts)
         if is_ours_alone and not self._starts and record.has_front and (changed or self.wish.default_alias in failed):
             # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
@@ -6207,12 +6179,9 @@ class _Resolver:
         if longer and record.has_front:
             look(record, HEALTH_TIMEOUT, **longer)
 
-    def _others_use_it(self) -> bool:
-        return any(name != self.consumer_id for name in _live_markers(self.key))
-
     def _stop_if_unused(self) -> None:
-        """What this resolution has started is stopped, ready or not, unless others wait for it. Its KEY.error goes
-        too: nobody is left to read it. A runner that fails has told us before it is at its own end."""
+        """What this resolution has started is stopped, ready or not, unless others wait for it; nobody is left to read
+        its KEY.error."""
         try:
             if not live_consumers(self.key):
                 look(read_record(self.key), do="end", by=caller_words())
@@ -6346,14 +6315,6 @@ _open_clients: Dict[int, Any] = {}  # weak references: a client that is dropped 
 _hooks_installed: List[int] = []
 
 
-def _install_hooks() -> None:
-    """Once, with the first managed client: detach at exit, and own nothing of the parent's after a fork."""
-    if not _hooks_installed:
-        _hooks_installed.append(1)
-        atexit.register(_detach_all)
-        call_after_fork(_after_fork)
-
-
 def _each_open_client() -> List[ManagedQvac]:
     clients = [reference() for reference in list(_open_clients.values())]
     return [client for client in clients if client is not None]
@@ -6388,25 +6349,14 @@ if TYPE_CHECKING:
 
 
 def create_qvac(
-    mode: str = "external",
-    *,
-    base_url: Optional[str] = None,
-    api_key: Optional[str] = None,
-    models: Optional[Models] = None,
-    serve_host: str = DEFAULT_HOST,
-    serve_port: Optional[int] = None,
-    serve_bin_path: Path = None,
-    serve_args: Sequence[str] = (),
+    mode: str = "external", *, base_url: Optional[str] = None, api_key: Optional[str] = None,
+    models: Optional[Models] = None, serve_host: str = DEFAULT_HOST, serve_port: Optional[int] = None,
+    serve_bin_path: Path = None, serve_args: Sequence[str] = (),
     serve_start_timeout: float = DEFAULT_START_TIMEOUT,
     serve_idle_timeout: Optional[float] = DEFAULT_IDLE_TIMEOUT,
-    serve_sleep_timeout: Optional[float] = DEFAULT_SLEEP_TIMEOUT,
-    reuse: Optional[bool] = None,
-    close_on_parent_exit: bool = False,
-    require_ready: bool = True,
-    headers: Optional[Mapping[str, str]] = None,
-    opener: Optional[Opener] = None,
-    on_progress: OnProgress = "auto",
-) -> Qvac:
+    serve_sleep_timeout: Optional[float] = DEFAULT_SLEEP_TIMEOUT, reuse: Optional[bool] = None,
+    close_on_parent_exit: bool = False, require_ready: bool = True, headers: Optional[Mapping[str, str]] = None,
+    opener: Optional[Opener] = None, on_progress: OnProgress = "auto") -> Qvac:  # fmt: skip
     """A client of a QVAC serve: a `Qvac` in external mode, a `ManagedQvac` in managed mode.
 
     External: you run the serve; nothing is started and no request is made. `base_url` defaults to
@@ -6470,7 +6420,10 @@ def _create(mode: Any, options: Dict[str, Any]) -> Qvac:
 def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], opener: Any) -> ManagedQvac:
     import _weakref
 
-    _install_hooks()
+    if not _hooks_installed:  # detach at exit, and own nothing of the parent's after a fork
+        _hooks_installed.append(1)
+        atexit.register(_detach_all)
+        call_after_fork(_after_fork)
     _Call.note("start", resolver.cancel)
     try:
         client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
@@ -6777,29 +6730,26 @@ def _record_models(record: ServeRecord) -> Dict[str, Any]:
 
 
 def _describe(record: ServeRecord) -> ServeInfo:
-    seen = look(record)
-    facts, config = seen.facts, _record_models(record)
-    consumers = len(set(live_consumers(record.fleet_key)))
-    idle = None if record.idle_timeout_ms >= NEVER_MS else record.idle_timeout_ms / 1000
-    sleep = None if not record.has_front or record.sleep_timeout_ms >= NEVER_MS else record.sleep_timeout_ms / 1000
-    is_here, is_silent = seen.state not in (GONE, FOREIGN), bool(facts.get("models_busy"))
+    seen, wish = look(record), wish_of(record)
+    facts, idle, sleep = seen.facts, wish.idle_timeout, wish.sleep_timeout
+    consumers, is_silent = len(set(live_consumers(record.fleet_key))), bool(facts.get("models_busy"))
     used = None if facts.get("requests") or facts.get("last_used_s") is None else float(facts["last_used_s"])
     ends = None if idle is None or used is None or consumers or record.pinned_port else max(0.0, idle - used)
     sleeps = None if sleep is None or used is None or seen.state != "ready" else max(0.0, sleep - used)
     pids = [record.runner_pid, *([] if record.is_resting else group_members(group_of(record.serve_pid)))]
     listed = [] if is_silent else facts.get("models", [])
     return ServeInfo(
-        fleet_key=record.fleet_key, base_url=base_url_of(loopback_of(record.host), record.port), host=record.host,
-        port=record.port, pid=record.serve_pid, runner_pid=record.runner_pid, reused=True, private=record.is_private,
-        models=listed or [{"id": alias, "state": "unknown"} for alias in config], consumers=consumers,
+        **{n: getattr(record, n) for n in ("fleet_key", "host", "port", "runner_pid", "restarts", "started_at")},
+        **{n: facts.get(n) for n in ("connections", "requests", "last_used_s", "version")},
+        base_url=base_url_of(loopback_of(record.host), record.port), pid=record.serve_pid, reused=True,
+        private=record.is_private, consumers=consumers, changed=changed_files(facts),
+        models=listed or [{"id": alias, "state": "unknown"} for alias in wish.models],
         state="hung" if is_silent or seen.state in (BUSY, WRONG) else "dead" if seen.state == GONE else seen.state,
-        connections=facts.get("connections"), requests=facts.get("requests"), last_used_s=facts.get("last_used_s"),
         uptime_s=round(time.monotonic() - facts["ready_at"], 1) if facts.get("ready_at") else None,
-        idle_timeout_s=idle, sleep_timeout_s=sleep, restarts=record.restarts, started_at=record.started_at,
-        rss_bytes=rss_bytes(pids) if is_here else None, sleeps_in_s=None if sleeps is None else round(sleeps, 1),
-        ends_in_s=None if ends is None else round(ends, 1), config=config, bin=record.serve_bin_path or None,
-        pinned_port=record.pinned_port or None, serve_args=list(record.serve_args), changed=changed_files(facts),
-        version=facts.get("version"))  # fmt: skip
+        idle_timeout_s=idle, sleep_timeout_s=sleep, sleeps_in_s=None if sleeps is None else round(sleeps, 1),
+        ends_in_s=None if ends is None else round(ends, 1),
+        rss_bytes=None if seen.state in (GONE, FOREIGN) else rss_bytes(pids), config=wish.models, bin=wish.bin,
+        pinned_port=wish.port, serve_args=wish.serve_args)  # fmt: skip
 
 
 def _in_parallel(function: Callable[[Any], Any], items: Sequence[Any], timeout: float) -> List[Any]:
@@ -6846,27 +6796,23 @@ def stop_serve(fleet_key: str, forget_key: bool = False) -> bool:
 def sleep_serve(fleet_key: str, timeout: float = STOP_GRACE + 3 * GROUP_GRACE) -> bool:
     """Put a serve's models out of memory as soon as no request is under way; its address stays. False if there is none,
     or requests are still under way after `timeout` seconds: then it sleeps when they end."""
-    return _told_to("sleep", fleet_key, ("asleep",), timeout)
+    return _told_to("sleep", fleet_key, "asleep", timeout)
 
 
 def restart_serve(fleet_key: str, timeout: float = DEFAULT_START_TIMEOUT) -> bool:
     """Start a serve again behind the same address, with the same key; requests under way are broken off, those that
     come wait. False if there is none with that key, or it is not ready after `timeout` seconds."""
-    return _told_to("restart", fleet_key, ("ready",), timeout)
+    return _told_to("restart", fleet_key, "ready", timeout)
 
 
-def _told_to(word: str, fleet_key: str, states: Sequence[str], timeout: float) -> bool:
+def _told_to(word: str, fleet_key: str, state: str, timeout: float) -> bool:
     record = read_record(fleet_key)
     if record is None or not record.has_front:
         return False
     look(record, do=word, by=caller_words())
     time.sleep(2 * LOOK_PAUSE)  # the runner's thread acts on it
-
-    def is_there() -> bool:
-        seen = look(read_record(fleet_key))
-        return seen.state in states or seen.state == GONE
-
-    return bool(wait_until(is_there, timeout, LOOK_PAUSE)) and look(read_record(fleet_key)).state in states
+    wait_until(lambda: look(read_record(fleet_key)).state in (state, GONE), timeout, LOOK_PAUSE)
+    return look(read_record(fleet_key)).state == state
 
 
 def caller_words() -> str:
@@ -6942,11 +6888,6 @@ def sweep_serves(limit: float = float("inf")) -> List[str]:
     patience = min(HEALTH_TIMEOUT, limit)
     stopped = _in_parallel(lambda orphan: _stop_orphan(orphan, patience) and orphan, orphans, patience + STOP_GRACE + 1)
     swept += [orphan.fleet_key for orphan in stopped if orphan and _drop_record(orphan)]
-    _sweep_leftovers()
-    return swept
-
-
-def _sweep_leftovers() -> None:
     for name in leftovers():
         key, _, rest = name.partition(".")
         path = os.path.join(managed_serves_dir(), name)
@@ -6955,12 +6896,11 @@ def _sweep_leftovers() -> None:
                 _remove_dead_lock(key)
             elif rest == "consumers":
                 _rmdir(path)
-            elif is_serve_folder_name(name):
-                remove_serve_folder(key, path)
             else:
-                _unlink(path)
+                remove_serve_folder(key, path) if is_serve_folder_name(name) else _unlink(path)
         except RegistryError:
             pass  # unreadable: not a reason for every start to fail
+    return swept
 
 
 def leftovers() -> List[str]:
@@ -6971,15 +6911,19 @@ def leftovers() -> List[str]:
         key, _, rest = name.partition(".")
         if not is_valid_fleet_key(key):
             continue
+        path, has_record = os.path.join(folder, name), key + ".json" in names
         try:
-            age = _heartbeat_age(os.lstat(os.path.join(folder, name)).st_mtime)
+            age = _heartbeat_age(os.lstat(path).st_mtime)
             if is_serve_folder_name(name):
-                is_dead = age > FOLDER_STALE and alive_state(os.path.join(folder, name)) == DEAD
-                is_left = is_dead or (age > LEFTOVER_STALE and key + ".json" not in names)
+                is_dead = age > FOLDER_STALE and alive_state(path) == DEAD
+                is_left = is_dead or (age > LEFTOVER_STALE and not has_record)
+            elif rest.endswith((".runner-params.json", ".tmp", ".stale")):
+                is_left = age > (PARAMS_STALE if rest.endswith(".json") else LEFTOVER_STALE)
+            elif key + ".lock" in names and _judge_lock(key) != DEAD:
+                is_left = False
             else:
-                is_locked = key + ".lock" in names and _judge_lock(key) != DEAD
-                stale_after = _stale_after(rest, is_locked, key + ".json" in names)
-                is_left = stale_after is not None and age > stale_after
+                is_left = age > (LOG_STALE if rest == "log" else LEFTOVER_STALE) and (
+                    rest == "lock" or (rest in ("log", "error", "consumers") and not has_record))
             if is_left and not (rest == "consumers" and _live_markers(key)):
                 found.append(name)
         except (OSError, RegistryError):
@@ -6993,32 +6937,13 @@ def _clear_before_start(key: str) -> None:
     Nobody else can be starting it, and a runner that still serves has read its files. The temp files that live
     processes make here are made under the guard (record, lock) or under the spawn lock (KEY.error).
     """
-    folder = managed_serves_dir()
     with guard():
-        for name in _listdir(folder):
+        for name in _listdir(managed_serves_dir()):
+            path = os.path.join(managed_serves_dir(), name)
             if name.startswith(key + ".") and name.endswith((".runner-params.json", ".tmp", ".stale")):
-                _unlink(os.path.join(folder, name))
-                continue
-            path = os.path.join(folder, name)
-            if name.startswith(key + ".") and is_serve_folder_name(name) and alive_state(path) != ALIVE:
+                _unlink(path)
+            elif name.startswith(key + ".") and is_serve_folder_name(name) and alive_state(path) != ALIVE:
                 remove_serve_folder(key, path)
-
-
-def _stale_after(rest: str, is_locked: bool, has_record: bool) -> Optional[float]:
-    """The age in seconds at which a file of the registry is swept; None: never, or only with its serve."""
-    if rest.endswith(".runner-params.json"):
-        return PARAMS_STALE
-    if rest.endswith((".tmp", ".stale")):
-        return LEFTOVER_STALE
-    if is_locked:
-        return None
-    if rest == "lock":
-        return LEFTOVER_STALE  # whoever wants the serve steals it at once
-    if has_record:
-        return None
-    if rest == "log":
-        return LOG_STALE
-    return LEFTOVER_STALE if rest in ("error", "consumers") else None
 
 
 def find_reusable_serve(key: str) -> Optional[ServeRecord]:
@@ -7650,6 +7575,14 @@ def _in_words_of_the_command_line(text: str) -> str:
     ):  # fmt: skip
         text = re.sub(r"(?<![\w/.-])%s(?![\w/-])" % re.escape(api), typed.replace("\\", r"\\"), text)
     return text
+
+
+def last_words(output: str) -> str:
+    """The last line of a program's output that says something, which no bracket or stack trace does; else ""."""
+    for line in reversed(output.splitlines()):
+        if re.search(r"[^\W\d_]{3}", line) and not re.match(r"\s*(at .*[:(]|Node\.js v\d)", line):
+            return line.strip()
+    return ""
 
 
 def _one_line(text: str) -> str:
@@ -9036,6 +8969,17 @@ _CHAT_HELP = """\
 /bye           leave; so do exit, quit and Ctrl-D
 \"""            begins and ends a prompt of several lines; a paste is one prompt anyway
 Ctrl-C cuts an answer short."""
+
+
+def tokens_used(usage: Mapping[str, Any]) -> int:
+    """How much of the context an answer and all before it take, 0 if the serve does not say.
+
+    CLI 0.13.1 counts as prompt_tokens only what it has not read before, and as cached_tokens all that stands in the
+    context after the answer; elsewhere cached_tokens are a part of prompt_tokens.
+    """
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
+    return max(cached, _count(usage.get("prompt_tokens")) + _count(usage.get("completion_tokens")))
 
 
 class _Conversation:
