@@ -6255,6 +6255,37 @@ class SleepTest(SleepCase):
         self.assertEqual([], refused)
         self.assertLessEqual(len(broken), 3 * 3, "only what was under way")
 
+    def test_a_cli_that_is_absent_for_a_moment_costs_nobody_the_address(self) -> None:
+        """It is being updated while its serve dies."""
+        client = self.sleeper(600)
+        port, path = client.port, self.fake()
+        os.rename(path, path + ".updating")
+        os.kill(self.ready_pid(client), signal.SIGKILL)
+        asking = in_thread(self.raw, client)
+        self.wait_for_state(client, "restarting")
+        time.sleep(1.0)
+        os.rename(path + ".updating", path)
+        self.assertEqual("hi", asking())
+        self.assertEqual(port, client.port)
+
+    def test_the_first_callers_temporary_folder_is_not_the_serves(self) -> None:
+        theirs = os.path.join(self.home, "t" * 120)
+        os.mkdir(theirs)
+        with mock.patch.dict(os.environ, TMPDIR=theirs):
+            client = self.create(serve_bin_path=self.fake(echo=True))
+        os.rmdir(theirs)
+        (line,) = [line for line in self.log_of(client).splitlines() if line.startswith("TMPDIR=")][-1:]
+        ours = line.partition("=")[2]
+        self.assertTrue(os.path.isdir(ours))
+        self.assertEqual(0o700, os.stat(ours).st_mode & 0o777)
+        self.assertLess(len(ours), 70, "the path of a socket in it has 107 characters at most")
+        q.stop_serve(client.fleet_key)
+        self.assertFalse(os.path.exists(ours))
+
+    def log_of(self, client: q.ManagedQvac) -> str:
+        with open(q.log_path(client.fleet_key), encoding="utf-8") as file:
+            return file.read()
+
     def ready_pid(self, client: q.ManagedQvac) -> int:
         self.wait_for_state(client, "ready")
         return wait_until(lambda: client.pid != client.runner_pid and client.pid)
@@ -8159,6 +8190,113 @@ class CrowdedRegistryTest(HostileCase):
         self.assertTrue(q.stop_serve(client.fleet_key))
         q.sweep_serves()  # the one before a start may leave some
         self.assertEqual(2500, len(self.files()))
+
+
+# Another user of the machine, who wants a port: takes it as soon as he can, answers all he is asked, and says what came.
+GRABBER = """
+import os, socket, sys, threading
+os.setgroups([]); os.setgid(%d); os.setuid(%d)
+ports, answer = [int(word) for word in sys.argv[1:]], sys.stdin.buffer.read()
+def serve(port):
+    while True:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+            break
+        except OSError:
+            sock.close()
+    sock.listen(64)
+    print("taken", flush=True)
+    while True:
+        client = sock.accept()[0]
+        client.settimeout(2)
+        try:
+            print(ascii(client.recv(65536)), flush=True)
+            client.sendall(answer)
+        except OSError:
+            pass
+        client.close()
+for port in ports:
+    threading.Thread(target=serve, args=(port,)).start()
+""" % (MALLORY, MALLORY)
+
+
+@unittest.skipUnless(LINUX and POSIX and os.geteuid() == 0, "only root can play two users")
+class OtherUserTest(HostileCase):
+    def grabber(self, port: int) -> List[str]:
+        """What another user sees who waits for this port; "taken" when he has it."""
+        chat = json.dumps({"choices": [{"message": {"content": "FORGED"}}], **json.loads(MODEL_LIST)}).encode()
+        head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(chat)
+        child = subprocess.Popen([sys.executable, "-IS", "-c", GRABBER, str(port)], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, env={"PATH": "/bin:/usr/bin"}, cwd="/")  # fmt: skip
+        self.addCleanup(lambda: (child.kill(), child.communicate()))
+        stdin, stdout = child.stdin, child.stdout
+        assert stdin and stdout
+        stdin.write(head + chat)
+        stdin.close()
+        child.stdin = None
+        seen: List[str] = []
+        threading.Thread(target=lambda: seen.extend(map(bytes.decode, iter(stdout.readline, b""))), daemon=True).start()
+        return seen
+
+    def assert_learned_nothing(self, seen: List[str], *secrets: str) -> None:
+        for secret in secrets:
+            self.assertNotIn(secret, "".join(seen))
+
+    def test_who_takes_the_port_of_a_serve_that_is_stopped_gets_no_prompt(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        port, key = client.port, client.api_key
+        seen = self.grabber(port)
+        self.assertTrue(q.stop_serve(client.fleet_key))
+        wait_until(lambda: seen, what="the other user has the port")
+        self.assertEqual("my secret", client.chat("my secret"))
+        self.assertNotEqual(port, client.port)
+        self.assert_learned_nothing(seen, key, client.api_key, "my secret", "chat/completions")
+
+    def test_who_takes_the_port_of_a_runner_that_is_killed_knows_no_key_that_is_used_again(self) -> None:
+        client = self.create(serve_bin_path=self.fake())
+        port, key = client.port, client.api_key
+        seen = self.grabber(port)
+        os.kill(client.runner_pid, signal.SIGKILL)
+        wait_until(lambda: seen, what="the other user has the port")
+        self.assertEqual("my secret", client.chat("my secret"))
+        self.assertNotEqual((port, key), (client.port, client.api_key))
+        self.assertNotEqual(key, client.api_key)
+        self.assert_learned_nothing(seen, key, client.api_key, "my secret", "chat/completions")
+
+    def test_a_pinned_port_that_another_user_has_gets_a_new_key(self) -> None:
+        port = q.allocate_free_port("127.0.0.1")
+        options = {"serve_bin_path": self.fake(), "serve_port": port, "reuse": True}
+        client = self.create(**options)
+        key = client.api_key
+        seen = self.grabber(port)
+        os.kill(client.runner_pid, signal.SIGKILL)
+        wait_until(lambda: seen, what="the other user has the port")
+        with self.assertRaisesRegex(q.PortAllocationFailedError, "%d" % port):
+            self.create(**options)
+        self.assertEqual([], [name for name in self.files() if name.endswith(".key")])
+        self.assert_learned_nothing(seen, key)
+
+    def test_who_takes_the_inner_port_of_a_start_delays_it_and_learns_nothing(self) -> None:
+        """He reads it in the process list, and is quicker than the serve."""
+        taken: List[List[str]] = []
+        options = {"serve_bin_path": self.fake(preload_s=1.0)}
+
+        def watch() -> None:
+            while len(taken) < 2:
+                for event in self.fake_events("start")[len(taken) : len(taken) + 1]:
+                    taken.append(self.grabber(int(event["argv"][event["argv"].index("--port") + 1])))
+                time.sleep(0.02)
+
+        watching = in_thread(watch)
+        client = self.create(**options)
+        watching()
+        self.assertEqual("my secret", client.chat("my secret"))
+        self.assertEqual(3, len(self.fake_events("start")))
+        for seen in taken:
+            self.assertIn("taken\n", seen)
+            self.assert_learned_nothing(seen, client.api_key, "my secret", "chat/completions")
 
 
 class HostileLockTest(HostileCase):
