@@ -5159,6 +5159,10 @@ class _Target:
             prove_on(sock, self.record)
 
 
+def _live(read: Any, doc: str) -> Any:
+    return property(read, doc=doc)
+
+
 class Qvac:
     """A client of one OpenAI-compatible serve. Made by create_qvac().
 
@@ -5176,13 +5180,8 @@ class Qvac:
         self._opener = opener
         self.headers = dict(headers or {})
 
-    @property
-    def base_url(self) -> str:
-        return self._target.base_url
-
-    @property
-    def api_key(self) -> str:
-        return self._target.api_key
+    base_url: str = _live(lambda self: self._target.base_url, "Where the serve is; it ends in /v1 as a rule.")
+    api_key: str = _live(lambda self: self._target.api_key, "The serve's API key.")
 
     def __repr__(self) -> str:
         return "<%s %s>" % (type(self).__name__, self.base_url)
@@ -5376,10 +5375,6 @@ class Piece(str):
     kind: str = "content"
 
 
-class _Thought(Piece):
-    kind = "reasoning"
-
-
 class Answer(str):
     """What a model answered: a string, with what came beside it.
 
@@ -5437,12 +5432,13 @@ class _Reading:
     def _take_delta(self, delta: Any, pieces: List[Piece]) -> None:
         self.refusal += delta.get("refusal") or ""
         for text, kept, kind in (
-            (delta.get("reasoning_content") or delta.get("reasoning"), self.reasoning, _Thought),
-            (delta.get("content"), self.content, Piece),
+            (delta.get("reasoning_content") or delta.get("reasoning"), self.reasoning, "reasoning"),
+            (delta.get("content"), self.content, "content"),
         ):
             if text:
                 kept.append(_text_of(text))
-                pieces.append(kind(kept[-1]))
+                pieces.append(Piece(kept[-1]))
+                pieces[-1].kind = kind
         for call in delta.get("tool_calls") or ():
             index = call.get("index")
             if index is None:  # a new one has an id; what has none goes on with the last
@@ -5471,11 +5467,11 @@ class _Reading:
             return answer
         if self.finish_reason != "length":
             raise ServeHTTPError(200, "the answer is empty, for the reason %r" % self.finish_reason)
-        limit = self.limit()
-        raise AnswerCutShortError(answer, limit, "The answer was cut before it began by %s: %s. %s" % (
-            "max_tokens=%d" % self._most() if limit == "max_tokens" else self._named_context(),
+        is_context = self.limit() == "ctx_size"
+        raise AnswerCutShortError(answer, self.limit(), "The answer was cut before it began by %s: %s. %s" % (
+            self._named_context() if is_context else "max_tokens=%d" % self._most(),
             "all of it went into thinking" if answer.reasoning else "nothing was left for it",
-            "Raise that." if limit == "max_tokens" else "Give it more, as in %s." % _MORE_CONTEXT))  # fmt: skip
+            "Give it more, as in %s." % _MORE_CONTEXT if is_context else "Raise that."))  # fmt: skip
 
     def limit(self) -> str:
         """Which limit ended an answer with the finish_reason "length"."""
@@ -5766,10 +5762,6 @@ def _retarget(url: str, base_url: str) -> str:
     return origin + (path if path.startswith("/") else "/" + path)
 
 
-def _live(read: Any, doc: str) -> Any:
-    return property(read, doc=doc)
-
-
 class ManagedQvac(Qvac):
     """A client of a managed serve: create_qvac("managed", ...). Also a context manager, `async with` too.
 
@@ -5778,7 +5770,7 @@ class ManagedQvac(Qvac):
     detaches and never stops a serve that others use; so does the end of the process, however it ends.
     """
 
-    __slots__ = ("_failed_at", "_failure", "_is_recovering", "_recovery_lock", "_resolver")
+    __slots__ = ("_failure", "_is_recovering", "_recovery_lock", "_resolver")
     _target: _Target
 
     def __init__(self, resolver: _Resolver, target: _Target, headers: Optional[Mapping[str, str]], opener: Any) -> None:
@@ -5788,8 +5780,7 @@ class ManagedQvac(Qvac):
         self._resolver = resolver
         self._recovery_lock = _thread.RLock()  # on_progress or a signal handler may make a request in the middle of it
         self._is_recovering = False
-        self._failure: Optional[Tuple[_Target, BaseException]] = None
-        self._failed_at = 0.0
+        self._failure: Optional[Tuple[_Target, BaseException, float]] = None  # of the last recovery, and when
 
     def __del__(self) -> None:
         """Dropped without close(): it lets go of the serve."""
@@ -5858,26 +5849,24 @@ class ManagedQvac(Qvac):
 
     def _recover(self, failed: _Target, original: Optional[BaseException]) -> _Target:
         """Resolve again, once for all threads that saw the same serve fail, and share what came of it."""
-        asked_at = time.monotonic()
+        asked_at, gone = time.monotonic(), ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
         with self._recovery_lock:
             if self._target is not failed:
                 return self._target
-            if self._failure is not None and self._failure[0] is failed and asked_at < self._failed_at:
+            if self._failure is not None and self._failure[0] is failed and asked_at < self._failure[2]:
                 raise self._failure[1]
             if self._is_recovering:
-                raise original or _refused_error()
+                raise original or urllib.error.URLError(gone)
             self._is_recovering = True
             try:
-                self._target = self._resolver.resolve()
+                self._target, self._failure = self._resolver.resolve(), None
             except _Cancelled:
-                raise (original or _refused_error()) from None
+                raise (original or urllib.error.URLError(gone)) from None
             except QvacManagedModeError as error:
-                self._failure = (failed, error)
-                self._failed_at = time.monotonic()
+                self._failure = failed, error, time.monotonic()
                 raise
             finally:
                 self._is_recovering = False
-            self._failure = None
             return self._target
 
     def close(self) -> None:
@@ -5890,10 +5879,6 @@ class ManagedQvac(Qvac):
         default = None if self._resolver.wish.bin == ECHO else DEFAULT_CONTEXT  # the echo serve has no limit
         size = entry.get("config", {}).get("ctx_size", default)
         return size if type(size) is int and size > 0 else None
-
-
-def _refused_error() -> OSError:
-    return urllib.error.URLError(ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone"))
 
 
 def stopped_by(key: str) -> str:
@@ -6362,23 +6347,21 @@ def create_qvac(
     External: you run the serve; nothing is started and no request is made. `base_url` defaults to
     $QVAC_BASE_URL or http://127.0.0.1:11434/v1, `api_key` to $QVAC_API_KEY or "qvac".
 
-    Managed: attaches to a live serve with the same models and config, host, binary and pinned port,
-    or starts one; returns when it is ready. Its address and key are chosen for it. Times are seconds.
+    Managed: attaches to a live serve with the same models and config, host, binary and pinned port, or starts one;
+    returns when it is ready. Its address and key are chosen for it. Times are seconds; of several consumers' timeouts
+    the longest wins.
       models               names (catalog ids or constants) or specs, see ManagedModel
       serve_host, _port    where it listens; a pinned port makes the serve private unless reuse=True
       serve_bin_path       the `qvac` command; ECHO for the built-in echo serve
       serve_args           more arguments for `qvac serve`
       serve_start_timeout  how long a start may take while nothing moves (a growing download moves)
-      serve_idle_timeout   how long the serve stays after its last use; None: until stopped. With
-                           several consumers the longest wish wins
-      serve_sleep_timeout  how long without a request until the models leave memory, though the serve is
-                           still wanted; the next request wakes it. None: never. The longest wish wins
+      serve_idle_timeout   how long the serve stays after its last use; None: until stopped
+      serve_sleep_timeout  how long without a request until the models leave memory; the next one wakes it. None: never
       reuse                share the serve (default), or False for a private one that ends with us
       close_on_parent_exit close, and end this process, when its parent has gone
       require_ready        raise ModelLoadFailedError if the default model failed to load
       headers, opener      for requests; an opener is an object like urllib's OpenerDirector
-      on_progress          called with a Progress some four times a second while a start is waited for;
-                           "auto": show_progress, None: nothing
+      on_progress          called with a Progress some four times a second; "auto": show_progress, None: nothing
 
     An option of the other mode is an InvalidManagedModelError. Raises the errors of this module (base:
     QvacManagedModeError); then nothing is left behind.
