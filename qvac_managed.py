@@ -7488,7 +7488,7 @@ class _Stopped(KeyboardInterrupt):
 
     def __init__(self, signum: int) -> None:
         KeyboardInterrupt.__init__(self)
-        self.signum = signum
+        self.signum, self.name = signum, signal.Signals(signum).name
 
 
 def _usage_error(message: str) -> _CommandError:
@@ -7498,45 +7498,59 @@ def _usage_error(message: str) -> _CommandError:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command line (default: this process's own) and return its exit code."""
     words, previous = list(sys.argv[1:] if argv is None else argv), []  # type: List[str], List[Tuple[int, Any]]
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a name that the locale cannot write is no reason to crash
     try:
         code = _run_to_code(words, previous)
         if code and words[:1] == ["env"] and "--json" not in words:
-            _fail_in_eval(words)
+            # What `eval` is given by an `env` that fails: else a script goes on with the address of a cloud.
+            named = [word.rpartition("=")[2] for word in words]
+            shell = next((name for name in named if name in _SHELL_LINES), default_env_shell())
+            try:
+                _out(_shell_line(shell, 2))
+            except (_ReaderGone, _CommandError):
+                pass
         return code
     finally:
-        _put_handlers_back(previous)
+        for signum, handler in previous:
+            signal.signal(signum, handler)
 
 
 def _run_to_code(words: List[str], previous: List[Tuple[int, Any]]) -> int:
     """The one place where an error becomes a message and an exit code. PREVIOUS takes the handlers replaced."""
+
+    def stop(signum: int, _frame: Any) -> None:
+        raise _Stopped(signum)
+
     try:
-        _prepare_streams()
-        _install_stop_handlers(previous)
+        for signum in stop_signals() if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # that is how nohup works
+                previous.append((signum, signal.signal(signum, stop)))
         return _dispatch(words)
     except _ReaderGone:
         _discard_stdout()
         return EXIT_DONE
-    except _Stopped as stop:
-        _complain(f"stopped by {_signal_name(stop.signum)}")
-        return EXIT_SIGNAL + stop.signum
+    except _Stopped as error:
+        _complain(f"stopped by {error.name}")
+        return EXIT_SIGNAL + error.signum
     except KeyboardInterrupt:
         if _is_terminal(sys.stderr):
             _err("")  # the terminal has echoed ^C
         _complain("interrupted")
         return EXIT_INTERRUPTED
-    except _CommandError as error:
-        _complain(str(error))
-        return error.exit_code
     except Exception as error:
         message = _expected_failure(error)
         if message is None:
             raise  # a defect of ours: the traceback is what helps
         _complain(message)
-        return EXIT_FAILED
+        return error.exit_code if isinstance(error, _CommandError) else EXIT_FAILED
 
 
 def _expected_failure(error: Exception) -> Optional[str]:
     """What a failure of the serve, the network or the disk says; None for anything else."""
+    if isinstance(error, _CommandError):
+        return str(error)
     if isinstance(error, QvacManagedModeError):
         return _in_words_of_the_command_line(_one_line(str(error)))
     if isinstance(error, OSError):
@@ -7578,24 +7592,25 @@ def _one_line(text: str) -> str:
 def _dispatch(words: List[str]) -> int:
     if not words:
         raise _usage_error(f"no command; {_program()} demo shows what this does, --help lists all")
-    if words[0] in ("-h", "--help", "help"):
-        topic = words[1] if len(words) > 1 and words[0] == "help" else ""
+    name, rest = words[0], words[1:]
+    if name in ("-h", "--help", "help"):
+        topic = rest[0] if rest and name == "help" else ""
         _out(_command_help(topic) if topic in _COMMANDS else _overview())
-        return EXIT_DONE
-    if words[0] in ("-V", "--version"):
+    elif name in ("-V", "--version"):
         _out(f"qvac-managed {__version__}")
-        return EXIT_DONE
-    if words[0] in ("completion", "__complete"):
-        return _completion(words[1:]) if words[0] == "completion" else _complete(words[1:])
-    if words[0] not in _COMMANDS:
-        kind = "option" if words[0].startswith("-") else "command"
-        raise _usage_error(f"no {kind} {words[0]!r}{_or_did_you_mean(words[0], _COMMANDS)} (--help lists all)")
-    args = _parse(words[0], words[1:])
-    if args.help:
-        _out(_command_help(words[0]))
-        return EXIT_DONE
-    code: int = _COMMANDS[words[0]].run(args)
-    return code
+    elif name == "completion":
+        _completion(rest)
+    elif name == "__complete":
+        _complete(rest)
+    elif name not in _COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        raise _usage_error(f"no {kind} {name!r}{_or_did_you_mean(name, _COMMANDS)} (--help lists all)")
+    else:
+        args = _parse(name, rest)
+        if not args.help:
+            return _COMMANDS[name].run(args) or EXIT_DONE
+        _out(_command_help(name))
+    return EXIT_DONE
 
 
 # What ollama, docker, kubectl and others call it.
@@ -7615,13 +7630,6 @@ def _or_did_you_mean(word: str, known: Any) -> str:
 
 
 # -- streams and signals
-
-
-def _prepare_streams() -> None:
-    # A name that the locale cannot write, or bytes that it cannot read, are no reason to crash.
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 def _out(text: str, end: str = "\n") -> None:
@@ -7661,35 +7669,13 @@ def _print_json(value: Any) -> None:
     _out(json.dumps(value, indent=2 if _is_terminal(sys.stdout) else None))
 
 
-_COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
+_COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2"}
 
 
 def _paint(text: str, colour: str, stream: Any) -> str:
     if os.environ.get("NO_COLOR") or not _is_terminal(stream):
         return text
     return f"\033[{_COLOURS[colour]}m{text}\033[0m" if enable_ansi(stream) else text
-
-
-def _install_stop_handlers(previous: List[Tuple[int, Any]]) -> None:
-    def stop(signum: int, _frame: Any) -> None:
-        raise _Stopped(signum)
-
-    for signum in stop_signals():
-        # One that is ignored stays so: that is how nohup works. Only the main thread may ask for others.
-        try:
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                previous.append((signum, signal.signal(signum, stop)))
-        except ValueError:
-            break
-
-
-def _put_handlers_back(previous: List[Tuple[int, Any]]) -> None:
-    for signum, handler in previous:
-        signal.signal(signum, handler)
-
-
-def _signal_name(signum: int) -> str:
-    return signal.Signals(signum).name
 
 
 def _until_ctrl_c(pause: float, look: Callable[[], Any]) -> None:
@@ -7708,43 +7694,30 @@ def _until_ctrl_c(pause: float, look: Callable[[], Any]) -> None:
 # -- arguments: a converter takes the text behind a flag; its ValueError says what to give instead
 
 
-def _number(what: str, least: int, most: int = 10**9) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+def _one_of(pattern: str, what: str, convert: Callable[[str], Any] = str, among: Any = None) -> Callable[[str], Any]:
+    """A converter for text that PATTERN matches as a whole, and whose value is AMONG these."""
+
+    def take(text: str) -> Any:
+        if not re.fullmatch(pattern, text) or (among and convert(text) not in among):
             raise ValueError("give " + what)
-        return int(text)
+        return convert(text)
 
-    return convert
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 10:
-        raise ValueError("give a number from 0, such as 0.7")
-    return value
+    return take
 
 
 def _seconds(text: str) -> float:
-    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h", "d") else (text, "s")
-    if not number.isascii() or not number.replace(".", "", 1).isdigit():
-        raise ValueError("give seconds, or a time like 90s, 5m, 2h, 1d")
+    number, unit = (text[:-1], text[-1]) if text[-1:] in tuple("smhd") else (text, "s")
     return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
 
+_TIME = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)[smhd]?"
 
-def _seconds_above_0(text: str) -> float:
-    if _seconds(text) <= 0:
-        raise ValueError("give a time above 0")
-    return _seconds(text)
+_time = _one_of(_TIME + "|never", "seconds, or a time like 90s, 5m, 2h, 1d, or never",
+                lambda text: None if text == "never" else _seconds(text))  # fmt: skip
 
+_time_above_0 = _one_of(r"(?=.*[1-9])" + _TIME, "a time above 0", _seconds)
 
-def _seconds_or_never(text: str) -> Optional[float]:
-    try:
-        return None if text == "never" else _seconds(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, or never") from None
+_port = _one_of("[0-9]{1,9}", "a port between 1 and 65535", int, range(1, 65536))
+_positive = _one_of("[0-9]{1,9}", "a whole number above 0", int, range(1, 10**9))
 
 
 def _setting(text: str) -> Tuple[str, Any]:
@@ -7772,25 +7745,12 @@ def _specs(text: str) -> List[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _package_version(text: str) -> str:
-    # It becomes part of what npm installs: a URL, a path or an option has no business there.
-    if not text or not all(c.isalnum() or c in ".-+" for c in text) or text[0] in ".-+":
-        raise ValueError("give a version like 0.13.1, or latest")
-    return text
-
-
 _SHELLS = ("sh", "bash", "zsh", "fish", "powershell", "cmd")
-
-
-def _shell(text: str) -> str:
-    if text not in _SHELLS:
-        raise ValueError("give one of " + ", ".join(_SHELLS))
-    return text
 
 
 # name: flags, what its value is called ("" for a switch), converter, default ([]: may be repeated), help
 _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
-    "ctx_size": ("--ctx-size", "N", _number("a whole number above 0", 1), None, "context length in tokens"),
+    "ctx_size": ("--ctx-size", "N", _positive, None, "context length in tokens"),
     "set": ("--set", "KEY=VALUE", _setting, [], "one config value, JSON or text; may be repeated"),
     "agent": ("--agent", "", None, False, "for coding agents: ctx_size 32768, tools true"),
     "lazy": ("--lazy", "", None, False, "load each model at its first request"),
@@ -7798,38 +7758,42 @@ _FLAGS: Dict[str, Tuple[str, str, Optional[Callable[[str], Any]], Any, str]] = {
     "echo": ("--echo", "", None, False, "the built-in echo serve: no Node.js, no model"),
     "bin": ("--bin", "PATH", None, None, "the qvac command to use (default: found)"),
     "host": ("--host", "ADDRESS", None, DEFAULT_HOST, f"address to listen on (default {DEFAULT_HOST})"),
-    "port": ("--port", "N", _number("a port between 1 and 65535", 1, 65535), None, "port to listen on (default: any)"),
+    "port": ("--port", "N", _port, None, "port to listen on (default: any)"),
     "private": ("--private", "", None, False, "a serve of one's own, shared with nobody"),
     "cors_origin": ("--cors-origin", "ORIGIN", str, [], "let web pages from there use it, too"),
     "serve_arg": ("--serve-arg", "ARG", str, [], "one more argument for `qvac serve`; may be repeated"),
-    "idle_timeout": ("--idle-timeout", "T", _seconds_or_never, DEFAULT_IDLE_TIMEOUT,
+    "idle_timeout": ("--idle-timeout", "T", _time, DEFAULT_IDLE_TIMEOUT,
                      "90s, 2h or never after the last use it ends (default 5m)"),
-    "sleep_after": ("--sleep-after", "T", _seconds_or_never, DEFAULT_SLEEP_TIMEOUT,
+    "sleep_after": ("--sleep-after", "T", _time, DEFAULT_SLEEP_TIMEOUT,
                     "without a request the memory is freed (default 15m)"),
-    "start_timeout": ("--start-timeout", "T", _seconds_above_0, DEFAULT_START_TIMEOUT,
+    "start_timeout": ("--start-timeout", "T", _time_above_0, DEFAULT_START_TIMEOUT,
                       "give up a start that makes no progress (default 3m)"),
     "json": ("--json", "", None, False, "print JSON"),
     "quiet": ("-q --quiet", "", None, False, "no progress and no notes on stderr"),
     "show_key": ("--show-key", "", None, False, "print the API key, too"),
-    "shell": ("--shell", "NAME", _shell, None, "sh, bash, zsh, fish, powershell or cmd"),
+    "shell": ("--shell", "NAME", _one_of("|".join(_SHELLS), "one of " + ", ".join(_SHELLS)), None,
+              "sh, bash, zsh, fish, powershell or cmd"),
     "unset": ("--unset", "", None, False, "lines that take the variables away again"),
     "dry_run": ("--dry-run", "", None, False, "show variables and command, start nothing"),
     "watch": ("-w --watch", "", None, False, "draw it again every 2 seconds, until Ctrl-C"),
     "ids": ("-q --ids", "", None, False, "only IDs"),
     "all": ("-a --all", "", None, False, "all of them"),
     "forget_key": ("--forget-key", "", None, False, "its pinned port gets another API key next time"),
-    "lines": ("-n --lines", "N", _number("a whole number from 0", 0), _LOG_LINES, f"how many (default {_LOG_LINES})"),
+    "lines": ("-n --lines", "N", _one_of("[0-9]{1,9}", "a whole number from 0", int), _LOG_LINES,
+              f"how many (default {_LOG_LINES})"),
     "follow": ("-f --follow", "", None, False, "go on with what is added, until Ctrl-C"),
     "endpoint": ("--endpoint", "NAME", None, None, "only models for this endpoint, like chat"),
     "downloaded": ("--downloaded", "", None, False, "what lies on this disk, and where"),
     "system": ("--system", "TEXT", None, None, "the system message"),
-    "temperature": ("--temperature", "T", _temperature, None, "how freely it chooses its words; 0: not at all"),
-    "max_tokens": ("--max-tokens", "N", _number("a whole number above 0", 1), None,
+    "temperature": ("--temperature", "T", _one_of(r"[0-9]*\.?[0-9]+", "a number from 0, such as 0.7", float), None,
+                    "how freely it chooses its words; 0: not at all"),
+    "max_tokens": ("--max-tokens", "N", _positive, None,
                    "the longest answer, with what it thinks"),
     "no_think": ("--no-think", "", None, False, "do not show what the model thinks"),
     "stats": ("--stats", "", None, False, "say tokens per second afterwards, on stderr"),
     "online": ("--online", "", None, False, "also the network that downloads need"),
-    "version": ("--version", "V", _package_version, "latest", "which version (default latest)"),
+    "version": ("--version", "V", _one_of("[A-Za-z0-9][A-Za-z0-9.+-]*", "a version like 0.13.1, or latest"), "latest",
+                "which version (default latest)"),
     "node": ("--node", "", None, False, "Node.js too, though there is one on PATH"),
     "remove": ("--remove", "", None, False, "remove what this command has installed"),
 }
@@ -7910,41 +7874,35 @@ def _refuse_run_without_dashes(args: Any) -> None:
     raise _usage_error(f"run: put the command after --, like: run {model} -- aider; to talk to the model: chat {model}")
 
 
-def _is_model_file(text: str) -> bool:
-    return "://" in text or "/" in text or os.sep in text or text.endswith(".gguf")
-
-
-def _model_spec(text: str, config: Dict[str, Any], is_lazy: bool) -> Any:
+def _model_spec(text: str, config: Dict[str, Any], is_lazy: bool) -> Dict[str, Any]:
     """What a MODEL word asks for, as `create_qvac` takes it."""
+
+    def is_file(word: str) -> bool:
+        return "/" in word or os.sep in word or word.endswith(".gguf")
+
     alias, equals, name = text.partition("=")
-    if not equals or _is_model_file(alias):
+    if not equals or is_file(alias):
         alias, equals, name = "", "", text
     if not name.strip() or (equals and not alias.strip()):
         raise _usage_error(f"{text!r} is no model: give NAME, ALIAS=NAME or ALIAS=/path/model.gguf")
-    if _is_model_file(name) and not equals:
-        stem = os.path.splitext(os.path.basename(name))[0] or "mine"
-        raise _usage_error(f"a model file needs a name to be asked for by: write {stem}={name}")
-    if _is_model_file(name):
+    spec: Dict[str, Any] = {"name": alias, "model": name} if equals else {"name": name}
+    if is_file(name):
+        if not equals:
+            stem = os.path.splitext(os.path.basename(name))[0] or "mine"
+            raise _usage_error(f"a model file needs a name to be asked for by: write {stem}={name}")
         path = name if "://" in name else os.path.abspath(os.path.expanduser(name))
         if "://" not in name and not os.path.isfile(path):
             problem = "is a folder; give the model file in it" if os.path.isdir(path) else "is no file"
             raise _CommandError(f"{path} {problem}")
-        spec: Dict[str, Any] = {"name": alias, "src": path}
-    else:
-        spec = {"name": alias, "model": name} if equals else {"name": name}
-    if config:
-        spec["config"] = dict(config)
-    if is_lazy:
-        spec["preload"] = False
-    return spec
+        spec = {"name": alias, "src": path}
+    return {**spec, **({"config": dict(config)} if config else {}), **({"preload": False} if is_lazy else {})}
 
 
 def _models(args: Any, words: Sequence[str]) -> List[Any]:
     config: Dict[str, Any] = dict(_AGENT_CONFIG) if args.agent else {}
-    if args.ctx_size is not None:
-        config["ctx_size"] = args.ctx_size
-    config.update(args.set or [])
-    specs = [spec for group in args.spec or [] for spec in group]
+    config.update({} if args.ctx_size is None else {"ctx_size": args.ctx_size})
+    config.update(args.set)
+    specs = [spec for group in args.spec for spec in group]
     if (config or args.lazy) and not words:
         raise _usage_error("--ctx-size, --set, --agent and --lazy are for a MODEL; a --spec has fields of its own")
     if not words and not specs:
@@ -7961,16 +7919,13 @@ def _serve_bin_path(args: Any) -> Optional[str]:
     return ECHO if args.echo else path
 
 
-def _refuse_private(args: Any) -> None:
-    if args.private:
-        raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
-
-
 # -- the serve that is meant
 
 
 def _attach(args: Any, words: Sequence[str]) -> ManagedQvac:
     """Attach to the serve that the arguments ask for, or start it, with progress and notes on stderr."""
+    if args.private and args.command in ("up", "env"):
+        raise _usage_error(f"{args.command}: a private serve ends with its owner; use serve or run")
     progress = _ProgressLine(args.quiet)
     flags = {"start_timeout": "start_timeout", "idle_timeout": "idle_timeout", "sleep_timeout": "sleep_after"}
     times = {name: getattr(args, flag) for name, flag in flags.items()}
@@ -8022,9 +7977,7 @@ def _running_serve(args: Any, words: Sequence[str]) -> Optional[ServeInfo]:
         pass
     found = [{serve.fleet_key: serve for serve in find_serves(word) if _can_be_shared(serve)} for word in words]
     fit = [serve for key, serve in found[0].items() if all(key in others for others in found)]
-    if len(fit) > 1:
-        raise _ambiguous(" ".join(words), fit)
-    return fit[0] if fit else None
+    return _only(" ".join(words), fit) if fit else None
 
 
 def _is_configured(args: Any) -> bool:
@@ -8050,13 +8003,13 @@ def _one_serve(word: str) -> ServeInfo:
     found = find_serves(word)
     if not found:
         raise _CommandError(f"no serve {word!r} (running: {_running_names()}); see {_program()} ps", EXIT_NO_SERVE)
+    return _only(word, found)
+
+
+def _only(word: str, found: Sequence[ServeInfo]) -> ServeInfo:
     if len(found) > 1:
-        raise _ambiguous(word, found)
+        raise _CommandError(f"{word} could be any of: {'; '.join(map(_serve_text, found))}; give an ID")
     return found[0]
-
-
-def _ambiguous(word: str, found: Sequence[ServeInfo]) -> _CommandError:
-    return _CommandError(f"{word} could be any of: {'; '.join(map(_serve_text, found))}; give an ID")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -8072,27 +8025,26 @@ def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: S
 
     No word is broken: where that takes more than WIDTH there is no table, and the answer is [].
     """
-    columns = [[clean_text(row[i]) for row in rows] for i in range(len(rows[0]))]
-    full = [max(map(len, column)) for column in columns]
-    least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
-    widths = [least[i] if width and i in wrap else full[i] for i in range(len(full))]
-    spare = width - sum(widths) - 2 * (len(widths) - 1)
-    if width and spare < 0:
-        return []
-    for i in range(len(widths)) if width else ():
-        widths[i], spare = min(full[i], widths[i] + spare), spare - min(full[i] - widths[i], spare)
+    columns = [list(map(clean_text, column)) for column in zip(*rows)]
+    widths = full = [max(map(len, column)) for column in columns]
+    if width:
+        least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
+        widths = [least[i] if i in wrap else full[i] for i in range(len(full))]
+        spare = width - sum(widths) - 2 * (len(widths) - 1)
+        if spare < 0:
+            return []
+        for i in wrap:
+            widths[i], spare = min(full[i], widths[i] + spare), spare - min(full[i] - widths[i], spare)
     lines: List[str] = []
     for row in zip(*columns):
-        cells = [_folded(cell, widths[i]) for i, cell in enumerate(row)]
-        for number in range(max(map(len, cells))):
-            pieces = [cell[number] if number < len(cell) else "" for cell in cells]
+        cells = [textwrap.wrap(cell, size, **_WHOLE_WORDS) for cell, size in zip(row, widths)]
+        for number in range(max(1, *map(len, cells))):
+            pieces = ["".join(cell[number : number + 1]) for cell in cells]
             padded = (text.rjust(widths[i]) if i in right else text.ljust(widths[i]) for i, text in enumerate(pieces))
             lines.append("  ".join(padded).rstrip())
     return lines
 
-
-def _folded(text: str, width: int) -> List[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+_WHOLE_WORDS: Dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def _blocks(rows: List[List[str]], width: int) -> List[str]:
@@ -8100,7 +8052,7 @@ def _blocks(rows: List[List[str]], width: int) -> List[str]:
     left, lines = max(map(len, rows[0])) + 2, []  # type: int, List[str]
     for row in rows[1:]:
         for name, cell in zip(rows[0], row):
-            folded = _folded(clean_text(cell), max(width - left, 1))
+            folded = textwrap.wrap(clean_text(cell), max(width - left, 1), **_WHOLE_WORDS) or [""]
             lines += [(name if number == 0 else "").ljust(left) + text for number, text in enumerate(folded)]
         lines.append("")
     return lines[:-1]
@@ -8119,38 +8071,32 @@ def _print_table(rows: List[List[str]], wrap: Sequence[int] = (), right: Sequenc
     "Start or attach to a serve, print its URL, hold it until Ctrl-C.\n"
     "MODEL may be the ID or a model of a running serve, here and below.",
     "serve qwen3.5-9b", "serve gpt-4o-mini=qwen3.5-9b --ctx-size 8192 --port 11434")  # fmt: skip
-def _do_serve(args: Any) -> int:
+def _do_serve(args: Any) -> Any:
     with _attach(args, args.words) as client:
+        url = client.base_url
+
+        def look() -> None:
+            nonlocal url
+            client.ensure()
+            if client.base_url != url:
+                url = client.base_url
+                _note(args, f"the serve was lost; another one is at {url}")
+
         try:
             _announce(args, client)
             _note(args, "Ctrl-C detaches")
-            _hold(args, client)
+            _until_ctrl_c(_HOLD_INTERVAL, look)
         except _Stopped as stop:
             # Ended by its supervisor, as it should be: systemd and docker take 143 for a failure.
-            if _signal_name(stop.signum) != "SIGTERM":
+            if stop.name != "SIGTERM":
                 raise
-        _note(args, _what_stays(args, client))
-    return EXIT_DONE
-
-
-def _hold(args: Any, client: ManagedQvac) -> None:
-    url = client.base_url
-
-    def look() -> None:
-        nonlocal url
-        client.ensure()
-        if client.base_url != url:
-            url = client.base_url
-            _note(args, f"the serve was lost; another one is at {url}")
-
-    _until_ctrl_c(_HOLD_INTERVAL, look)
-
-
-def _what_stays(args: Any, client: ManagedQvac) -> str:
-    record = read_record(client.fleet_key)
-    if args.private or record is None:
-        return "detached; the serve ends with its owner" if args.private else "detached; the serve has ended"
-    return f"detached; the serve stays {_lifetime(record)} ({_program()} stop {short_id(client.fleet_key)} ends it)"
+        record, stays = read_record(client.fleet_key), "the serve has ended"
+        if args.private:
+            stays = "the serve ends with its owner"
+        elif record is not None:
+            end = f"{_program()} stop {short_id(client.fleet_key)} ends it"
+            stays = f"the serve stays {_lifetime(record)} ({end})"
+        _note(args, "detached; " + stays)
 
 
 def _lifetime(record: ServeRecord) -> str:
@@ -8172,15 +8118,13 @@ def _announce(args: Any, client: ManagedQvac) -> None:
     "Start or attach to a serve, print its URL, return.\n"
     "It lives while it is used, and for the idle timeout after that.",
     "up qwen3.5-9b", "up --port 11434 qwen3.5-9b --idle-timeout never", "up my=./my.gguf --set device=cpu")  # fmt: skip
-def _do_up(args: Any) -> int:
-    _refuse_private(args)
+def _do_up(args: Any) -> Any:
     with _attach(args, args.words) as client:
         _announce(args, client)
         record, wish = read_record(client.fleet_key), args.idle_timeout
         is_wish = wish is not None and any(word.startswith("--idle-timeout") for word in args.typed)
         if is_wish and record is not None and wish * 1000 < record.idle_timeout_ms:
             _note(args, f"somebody asked for a longer idle timeout: it stays {_lifetime(record)}")
-    return EXIT_DONE
 
 
 @_command(
@@ -8189,7 +8133,7 @@ def _do_up(args: Any) -> int:
     "The command finds it in OPENAI_BASE_URL, OPENAI_API_KEY, QVAC_BASE_URL...\n"
     "Exit code: the command's, 128+n for signal n, 127 if there is no such command.",
     "run --agent qwen3.5-9b -- aider", "run tiny=./tiny.gguf -- python app.py")  # fmt: skip
-def _do_run(args: Any) -> int:
+def _do_run(args: Any) -> Any:
     if not args.tail:
         _refuse_run_without_dashes(args)
     _models(args, args.words)  # what is wrong with the words comes before what is wrong with the command
@@ -8198,22 +8142,18 @@ def _do_run(args: Any) -> int:
 
 def _run_command(args: Any, argv: List[str], more: Callable[[ManagedQvac], Mapping[str, str]]) -> int:
     """Let ARGV take our place, beside a serve, with its variables and MORE of them."""
-    _refuse_command(argv[0])
+    name = argv[0]
+    if not shutil.which(name):  # before anything is started: a typing error must not load a model
+        if name and os.path.exists(name) and os.path.dirname(name):
+            problem = "a folder, not a command" if os.path.isdir(name) else "not executable; try chmod +x"
+            raise _CommandError(f"{name}: {problem}", EXIT_NOT_EXECUTABLE)
+        raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
     with _attach(args, args.words) as client:
         try:
             return run_instead(argv, dict(os.environ, **client.environ(), **more(client)))
         except OSError as error:
             code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_NOT_EXECUTABLE
-            raise _CommandError(f"{argv[0]}: {error.strerror}", code) from None
-
-
-def _refuse_command(name: str) -> None:
-    # Before anything is started: a typing error must not load a model.
-    if not shutil.which(name):
-        if name and os.path.exists(name) and os.path.dirname(name):
-            problem = "a folder, not a command" if os.path.isdir(name) else "not executable; try chmod +x"
-            raise _CommandError(f"{name}: {problem}", EXIT_NOT_EXECUTABLE)
-        raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
+            raise _CommandError(f"{name}: {error.strerror}", code) from None
 
 
 # How a tool is told of a serve, by variables and flags alone. @URL, @MODEL and @FOLDER (one of ours, with FILES in it)
@@ -8247,12 +8187,11 @@ _NO_TOOLS = {
     "Run a known tool, set up for a serve; no config file is touched.\n"
     "Without TOOL: which there are. Coding agents get --agent, if no flag says more.",
     "launch", "launch opencode qwen3.5-9b", "launch llm qwen3.5-2b -- 'Why is the sky blue?'")  # fmt: skip
-def _do_launch(args: Any) -> int:
+def _do_launch(args: Any) -> Any:
     if not args.words:
         rows = [["TOOL", "WHAT", "INSTALLED"]]
         rows += [[name, tool.about, on_path(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
-        _print_table(rows, wrap=(1, 2))
-        return EXIT_DONE
+        return _print_table(rows, wrap=(1, 2))
     name, args.words = args.words[0], args.words[1:]
     if name not in _TOOLS:
         known = f"launch: no tool {name!r}; known: {', '.join(_TOOLS)}. For others: run MODEL -- COMMAND"
@@ -8261,57 +8200,46 @@ def _do_launch(args: Any) -> int:
     argv = [tool.program, *tool.argv, *(args.tail or [])]
     if not (args.dry_run or on_path(tool.program)):
         raise _CommandError(f"{tool.program} is not installed: {tool.install}", EXIT_NOT_FOUND)
-    running = _launched_serve(args, tool)
-    model = args.words[0].partition("=")[0] if args.words else _models(args, [])[0]["name"]
-
-    def variables(url: str, names: Sequence[str]) -> Dict[str, str]:
-        return _tool_variables(tool, url, model if model in names or not names else names[0])
-
-    def of_client(client: ManagedQvac) -> Dict[str, str]:
-        return variables(client.base_url, [item["id"] for item in client.models()])
-
-    if not args.dry_run:
-        return _run_command(args, argv, of_client)
-    names = [item["id"] for item in running.models or []] if running else []
-    url = running.base_url if running else "http://%s:%s/v1" % (args.host, args.port or "PORT")
-    for name, value in {**dict.fromkeys(_VARIABLES[:2], url), "OPENAI_API_KEY": "...", **variables(url, names)}.items():
-        _out(f"{name}={shlex.quote(value)}")
-    _out(" ".join(map(shlex.quote, argv)))
-    return EXIT_DONE
-
-
-def _launched_serve(args: Any, tool: _Tool) -> Optional[ServeInfo]:
-    """The running serve that is meant; without a word the only one there is. A coding agent else gets --agent."""
+    # Without a word the only serve that runs is meant. A coding agent gets --agent where nothing says more.
     if not args.words and not _is_configured(args):
         shared = [serve for serve in list_serves() if _can_be_shared(serve)]
         args.words = [short_id(shared[0].fleet_key)] if len(shared) == 1 else [_SAMPLE_MODEL]
     running = _running_serve(args, args.words)
     entries = list((running.config or {}).values()) if running else []
     has_context = args.ctx_size or args.set or args.spec or any("ctx_size" in (e.get("config") or {}) for e in entries)
-    if has_context or not tool.is_agent:
-        return running
-    if running is None or find_catalog_entry(args.words[0]):
-        args.agent, running = True, None
-    size = _AGENT_CONFIG["ctx_size"]
-    _note(args, f"with --agent: ctx_size {size}, tools true" if args.agent else f"agents want --ctx-size {size} or so")
-    return running
+    if tool.is_agent and not has_context:
+        if running is None or find_catalog_entry(args.words[0]):
+            args.agent, running = True, None
+        size = _AGENT_CONFIG["ctx_size"]
+        _note(args, f"with --agent: ctx_size {size}, tools true" if args.agent else f"agents want --ctx-size {size}")
+    model = args.words[0].partition("=")[0] if args.words else _models(args, [])[0]["name"]
+
+    def variables(url: str, models: Sequence[Mapping[str, Any]]) -> Dict[str, str]:
+        names = [item["id"] for item in models]
+        return _tool_variables(tool, url, model if model in names or not names else names[0])
+
+    if not args.dry_run:
+        return _run_command(args, argv, lambda client: variables(client.base_url, client.models()))
+    url = running.base_url if running else "http://%s:%s/v1" % (args.host, args.port or "PORT")
+    told = {**dict.fromkeys(_VARIABLES[:2], url), "OPENAI_API_KEY": "...",
+            **variables(url, running.models or [] if running else [])}  # fmt: skip
+    _out("".join(f"{name}={shlex.quote(value)}\n" for name, value in told.items()) + " ".join(map(shlex.quote, argv)))
 
 
 def _tool_variables(tool: _Tool, url: str, model: str) -> Dict[str, str]:
     folder = os.path.join(qvac_home(), "launch", tool.program)
 
     def fill(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {fill(key): fill(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [fill(item) for item in value]
-        return value.replace("@URL", url).replace("@MODEL", model).replace("@FOLDER", folder)
+        text = json.dumps(value)
+        for name, word in (("@URL", url), ("@MODEL", model), ("@FOLDER", folder)):
+            text = text.replace(name, json.dumps(word)[1:-1])
+        return json.loads(text)
 
     for name, content in tool.files.items():
         ensure_own_folder(folder, "Put that right first")
         _write_new_file(os.path.join(folder, name), json.dumps(fill(content)).encode(), replace=True)  # JSON is YAML
-    filled = {name: fill(value) for name, value in tool.variables.items()}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in filled.items()}
+    filled = fill(tool.variables).items()
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in filled}
 
 
 _VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY", "QVAC_BASE_URL", "QVAC_API_KEY")
@@ -8323,26 +8251,23 @@ _NO_PROXY = ("NO_PROXY", "no_proxy")
     "Start or attach to a serve, print its variables for a shell.\n"
     "When it fails it prints a line that makes `eval` fail, too.",
     'eval "$(PROGRAM env qwen3.5-9b)"', "env --shell fish qwen3.5-9b | source", "env --unset")  # fmt: skip
-def _do_env(args: Any) -> int:
-    _refuse_private(args)
+def _do_env(args: Any) -> Any:
     shell = args.shell or default_env_shell()
     if args.unset:
         for name in _VARIABLES + _NO_PROXY:
             # What else these two name is the user's.
             if name in _VARIABLES or set(os.environ.get(name, "").split(",")) <= {"127.0.0.1", "localhost", "::1"}:
                 _out(_shell_line(shell, 1, name))
-        return EXIT_DONE
+        return
     with _attach(args, args.words) as client:
         variables = client.environ()
     if args.json:
-        _print_json(variables)
-        return EXIT_DONE
+        return _print_json(variables)
     for name, value in variables.items():
         _out(_shell_line(shell, 0, name, value))
     if _is_terminal(sys.stdout):
         command = " ".join([_program(), "env", *map(shlex.quote, args.typed)])
         _note(args, "# to set them in this shell: " + _EVAL.get(shell, _EVAL["sh"]) % command)
-    return EXIT_DONE
 
 
 # A shell's line that sets a variable, that takes it away, that fails; and what a quote in quotes is to it.
@@ -8370,16 +8295,6 @@ def _shell_line(shell: str, which: int, name: str = "", value: str = "") -> str:
     return str(lines[which]).format(name=name, value=value)
 
 
-def _fail_in_eval(words: Sequence[str]) -> None:
-    """What `eval` is given by an `env` that fails: else a script goes on with the address of a cloud."""
-    named = [word.rpartition("=")[2] for word in words]
-    shell = next((name for name in named if name in _SHELL_LINES), default_env_shell())
-    try:
-        _out(_shell_line(shell, 2))
-    except (_ReaderGone, _CommandError):
-        pass
-
-
 # -- ps, stop, sleep, restart, logs
 
 
@@ -8389,13 +8304,12 @@ def _fail_in_eval(words: Sequence[str]) -> None:
     "SETTINGS: what is not default. SLEEPS IN: without a request its memory is freed\n"
     "then; ENDS IN: unused it ends then. --all: dead ones that wait to be swept, too.",
     "ps", "ps --watch", "ps --json")  # fmt: skip
-def _do_ps(args: Any) -> int:
+def _do_ps(args: Any) -> Any:
     redraw = args.watch and _is_terminal(sys.stdout) and enable_ansi(sys.stdout) and not (args.json or args.ids)
     if args.watch:
         _until_ctrl_c(_WATCH_INTERVAL, lambda: _show_serves(args, redraw))
     else:
         _show_serves(args, redraw)
-    return EXIT_DONE
 
 
 def _show_serves(args: Any, redraw: bool = False) -> None:
@@ -8464,7 +8378,7 @@ def _settings(serve: ServeInfo) -> List[str]:
     words += [f"port {serve.pinned_port}"] if serve.pinned_port else []
     words += ["private"] if serve.private else []
     words += [" ".join(serve.serve_args)] if serve.serve_args else []
-    words += ["open to the network"] if serve.host in ("0.0.0.0", "::") else []
+    words += ["open to the network"] if serve.host and loopback_of(serve.host) != serve.host else []
     return words + list(serve.changed or [])
 
 
@@ -8477,7 +8391,7 @@ def _json_word(value: Any) -> str:
     "Stop serves now, whoever uses them; returns when they are gone.\n"
     "An ID may be cut short. Exit code 3: no such serve.",
     "stop qwen3.5-9b", "stop ff42c973", "stop --all")  # fmt: skip
-def _do_stop(args: Any) -> int:
+def _do_stop(args: Any) -> Any:
     return _on_each_serve(args, "stopped", lambda key: stop_serve(key, forget_key=args.forget_key))
 
 
@@ -8486,7 +8400,7 @@ def _do_stop(args: Any) -> int:
     "Free the memory of serves now; the address stays.\n"
     "The next request loads the models again. Requests under way are waited for.",
     "sleep qwen3.5-9b", "sleep --all")  # fmt: skip
-def _do_sleep(args: Any) -> int:
+def _do_sleep(args: Any) -> Any:
     return _on_each_serve(args, "asleep", sleep_serve)
 
 
@@ -8495,7 +8409,7 @@ def _do_sleep(args: Any) -> int:
     "Start serves again behind the same address, with the same key.\n"
     "For a model file or a qvac command that has changed.",
     "restart qwen3.5-9b")  # fmt: skip
-def _do_restart(args: Any) -> int:
+def _do_restart(args: Any) -> Any:
     return _on_each_serve(args, "restarted", restart_serve)
 
 
@@ -8535,7 +8449,7 @@ def _on_each_serve(args: Any, done: str, act: Callable[[str], bool]) -> int:
     "ID|MODEL", 1, "lines follow quiet",
     "Show what a serve printed; also that of one which is gone.",
     "logs qwen3.5-9b", "logs -n 20 -f ff42c973")  # fmt: skip
-def _do_logs(args: Any) -> int:
+def _do_logs(args: Any) -> Any:
     if not args.words:
         raise _usage_error(f"logs: name a serve by ID or model; see {_program()} ps")
     key = _key_of_log(args.words[0])
@@ -8548,7 +8462,6 @@ def _do_logs(args: Any) -> int:
         if not os.path.exists(record_path(key)) and not os.path.exists(lock_path(key)):
             _note(args, "(this serve has ended; waiting for the next with its ID, Ctrl-C ends)")
         _until_ctrl_c(_FOLLOW_INTERVAL, log.copy_growth)
-    return EXIT_DONE
 
 
 def _key_of_log(word: str) -> str:
@@ -8637,14 +8550,13 @@ def _out_bytes(data: bytes) -> None:
     "List the models that can be named, or those on this disk.\n"
     "PATTERN is part of a name, or has * and ? in it. MEMORY: about what it wants.",
     "models", "models qwen3", "models --endpoint embedding", "models --downloaded")  # fmt: skip
-def _do_models(args: Any) -> int:
+def _do_models(args: Any) -> Any:
     pattern = args.words[0] if args.words else ""
     if args.downloaded:
         return _show_downloads(args, pattern)
     rows = [row for row in _model_rows() if _model_fits(row, pattern, args.endpoint)]
     if args.json:
-        _print_json(rows)
-        return EXIT_DONE
+        return _print_json(rows)
     endpoints = {row["endpoint"] for row in _model_rows() if row["endpoint"]}
     if args.endpoint and args.endpoint.lower() not in endpoints:
         raise _usage_error(f"--endpoint {args.endpoint}: give one of {', '.join(sorted(endpoints))}")
@@ -8662,7 +8574,6 @@ def _do_models(args: Any) -> int:
     if len(shown) < len(rows):
         hidden = len(rows) - len(shown)
         _note(args, f"and {hidden} constants: give a PATTERN, an --endpoint, or pipe this into a pager")
-    return EXIT_DONE
 
 
 def _model_rows() -> List[Dict[str, Any]]:
@@ -8691,11 +8602,10 @@ def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str] = Non
     return any(fnmatch.fnmatchcase((row[key] or "").lower(), glob) for key in ("name", "constant"))
 
 
-def _show_downloads(args: Any, pattern: str) -> int:
+def _show_downloads(args: Any, pattern: str) -> None:
     found = [row for row in _downloads() if not pattern or _model_fits(row, pattern)]
     if args.json:
-        _print_json(found)
-        return EXIT_DONE
+        return _print_json(found)
     rows = [["NAME", "SIZE", "LAST USE", "SERVE"]]
     for row in found:
         name = row["name"] or f"({os.path.basename(row['path'])}: not in the catalog)"
@@ -8711,7 +8621,6 @@ def _show_downloads(args: Any, pattern: str) -> int:
     if os.path.isdir(cache):
         size = _size(sum(model_files(cache).values()))
         _note(args, f"in {cache}: {size}, conversations that the CLI keeps; remove the folder while no serve runs")
-    return EXIT_DONE
 
 
 def _downloads() -> List[Dict[str, Any]]:
@@ -8756,7 +8665,7 @@ def _names_on_disk() -> Dict[str, str]:
     "MODEL...", None, "bin start_timeout json quiet",
     "Download models, without a serve that stays.",
     "pull qwen3.5-2b")  # fmt: skip
-def _do_pull(args: Any) -> int:
+def _do_pull(args: Any) -> Any:
     if not args.words:
         raise _usage_error(f"pull: name a model, like {_SAMPLE_MODEL}; `models` lists them")
     synthesize_serve_config(args.words, args.bin)  # names that are none, before anything is downloaded
@@ -8766,8 +8675,7 @@ def _do_pull(args: Any) -> int:
         if not args.json:
             _out(f"{word} is on this disk: {_size(rows[-1]['size_bytes'])}, {rows[-1]['path']}")
     if args.json:
-        _print_json(rows)
-    return EXIT_DONE
+        return _print_json(rows)
 
 
 def _downloaded(word: str) -> Optional[Dict[str, Any]]:
@@ -8806,7 +8714,7 @@ def _pull(args: Any, word: str) -> Dict[str, Any]:
     "Delete downloaded models; not while a serve has one.\n"
     "Only what the catalog or the CLI knows. A serve is ended by `stop`.",
     "rm qwen3.5-2b")  # fmt: skip
-def _do_rm(args: Any) -> int:
+def _do_rm(args: Any) -> Any:
     if not args.words:
         raise _usage_error(f"rm: name a model; {_program()} models --downloaded lists them")
     targets = [row for word in args.words for row in _removable(word)]
@@ -8815,8 +8723,7 @@ def _do_rm(args: Any) -> int:
         if not args.json:
             _out(f"removed {row['name']}: {_size(row['size_bytes'])} freed")
     if args.json:
-        _print_json(targets)
-    return EXIT_DONE
+        return _print_json(targets)
 
 
 def _removable(word: str) -> List[Dict[str, Any]]:
@@ -8838,7 +8745,7 @@ def _removable(word: str) -> List[Dict[str, Any]]:
     "Text on standard input is the prompt, or is added to PROMPT. Other users can\n"
     "read PROMPT in the list of processes, standard input not.",
     "chat qwen3.5-9b 'Why is the sky blue?'", "git diff | PROGRAM chat qwen3.5-9b 'Review this.'")  # fmt: skip
-def _do_chat(args: Any) -> int:
+def _do_chat(args: Any) -> Any:
     words = list(args.words)
     models = [] if args.spec else words[:1]
     prompt = " ".join(word for word in words[len(models) :] if word != "-")
@@ -8854,7 +8761,6 @@ def _do_chat(args: Any) -> int:
         if not is_asked:
             return conversation.hold()
         _answer(args, client, [*conversation.system, {"role": "user", "content": prompt}])
-    return EXIT_DONE
 
 
 def _read_stdin(args: Any) -> str:
@@ -9099,7 +9005,7 @@ def _read_line(prompt: str) -> Optional[str]:
     "Show the config and ID these arguments make; start nothing.\n"
     "Also whether a serve has that ID, and in what each other one differs.",
     "explain qwen3.5-9b --agent")  # fmt: skip
-def _do_explain(args: Any) -> int:
+def _do_explain(args: Any) -> Any:
     named, serves = _running_serve(args, args.words), list_serves()
     wish = _wish_of(named) if named else _wish(args, args.words)
     key = named.fleet_key if named else wish.fleet_key()
@@ -9115,7 +9021,6 @@ def _do_explain(args: Any) -> int:
         _print_json(told)
     else:
         _print_explanation(told, same)
-    return EXIT_DONE
 
 
 def _wish_of(serve: ServeInfo) -> Wish:
@@ -9161,7 +9066,7 @@ if TYPE_CHECKING:
     "Check what serves need, and say what to type. Changes nothing.\n"
     "With --quiet only what is not ok. Exit code 1: a check failed.",
     "doctor", "doctor --online")  # fmt: skip
-def _do_doctor(args: Any) -> int:
+def _do_doctor(args: Any) -> Any:
     findings = []
     for check in (_check_programs, _check_folder, _check_serves, _check_room, _check_network):
         try:
@@ -9335,7 +9240,7 @@ def _try_loopback() -> None:
     "Which needs no administrator rights: pip fetches Node.js, if there is none from\n"
     f"version {MIN_NODE} on, and npm the package @qvac/cli. Undone by --remove.",
     "install-cli", "install-cli --version 0.13.1")  # fmt: skip
-def _do_install_cli(args: Any) -> int:
+def _do_install_cli(args: Any) -> Any:
     home = qvac_home()
     if args.remove:
         return _remove_installed(args, home)
@@ -9355,7 +9260,6 @@ def _do_install_cli(args: Any) -> int:
         _print_json({"path": target, "version": version, "node": node})
     else:
         _out(f"qvac {version} is in {target}, for {node}")
-    return EXIT_DONE
 
 
 def _remove_installed(args: Any, home: str) -> int:
@@ -9509,7 +9413,7 @@ def _npm_reason(logs: str) -> str:
     "", 0, "",
     "Show the whole life of a serve in seconds, without a model.",
     "demo")  # fmt: skip
-def _do_demo(args: Any) -> int:
+def _do_demo(args: Any) -> Any:
     before, began, idle = os.environ.get("QVAC_MANAGED_DIR"), time.monotonic(), 2.0
     folder = os.environ["QVAC_MANAGED_DIR"] = tempfile.mkdtemp(prefix="qvac-demo.")
 
@@ -9544,7 +9448,6 @@ def _do_demo(args: Any) -> int:
         shutil.rmtree(folder, ignore_errors=True)
         os.environ.pop("QVAC_MANAGED_DIR")
         os.environ.update({"QVAC_MANAGED_DIR": before} if before else {})
-    return EXIT_DONE
 
 
 def _own_command() -> List[str]:
