@@ -934,7 +934,10 @@ else:
                     loader.get_code(name)
                 finally:
                     os._exit(0)
-            os.waitpid(child, 0)
+            try:
+                os.waitpid(child, 0)
+            except OSError:
+                pass  # where SIGCHLD is ignored this is how it says that the child has ended
         try:
             code = loader.get_code(name)
         except (EOFError, ValueError, TypeError):

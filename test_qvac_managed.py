@@ -10631,7 +10631,7 @@ class BadInputTest(Transcripts):
         with socket.create_server(("127.0.0.1", 0)) as rival:
             port = str(rival.getsockname()[1])
             said = self.typed(f"up --echo {MODEL} --port {port}")
-        self.assertRegex(said, rf"^qvac-managed: .*{port}.*choose another --port.*\n\[1\]\n$")
+        self.assertRegex(said, rf"^qvac-managed: .*{port}.*[Cc]hoose another --port.*\n\[1\]\n$")
         self.assert_nothing_left()
 
     def test_home_that_cannot_be_written(self):
