@@ -4906,6 +4906,59 @@ def make_room(models: Mapping[str, Any], own_key: str, log: Callable[[str], None
         log("%d MB wanted, %d MB free: trying all the same" % (wanted >> 20, (free_memory() or 0) >> 20))
 
 
+def _size(count: Optional[float]) -> str:
+    """Bytes as people say them: 812 MB, 2.6 GB."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.1f} {unit}" if count < 10 and unit in ("MB", "GB") else f"{count:.0f} {unit}"
+        count /= 1000.0
+    return f"{count:.1f} TB"
+
+
+def _serve_log(key: str, start: int = 0, limit: int = LOG_READ_BYTES) -> str:
+    """The end of a serve's log from offset START; "" if it cannot be read."""
+    try:
+        fd = open_log(key)
+        try:
+            return read_log(fd, start, limit).decode("utf-8", "replace").replace("\0", "")
+        finally:
+            os.close(fd)
+    except (OSError, RegistryError):
+        return ""
+
+
+def load_failure_reason(key: str, alias: str, secret: str) -> str:
+    """Why a model failed to load, in the serve's own words from its log."""
+    found = None
+    lines = redact(_serve_log(key, 0, 16 * LOG_READ_BYTES), secret).splitlines()
+    for index, line in enumerate(lines):
+        if line.startswith('Failed to preload "%s": ' % alias):
+            found = line.partition('": ')[2].strip()
+            for more in lines[index + 1 : index + 7]:  # "  caused by: ...", or what a config check objects to
+                if not more.startswith(("  ", "\u2716")):  # not the arrow: with that a request begins
+                    break
+                found += " " + more.strip()
+    return found or "the serve does not say why (its log: %s)" % log_path(key)
+
+
+def download_size(models: Mapping[str, Any], present: Mapping[str, int]) -> Optional[int]:
+    """Bytes that a start has to download: what its models weigh, less those that lie there whole already."""
+    there = set(present.values())
+    remote = [alias for alias, entry in models.items() if "model" in entry or "://" in entry.get("src", "")]
+    weights = model_weights(models)
+    if any("src" in models[alias] for alias in remote):
+        return None
+    return sum(weights.get(alias, 0) for alias in remote if weights.get(alias) not in there)
+
+
+def _new_api_key() -> str:
+    import base64
+
+    return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
+
+
 def progress_words(phase: str, bytes_done: Optional[int] = None, bytes_total: Optional[int] = None,
                    still_s: float = 0.0, names: Sequence[str] = ()) -> str:  # fmt: skip
     """What a start is doing, for lines and errors: its phase, unless that is a download that stands still."""
@@ -5101,17 +5154,6 @@ class _ProgressLine:
             parts += [_size(rate) + "/s"] if rate else []
             parts += [_span((total - done) / rate) + " left"] if rate and total and total > done else []
         return "  ".join(parts)
-
-
-def _size(count: Optional[float]) -> str:
-    """Bytes as people say them: 812 MB, 2.6 GB."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.1f} {unit}" if count < 10 and unit in ("MB", "GB") else f"{count:.0f} {unit}"
-        count /= 1000.0
-    return f"{count:.1f} TB"
 
 
 def _span(seconds: Optional[float]) -> str:
@@ -5527,37 +5569,34 @@ class Stream:
         return self
 
     def __next__(self) -> Piece:
-        while not self._ready:
-            if self._is_over:
-                raise StopIteration
-            try:
+        try:
+            while not self._ready and not self._is_over:
                 self._advance()
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
+        if not self._ready:
+            raise StopIteration
         return self._ready.pop(0)
 
     def _advance(self) -> None:
-        data: Optional[bytes] = None
         broken: OSError = _broken_off()
         try:
             data = next(self._events, None)
         except OSError as error:
-            broken = error
+            data, broken = None, error
         if data is not None and data.strip() != b"[DONE]":
             pieces = _picked(data, "part of an answer", self._reading.take)
             if pieces and self._watch is not None:
                 self._watch.end()
             self._ready = [piece for piece in pieces if self._reasoning or piece.kind == "content"]
-            return
-        if self._is_over:  # another thread has closed it
-            return
-        self.close()
-        if self._watch is not None and self._watch.found is not None:  # then the watch has ended it
-            raise self._watch.found
-        if data is None and not self._reading.finish_reason:  # of a broken chunked answer http.client sees no end
-            raise broken
-        self._reading.whole()
+        elif not self._is_over:  # else another thread has closed it
+            self.close()
+            if self._watch is not None and self._watch.found is not None:  # then the watch has ended it
+                raise self._watch.found
+            if data is None and not self._reading.finish_reason:  # of a broken chunked answer http.client sees no end
+                raise broken
+            self._reading.whole()
 
     @property
     def answer(self) -> Answer:
@@ -5878,10 +5917,10 @@ class ManagedQvac(Qvac):
         _open_clients.pop(id(self), None)
 
     def _context(self, model: str) -> Optional[int]:
-        entry = self._resolver.wish.models.get(model, {"config": {"ctx_size": None}})
-        default = None if self._resolver.wish.bin == ECHO else DEFAULT_CONTEXT  # the echo serve has no limit
-        size = entry.get("config", {}).get("ctx_size", default)
-        return size if type(size) is int and size > 0 else None
+        wish = self._resolver.wish
+        default = None if wish.bin == ECHO else DEFAULT_CONTEXT  # the echo serve has no limit
+        size = wish.models[model].get("config", {}).get("ctx_size", default) if model in wish.models else None
+        return _count(size) or None
 
 
 def stopped_by(key: str) -> str:
@@ -5891,18 +5930,6 @@ def stopped_by(key: str) -> str:
     ours = [line.partition("] ")[2] for line in _serve_log(key).splitlines() if line.startswith("[qvac_managed ")]
     told = [line[len("told to stop by ") :] for line in ours[-6:] if line.startswith("told to stop by ")]
     return clean_text(told[-1]) if told and ours[-1].startswith("runner ends") else ""
-
-
-def _serve_log(key: str, start: int = 0, limit: int = LOG_READ_BYTES) -> str:
-    """The end of a serve's log from offset START; "" if it cannot be read."""
-    try:
-        fd = open_log(key)
-        try:
-            return read_log(fd, start, limit).decode("utf-8", "replace").replace("\0", "")
-        finally:
-            os.close(fd)
-    except (OSError, RegistryError):
-        return ""
 
 
 class _Resolver:
@@ -6183,21 +6210,23 @@ class _Resolver:
 
     def _start_runner(self, command: List[str]) -> None:
         """With the spawn lock held: start a runner, and return once it has published its record; its typed error if
-        not.
-
-        Nobody waits for it longer than the interpreter needs: what it is doing afterwards its front tells.
-        """
+        not. What it does afterwards its front tells."""
         if self._starts == 2:
             raise ServeSpawnFailedError(_runner_died(self.key, None))
         self._note_others()
         _clear_before_start(self.key)
+        argv = reexec_argv("runner", detach=True, pycache=pycache_folder())
         log_fd = open_log(self.key)
         log_start = os.fstat(log_fd).st_size
         params = {"key": self.key, "wish": self.wish._asdict(), "command": command, "lock": held_lock(self.key)}
         try:
             with self._close_lock:
                 self._check_cancelled()
-                channel = _started_runner(log_fd, json.dumps(params).encode())
+                channel = RunnerChannel(argv, log_fd, json.dumps(params).encode())
+        except OSError as error:
+            hint = _TROUBLE_HINTS[error.errno] if error.errno in (errno.EMFILE, errno.EAGAIN) else ""
+            raise ServeSpawnFailedError("Could not start a runner with %s: %s. %s" % (
+                argv[0], error.strerror or error, hint)) from None  # fmt: skip
         finally:
             os.close(log_fd)
         self._starts += 1
@@ -6243,54 +6272,14 @@ def changed_files(facts: Mapping[str, Any]) -> List[str]:
     return [clean_text(path) for path, version in versions if current_version(path) not in (None, version)]
 
 
-def download_size(models: Mapping[str, Any], present: Mapping[str, int]) -> Optional[int]:
-    """Bytes that a start has to download: what its models weigh, less those that lie there whole already."""
-    there = set(present.values())
-    remote = [alias for alias, entry in models.items() if "model" in entry or "://" in entry.get("src", "")]
-    weights = model_weights(models)
-    if any("src" in models[alias] for alias in remote):
-        return None
-    return sum(weights.get(alias, 0) for alias in remote if weights.get(alias) not in there)
-
-
 def _new_consumer_id() -> str:
     return "%d.%s" % (os.getpid(), os.urandom(4).hex())
-
-
-def _new_api_key() -> str:
-    import base64
-
-    return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
-
-
-def _started_runner(log_fd: int, params: bytes) -> RunnerChannel:
-    argv = reexec_argv("runner", detach=True, pycache=pycache_folder())
-    try:
-        return RunnerChannel(argv, log_fd, params)
-    except OSError as error:
-        hint = _TROUBLE_HINTS[error.errno] if error.errno in (errno.EMFILE, errno.EAGAIN) else ""
-        text = "Could not start a runner with %s: %s. %s" % (argv[0], error.strerror or error, hint)
-        raise ServeSpawnFailedError(text) from None
 
 
 def _runner_died(key: str, code: Optional[int] = None, log_start: int = 0) -> str:
     how = " with exit code %d" % code if code else ""
     tail = _serve_log(key, log_start).strip()[-1500:]
     return "The runner ended%s before the serve was ready.%s" % (how, _output(tail))
-
-
-def load_failure_reason(key: str, alias: str, secret: str) -> str:
-    """Why a model failed to load, in the serve's own words from its log."""
-    found = None
-    lines = redact(_serve_log(key, 0, 16 * LOG_READ_BYTES), secret).splitlines()
-    for index, line in enumerate(lines):
-        if line.startswith('Failed to preload "%s": ' % alias):
-            found = line.partition('": ')[2].strip()
-            for more in lines[index + 1 : index + 7]:  # "  caused by: ...", or what a config check objects to
-                if not more.startswith(("  ", "\u2716")):  # not the arrow: with that a request begins
-                    break
-                found += " " + more.strip()
-    return found or "the serve does not say why (its log: %s)" % log_path(key)
 
 
 def _warn(text: str, *args: Any) -> None:
@@ -6586,8 +6575,7 @@ def _settle(done: Optional[asyncio.Future[Any]], result: Any, error: Optional[Ba
 
 
 def _watch_parent(resolver: _Resolver) -> None:
-    """close_on_parent_exit: a thread that ends the process once the parent is gone, for hosts that live
-    only for it."""
+    """close_on_parent_exit: a thread that ends the process once its parent is gone."""
     parent = parent_handle()
 
     def watch() -> None:
@@ -6682,13 +6670,9 @@ def find_serves(name_or_id: str) -> List[ServeInfo]:
 
     The letters that a private serve's ID begins with are those of the shared one.
     """
-
-    def is_it(key: str) -> bool:
-        return name_or_id in (key, short_id(key)) or (
-            len(name_or_id) >= 4 and key.startswith(name_or_id) and not is_private_key(key))  # fmt: skip
-
     serves = [info for info in list_serves() if info.state not in (GONE, "dead", FOREIGN)]
-    by_id = [info for info in serves if is_it(info.fleet_key)]
+    by_id = [info for info in serves if name_or_id in (info.fleet_key, short_id(info.fleet_key)) or (
+        len(name_or_id) >= 4 and info.fleet_key.startswith(name_or_id) and not info.private)]  # fmt: skip
     return by_id or [info for info in serves if name_or_id in [model["id"] for model in info.models]]
 
 
@@ -6809,8 +6793,10 @@ def caller_words() -> str:
 def _end_runner(record: ServeRecord, patience: float) -> None:
     """Wait for the end of a runner that was told to stop, then SIGTERM, then SIGKILL: its watchdog kills the serve."""
     pid, start = record.runner_pid, process_start(record.runner_pid)
-    if start is None:
-        return
+
+    def has_gone() -> bool:  # without /proc its listener tells: it lives as long
+        return process_start(pid) != start if start else look(record, 0.5).state == GONE
+
     for end in (None, terminate_process, kill_process, kill_process):
         if end is not None:
             if not is_our_runner(_read_any_record(record.fleet_key) or record):  # each start has a folder of its own
@@ -6821,20 +6807,14 @@ def _end_runner(record: ServeRecord, patience: float) -> None:
             except OSError:
                 pass
             patience = STOP_GRACE + 3 * GROUP_GRACE
-        # Where the start of a process cannot be had (no /proc), its listener tells: it lives as long.
-        def has_gone() -> bool:
-            return process_start(pid) != start if start else look(record, 0.5).state == GONE
-
-        if wait_until(has_gone, patience, 0.01):
+        if start is None or wait_until(has_gone, patience, 0.01):
             return
     raise RegistryError("Process %d, the runner of %s, could not be ended." % (pid, record.fleet_key))
 
 
 def _stop_orphan(record: ServeRecord, patience: Optional[float] = None) -> bool:
-    """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours.
-
-    With PATIENCE a provider's must also answer, within so many seconds.
-    """
+    """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours. With PATIENCE a
+    provider's must also answer, within so many seconds."""
     if not is_our_serve(record):
         return record.judge_serve() == DEAD
     if patience is not None and not record.has_front and check_serve(record, patience).state != HEALTHY:
@@ -6918,11 +6898,8 @@ def leftovers() -> List[str]:
 
 
 def _clear_before_start(key: str) -> None:
-    """With the spawn lock held: what killed starts of this serve have left, keys among it, however young it is.
-
-    Nobody else can be starting it, and a runner that still serves has read its files. The temp files that live
-    processes make here are made under the guard (record, lock) or under the spawn lock (KEY.error).
-    """
+    """With the spawn lock held: what killed starts of this serve have left, keys among it, however young it is. The
+    temp files that live processes make here are made under the guard (record, lock) or the spawn lock (KEY.error)."""
     with guard():
         for name in _listdir(managed_serves_dir()):
             path = os.path.join(managed_serves_dir(), name)
