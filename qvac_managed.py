@@ -8348,21 +8348,20 @@ def _settings(serve: ServeInfo) -> List[str]:
     """What is not default about a serve, in words."""
     own: Dict[str, List[str]] = {}
     for alias, entry in (serve.config or {}).items():
-        own[alias] = [f"{key} {_json_word(value)}" for key, value in (entry.get("config") or {}).items()]
+        own[alias] = [f"{key} {_text_or_json(value)}" for key, value in (entry.get("config") or {}).items()]
         own[alias] += ["lazy"] if entry.get("preload") is False else []
         is_plain = entry.get("model", alias) in (alias, resolve_model_constant(alias))
         own[alias] += [] if is_plain else [entry["model"]]
     words = [text for text in next(iter(own.values()), []) if all(text in texts for texts in own.values())]
     words += [f"{alias}: {text}" for alias, texts in own.items() for text in texts if text not in words]
-    words += [] if serve.bin is None else ["echo serve" if serve.bin == ECHO else f"bin {serve.bin}"]
-    words += [f"port {serve.pinned_port}"] if serve.pinned_port else []
-    words += ["private"] if serve.private else []
-    words += [" ".join(serve.serve_args)] if serve.serve_args else []
-    words += ["open to the network"] if serve.host and loopback_of(serve.host) != serve.host else []
-    return words + list(serve.changed or [])
+    bin_text = "echo serve" if serve.bin == ECHO else f"bin {serve.bin}"
+    is_open = serve.host and loopback_of(serve.host) != serve.host
+    others = [(bin_text, serve.bin), (f"port {serve.pinned_port}", serve.pinned_port), ("private", serve.private),
+              (" ".join(serve.serve_args or []), serve.serve_args), ("open to the network", is_open)]  # fmt: skip
+    return words + [text for text, is_so in others if is_so] + list(serve.changed or [])
 
 
-def _json_word(value: Any) -> str:
+def _text_or_json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -8393,36 +8392,35 @@ def _do_restart(args: Any) -> Any:
     return _on_each_serve(args, "restarted", restart_serve)
 
 
-def _on_each_serve(args: Any, done: str, act: Callable[[str], bool]) -> int:
+def _on_each_serve(args: Any, done: str, act: Callable[[str], bool]) -> None:
     """ACT on the serves that the words name. What fails for one is said after the others had their turn."""
     if bool(args.words) == args.all:
         which = "name serves, or say --all, not both" if args.words else "name a serve by ID or model, or say --all"
         raise _usage_error(f"{args.command}: {which}; see {_program()} ps")
-    serves: List[ServeInfo] = list_serves() if args.all else []
-    failure: Optional[Exception] = None
-    results: List[Dict[str, Any]] = []
+    failures: List[Exception] = []
+    serves = {serve.fleet_key: serve for serve in (list_serves() if args.all else ())}
     for word in args.words:
         try:
             serve = _one_serve(word)
-            serves += [serve] if serve.fleet_key not in [other.fleet_key for other in serves] else []
+            serves.setdefault(serve.fleet_key, serve)
         except _CommandError as error:
-            failure = failure or error
-    for serve in serves:
+            failures.append(error)
+    results: List[Dict[str, Any]] = []
+    for key, serve in serves.items():
         try:
-            results.append({"fleet_key": serve.fleet_key, done: act(serve.fleet_key)})
+            results.append({"fleet_key": key, done: act(key)})
         except QvacManagedModeError as error:
-            failure = failure or error
+            failures.append(error)
             continue
         if not args.json:
             text = done if results[-1][done] else "was gone already:" if done == "stopped" else f"not {done}:"
-            _out(f"{text} {short_id(serve.fleet_key)} ({clean_text(_model_list(serve))})")
+            _out(f"{text} {short_id(key)} ({clean_text(_model_list(serve))})")
     if args.json:
         _print_json(results)
-    elif not serves and failure is None:
+    elif not serves and not failures:
         _note(args, "no serve is running")
-    if failure is not None:
+    for failure in failures:
         raise failure
-    return EXIT_DONE
 
 
 @_command(
@@ -8433,15 +8431,14 @@ def _do_logs(args: Any) -> Any:
     if not args.words:
         raise _usage_error(f"logs: name a serve by ID or model; see {_program()} ps")
     key = _key_of_log(args.words[0])
-    path = log_path(key)
-    if not os.path.exists(path):
+    if not os.path.exists(log_path(key)):
         raise _CommandError(f"{short_id(key)} keeps no log: the JavaScript provider started it")
-    log = _LogReader(path)
-    log.copy_last_lines(args.lines)
+    log = _LogReader(log_path(key))
+    log.copy(args.lines)
     if args.follow:
         if not os.path.exists(record_path(key)) and not os.path.exists(lock_path(key)):
             _note(args, "(this serve has ended; waiting for the next with its ID, Ctrl-C ends)")
-        _until_ctrl_c(_FOLLOW_INTERVAL, log.copy_growth)
+        _until_ctrl_c(_FOLLOW_INTERVAL, log.copy)
 
 
 def _key_of_log(word: str) -> str:
@@ -8455,38 +8452,26 @@ def _key_of_log(word: str) -> str:
     return max(past, key=lambda key: os.stat(log_path(key)).st_mtime) if past else _one_serve(word).fleet_key
 
 
-def _logged_models(key: str) -> List[str]:
+def _logged_models(key: str) -> Any:
     """The models of the last start in a log, as its runner has noted them."""
     try:
         with open(log_path(key), "rb") as file:
-            lines = [line for line in file.read(MAX_LOG_BYTES).split(b"\n") if line.startswith(b"[qvac_managed ")]
+            noted = re.findall(rb"(?m)^\[qvac_managed .*?%b(.*)$" % LOGGED_MODELS.encode(), file.read(MAX_LOG_BYTES))
     except OSError:
         return []
-    for line in reversed(lines):
-        names = _strict_json(line.partition(LOGGED_MODELS.encode())[2])
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return names
-    return []
+    lists = [names for names in map(_strict_json, noted) if isinstance(names, list)]
+    return lists[-1] if lists else []
 
 
 class _LogReader:
     """Copies a log to stdout, and goes on with it when its runner cuts it or another file takes its place."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.inode = 0
-        self.position = 0
+        self.path, self.inode, self.position = path, 0, 0
         self.last = b""  # the end of what was copied: found again in a log that was cut, copying goes on there
 
-    def copy_last_lines(self, count: int) -> None:
-        with open(self.path, "rb") as file:
-            data = file.read()
-            self.inode = os.fstat(file.fileno()).st_ino
-        lines = data.splitlines(True)
-        _out_bytes(b"".join(lines[max(len(lines) - count, 0) :]))
-        self._note(data)
-
-    def copy_growth(self) -> None:
+    def copy(self, most: Optional[int] = None) -> None:
+        """Copy what is new; of that only the last lines, MOST of them."""
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -8497,29 +8482,23 @@ class _LogReader:
         except FileNotFoundError:
             return  # being replaced, or swept
         data = data[:-1] if data.endswith(b"\xc2") else data  # half of what a terminal may take for a command
-        if data:
-            known = data.rfind(self.last) if self.position == 0 and self.last else -1
-            _out_bytes(data[known + len(self.last) :] if known >= 0 else data)
-            self._note(data)
+        known = data.rfind(self.last) if self.position == 0 and self.last else -1
+        self.show(data[known + len(self.last) :] if known >= 0 else data, most)
+        self.position, self.last = self.position + len(data), (self.last + data)[-4096:]
 
-    def _note(self, data: bytes) -> None:
-        self.position += len(data)
-        self.last = (self.last + data)[-4096:]
-
-
-def _out_bytes(data: bytes) -> None:
-    """Copy a piece of a log: on a terminal without control characters, C1 as UTF-8 among them."""
-    if _is_terminal(sys.stdout):
-        data = re.sub(b"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]", b"", data)
-    # As bytes: a character cut in half at the end of a piece must not be mangled on the way.
-    if sys.stdout is None or not hasattr(sys.stdout, "buffer"):
-        _out(data.decode("utf-8", "replace"), end="")
-        return
-    try:
-        sys.stdout.buffer.write(data)
-    except BrokenPipeError:
-        raise _ReaderGone() from None
-    _out("", end="")
+    def show(self, data: bytes, most: Optional[int]) -> None:
+        lines = data.splitlines(True)
+        data = b"".join(lines if most is None else lines[max(len(lines) - most, 0) :])
+        if _is_terminal(sys.stdout):  # no control characters, C1 as UTF-8 among them
+            data = re.sub(b"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]", b"", data)
+        # As bytes: a character cut in half at the end of a piece must not be mangled on the way.
+        if sys.stdout is None or not hasattr(sys.stdout, "buffer"):
+            return _out(data.decode("utf-8", "replace"), end="")
+        try:
+            sys.stdout.buffer.write(data)
+        except BrokenPipeError:
+            raise _ReaderGone() from None
+        _out("", end="")
 
 
 # -- models, pull, rm, chat
@@ -8532,12 +8511,13 @@ def _out_bytes(data: bytes) -> None:
     "models", "models qwen3", "models --endpoint embedding", "models --downloaded")  # fmt: skip
 def _do_models(args: Any) -> Any:
     pattern = args.words[0] if args.words else ""
-    if args.downloaded:
-        return _show_downloads(args, pattern)
-    rows = [row for row in _model_rows() if _model_fits(row, pattern, args.endpoint)]
+    every = _downloads() if args.downloaded else _model_rows()
+    rows = [row for row in every if _model_fits(row, pattern, "" if args.downloaded else args.endpoint or "")]
     if args.json:
         return _print_json(rows)
-    endpoints = {row["endpoint"] for row in _model_rows() if row["endpoint"]}
+    if args.downloaded:
+        return _show_downloads(args, rows)
+    endpoints = {row["endpoint"] for row in every if row["endpoint"]}
     if args.endpoint and args.endpoint.lower() not in endpoints:
         raise _usage_error(f"--endpoint {args.endpoint}: give one of {', '.join(sorted(endpoints))}")
     if not rows:
@@ -8547,10 +8527,9 @@ def _do_models(args: Any) -> Any:
     shown = rows
     if _is_terminal(sys.stdout) and not pattern and not args.endpoint:
         shown = [row for row in rows if row["catalog_id"]]  # the constants would push them off the screen
-    lines = [["NAME", "ENDPOINT", "SIZE", "MEMORY"]]
-    for row in shown:
-        lines.append([row["name"], row["endpoint"] or "-", _size(row["size_bytes"]), _size(row["memory_bytes"])])
-    _print_table(lines, right=(2, 3))
+    sizes = [[_size(row["size_bytes"]), _size(row["memory_bytes"])] for row in shown]
+    cells = [[row["name"], row["endpoint"] or "-", *two] for row, two in zip(shown, sizes)]
+    _print_table([["NAME", "ENDPOINT", "SIZE", "MEMORY"], *cells], right=(2, 3))
     if len(shown) < len(rows):
         hidden = len(rows) - len(shown)
         _note(args, f"and {hidden} constants: give a PATTERN, an --endpoint, or pipe this into a pager")
@@ -8559,33 +8538,29 @@ def _do_models(args: Any) -> Any:
 def _model_rows() -> List[Dict[str, Any]]:
     """Every model that can be asked for, the catalog ids first."""
     table = {info.name: info for info in all_models()}
-    names = [(entry.id, entry.constant) for entry in QVAC_CATALOG] + [("", name) for name in sorted(table)]
     rows: List[Dict[str, Any]] = []
+    names = [(entry.id, entry.constant) for entry in QVAC_CATALOG] + [("", name) for name in sorted(table)]
     for catalog_id, constant in names:
         info = table.get(constant)
         rows.append({
             "name": catalog_id or constant, "constant": constant, "catalog_id": catalog_id or None,
             "endpoint": info.endpoint if info else None, "size_bytes": info.size if info else None,
-            "memory_bytes": _memory_wanted(info.size) if info else None})  # fmt: skip
+            "memory_bytes": _memory_of(info.size) if info else None})  # fmt: skip
     return rows
 
 
-def _memory_wanted(size: int) -> int:
+def _memory_of(size: int) -> int:
     """About what a serve with a model file of SIZE takes, its context apart."""
     return int(size * 1.1 + 0.4e9)
 
 
-def _model_fits(row: Dict[str, Any], pattern: str, endpoint: Optional[str] = None) -> bool:
-    if endpoint and (row["endpoint"] or "").lower() != endpoint.lower():
-        return False
+def _model_fits(row: Dict[str, Any], pattern: str, endpoint: str) -> bool:
     glob = pattern.lower() if any(c in pattern for c in "*?[") else f"*{pattern.lower()}*"
-    return any(fnmatch.fnmatchcase((row[key] or "").lower(), glob) for key in ("name", "constant"))
+    is_right = not endpoint or (row["endpoint"] or "").lower() == endpoint.lower()
+    return is_right and any(fnmatch.fnmatchcase((row[key] or "").lower(), glob) for key in ("name", "constant"))
 
 
-def _show_downloads(args: Any, pattern: str) -> None:
-    found = [row for row in _downloads() if not pattern or _model_fits(row, pattern)]
-    if args.json:
-        return _print_json(found)
+def _show_downloads(args: Any, found: Sequence[Mapping[str, Any]]) -> None:
     rows = [["NAME", "SIZE", "LAST USE", "SERVE"]]
     for row in found:
         name = row["name"] or f"({os.path.basename(row['path'])}: not in the catalog)"
@@ -8609,7 +8584,15 @@ def _downloads() -> List[Dict[str, Any]]:
     `name` is None for what neither the installed SDK nor the model table knows, such as a file from a URL. Links are
     not looked at, so nothing elsewhere is ever removed.
     """
-    names, table = _names_on_disk(), {info.name: info.size for info in all_models()}
+    table = {info.name: info.size for info in all_models()}
+    # By hash, out of the installed SDK; and, for who has none, by size.
+    names, name = {str(size): name for name, size in table.items()}, ""
+    text = sdk_models(None).decode("utf-8", "replace").replace('"', "'")
+    for field, value in re.findall(r"\b(name|registryPath|setKey): '([^']+)'", text):
+        if field == "name":
+            name = value
+        else:
+            names.setdefault(value if field == "setKey" else hashlib.sha256(value.encode()).hexdigest()[:16], name)
     users: Dict[str, List[str]] = {}
     for serve in list_serves():
         for alias, entry in (serve.config or {}).items() if serve.state != "dead" and serve.bin != ECHO else ():
@@ -8618,27 +8601,15 @@ def _downloads() -> List[Dict[str, Any]]:
     for path, size in sorted(model_files(folder).items()):
         parts = os.path.relpath(path, folder).split(os.sep)
         parts = parts[: 2 if parts[0] in ("sharded", "sets") else 1]
-        name = names.get(parts[-1].partition("_")[0]) or names.get(str(size))
+        name = names.get(parts[-1].partition("_")[0]) or names.get(str(size)) or ""
         row = rows.setdefault(parts[-1], {
-            "name": (find_catalog_entry(name or "") or [name])[0], "constant": name, "last_use": 0.0, "size_bytes": 0,
-            "path": os.path.join(folder, *parts), "total_bytes": table.get(name or ""),
-            "serves": users.get(name or "", [])})  # fmt: skip
+            "name": (find_catalog_entry(name) or [name or None])[0], "constant": name or None, "last_use": 0.0,
+            "size_bytes": 0, "path": os.path.join(folder, *parts), "total_bytes": table.get(name),
+            "serves": users.get(name, [])})  # fmt: skip
         row["size_bytes"] += size
         row["is_part"] = row["size_bytes"] < (row["total_bytes"] or 1)
         row["last_use"] = max(row["last_use"], os.stat(path).st_atime, os.stat(path).st_mtime)
     return list(rows.values())
-
-
-def _names_on_disk() -> Dict[str, str]:
-    """HASH: constant, out of the installed SDK; and, for who has none, SIZE: constant, out of the model table."""
-    names, name = {str(info.size): info.name for info in all_models()}, ""
-    text = sdk_models(None).decode("utf-8", "replace").replace('"', "'")
-    for field, value in re.findall(r"\b(name|registryPath|setKey): '([^']+)'", text):
-        if field == "name":
-            name = value
-        else:
-            names.setdefault(value if field == "setKey" else hashlib.sha256(value.encode()).hexdigest()[:16], name)
-    return names
 
 
 @_command(
@@ -8651,39 +8622,39 @@ def _do_pull(args: Any) -> Any:
     synthesize_serve_config(args.words, args.bin)  # names that are none, before anything is downloaded
     rows = []
     for word in args.words:
-        rows.append(_downloaded(word) or _pull(args, word))
+        rows.append(_pull(args, word))
         if not args.json:
             _out(f"{word} is on this disk: {_size(rows[-1]['size_bytes'])}, {rows[-1]['path']}")
     if args.json:
-        return _print_json(rows)
-
-
-def _downloaded(word: str) -> Optional[Dict[str, Any]]:
-    constant = resolve_model_constant(word)
-    return next((row for row in _downloads() if row["constant"] == constant and not row["is_part"]), None)
+        _print_json(rows)
 
 
 def _pull(args: Any, word: str) -> Dict[str, Any]:
     """The CLI downloads what it is to load: a private serve is started, and called off when the file is there."""
-    line = _ProgressLine(args.quiet)
 
     class Enough(Exception):
         """The file is there."""
 
+    def there() -> Optional[Dict[str, Any]]:
+        constant = resolve_model_constant(word)
+        return next((row for row in _downloads() if row["constant"] == constant and not row["is_part"]), None)
+
     def watch(progress: Any) -> None:
-        if progress.phase != "downloading" and _downloaded(word):
+        if progress.phase != "downloading" and there():
             raise Enough
         line(progress)
 
+    row, line = there(), _ProgressLine(args.quiet)
     failure: Exception = _CommandError(f"{word}: loaded, but no file of it is in {models_folder()}")
-    try:
-        create_qvac("managed", models=[word], serve_bin_path=_serve_bin_path(args), reuse=False, on_progress=watch,
-                    serve_start_timeout=args.start_timeout).close()  # fmt: skip
-    except (Enough, QvacManagedModeError) as error:
-        failure = error
-    finally:
-        line.clear()
-    row = _downloaded(word)
+    if row is None:
+        try:
+            create_qvac("managed", models=[word], serve_bin_path=_serve_bin_path(args), reuse=False, on_progress=watch,
+                        serve_start_timeout=args.start_timeout).close()  # fmt: skip
+        except (Enough, QvacManagedModeError) as error:
+            failure = error
+        finally:
+            line.clear()
+        row = there()
     if row is None:
         raise failure
     return row
@@ -9032,7 +9003,7 @@ def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> No
         _out(f"\nother   {short_id(other['fleet_key'])} at {other['base_url']}")
         lines = ["its config cannot be read" if found is None else "the same, but private"]
         if found:
-            rows = [[item["field"], *(_json_word(item[key]) for key in ("wanted", "running"))] for item in found]
+            rows = [[item["field"], *(_text_or_json(item[key]) for key in ("wanted", "running"))] for item in found]
             lines = _table([["DIFFERS IN", "WANTED", "RUNNING"], *rows], 0)
         _out("".join(f"        {line}\n" for line in lines), end="")
 
@@ -9160,7 +9131,7 @@ def _check_room(_args: Any) -> Iterator[_Finding]:
     todo = "make room: a model of 9 billion parameters takes 6 GB" if status != "ok" else ""
     yield status, "disk", f"{_size(free)} free for models in {folder}", todo
     memory = free_memory()
-    wants = sorted((_memory_wanted(row["size_bytes"]), row["name"] or "a model") for row in _downloads())
+    wants = sorted((_memory_of(row["size_bytes"]), row["name"] or "a model") for row in _downloads())
     if memory is not None and wants and wants[-1][0] > memory:
         found = f"{_size(memory)} free; {wants[-1][1]} wants about {_size(wants[-1][0])}"
         yield "warn", "memory", found, f"{_program()} sleep --all, or a smaller model"

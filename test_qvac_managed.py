@@ -11226,15 +11226,15 @@ class LogsTest(Transcripts):
             file.writelines(lines[:2000])
         with unittest.mock.patch.object(sys, "stdout", out):
             reader = q._LogReader(path)
-            reader.copy_last_lines(1)
+            reader.copy(1)
             with open(path, "r+") as file:
                 file.truncate(0)
-                reader.copy_growth()
+                reader.copy()
                 file.writelines(lines[1000:2001])
-            reader.copy_growth()
+            reader.copy()
             with open(path, "a") as file:
                 file.writelines(lines[2001:])
-            reader.copy_growth()
+            reader.copy()
         self.assertEqual(out.getvalue(), "".join(lines[1999:]))
 
     @unittest.skipUnless(POSIX, "signals")
