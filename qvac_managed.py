@@ -2662,7 +2662,7 @@ def _open_alive(folder: str, flags: int = 0) -> int:
 
 def write_record(record: ServeRecord) -> Any:
     """Publish a record whole, by temp file and rename. Returns its version. Its runner calls this, under the
-    guard; a client only to lengthen the idle timeout (see _Resolver._wish_to_keep)."""
+    guard; a client only to lengthen the idle timeout (see _Resolver._accept)."""
     path = record_path(record.fleet_key)
     ensure_managed_serves_dir()
     try:
@@ -5446,10 +5446,9 @@ class _Reading:
         self.body = {"model": self.model, "messages": messages, **more, **params}
         self.content: List[str] = []
         self.reasoning: List[str] = []
-        self.refusal = ""
-        self.finish_reason: Optional[str] = None
-        self.usage: Dict[str, Any] = {}
         self.tool_calls: Dict[int, Dict[str, Any]] = {}
+        self.usage: Dict[str, Any] = {}
+        self.refusal, self.finish_reason = "", None
         self.context = client._context(self.model)
         # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
         size = len(json.dumps(self.body, default=str)) + PROMPT_FRAME
@@ -5962,11 +5961,6 @@ class _Resolver:
                 self.cancelled = True
                 self._withdraw_marker()
 
-    def forget_parent(self) -> None:
-        """In a forked child: the marker is the parent's; a request of the child will write its own."""
-        self._close_lock = _thread.RLock()
-        self.consumer_id, self.marker = _new_consumer_id(), ""
-
     def register_again_if_lost(self) -> None:
         """A provider's runner that ends removes all markers; a forked child has none yet."""
         if not os.path.exists(self.marker):
@@ -6178,21 +6172,17 @@ class _Resolver:
                   path, self.key, self.key)  # fmt: skip
         if self._starts:
             self.notes += facts.get("notes", ())
-        self._wish_to_keep(record)
-        self._report(Progress("ready", time.monotonic() - self._began, None, None))
-        record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
-        base_url = base_url_of(facts["address"], record.port)
-        return _Target(base_url, record.api_key, record, reused=not self._starts)
-
-    def _wish_to_keep(self, record: ServeRecord) -> None:
-        """The longest wish wins, for both. Only once we are attached: who gives up leaves none to a serve it never
-        used."""
+        # The longest wish wins, for both. Only now: who gives up leaves none to a serve it never used.
         wishes = (("idle", self.wish.idle_timeout, record.idle_timeout_ms),
                   ("sleep", self.wish.sleep_timeout, record.sleep_timeout_ms))  # fmt: skip
         longer = {name: "inf" if wish is None else wish for name, wish, now in wishes
                   if (NEVER_MS if wish is None else wish * 1000) > now}  # fmt: skip
         if longer and record.has_front:
             look(record, HEALTH_TIMEOUT, **longer)
+        self._report(Progress("ready", time.monotonic() - self._began, None, None))
+        record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
+        base_url = base_url_of(facts["address"], record.port)
+        return _Target(base_url, record.api_key, record, reused=not self._starts)
 
     def _stop_if_unused(self) -> None:
         """What this resolution has started is stopped, ready or not, unless others wait for it; nobody is left to read
@@ -6303,9 +6293,11 @@ def _detach_all() -> None:
 
 
 def _after_fork() -> None:
+    """In the child: markers are the parent's; a request of the child will write its own."""
     _forget_after_fork()
     for client in _each_open_client():
-        client._resolver.forget_parent()
+        resolver = client._resolver
+        resolver._close_lock, resolver.consumer_id, resolver.marker = _thread.RLock(), _new_consumer_id(), ""
         client._recovery_lock, client._is_recovering = _thread.RLock(), False
 
 
@@ -6425,8 +6417,10 @@ def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, open
     if not found:
         running = sorted({model["id"] for info in list_serves() for model in info.models})
         raise UnknownManagedModelError([name_or_id], {name_or_id: running[:6] or close_matches(name_or_id)})
-    if len(found) > 1:
-        plain = [info for info in found if is_all_default(info)]
+    if len(found) > 1:  # then the one that is what its models' names alone ask for
+        plain = [info for info in found if info.host == DEFAULT_HOST and not (
+            info.pinned_port or info.bin or info.serve_args or info.private or any(
+                entry.get("config") or "src" in entry for entry in info.config.values()))]  # fmt: skip
         if len(plain) != 1:
             raise InvalidManagedModelError("Several serves answer to %s: %s. Name one by its ID." % (
                 _shorten(repr(name_or_id), 80), ", ".join(info.fleet_key for info in found)))  # fmt: skip
@@ -6436,12 +6430,6 @@ def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, open
         raise ServeSpawnFailedError("The serve %s has just ended." % found[0].fleet_key)
     wish = wish_of(record)._replace(**(_wishes or {}))
     return _open_client(_Resolver(wish, record.fleet_key, on_progress=on_progress), headers, opener)
-
-
-def is_all_default(info: ServeInfo) -> bool:
-    """Whether a serve is what its models' names alone ask for."""
-    plain = not any(entry.get("config") or "src" in entry for entry in info.config.values())
-    return plain and info.host == DEFAULT_HOST and not (info.pinned_port or info.bin or info.serve_args or info.private)
 
 
 def wish_of(record: ServeRecord) -> Wish:
@@ -7689,6 +7677,7 @@ def _seconds(text: str) -> float:
     number, unit = (text[:-1], text[-1]) if text[-1:] in tuple("smhd") else (text, "s")
     return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
 
+
 _TIME = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)[smhd]?"
 
 _time = _one_of(_TIME + "|never", "seconds, or a time like 90s, 5m, 2h, 1d, or never",
@@ -8023,6 +8012,7 @@ def _table(rows: List[List[str]], width: int, wrap: Sequence[int] = (), right: S
             padded = (text.rjust(widths[i]) if i in right else text.ljust(widths[i]) for i, text in enumerate(pieces))
             lines.append("  ".join(padded).rstrip())
     return lines
+
 
 _WHOLE_WORDS: Dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
