@@ -6121,8 +6121,9 @@ class _Resolver:
                 self._deadline = max(self._deadline, time.monotonic() + patience)
                 if "error" in facts:
                     error = _error_from_json(facts)
-                    # By somebody, once (a system that is out of memory does it again); with less patience than ours.
-                    was_theirs = (isinstance(error, ServeExitedError) and error.signal == 9) or (
+                    # Before we came; by somebody, once (a system that is out of memory does it again); for want of
+                    # patience, of which we have more.
+                    was_theirs = not has_waited or (isinstance(error, ServeExitedError) and error.signal == 9) or (
                         isinstance(error, ServeStartTimeoutError) and error.seconds < self.wish.start_timeout)
                     if was_theirs and not self._starts and self._failed_runner in (0, record.runner_pid):
                         self._failed_runner = record.runner_pid
@@ -6139,6 +6140,7 @@ class _Resolver:
                 if facts.get("still_s", 0.0) > self.wish.start_timeout + (CLIENT_MARGIN if is_everybodys else 0.0):
                     text = start_timeout_text(facts, self.wish.start_timeout, "")
                     raise ServeStartTimeoutError(text, self.wish.start_timeout)
+                has_waited = True
                 self._report(Progress(
                     str(facts.get("phase")), time.monotonic() - self._began, facts.get("bytes_done"),
                     facts.get("bytes_total"), facts.get("still_s", 0.0), tuple(self.wish.models)))  # fmt: skip

@@ -17,6 +17,7 @@ Ours runs in a new virtual environment with the module installed by pip. A row i
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import os
@@ -28,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -40,6 +42,7 @@ SLOW_DELAY = 20.0  # seconds a model loads in the row `slow`
 FOREVER = 3600.0  # seconds of idle timeout for serves that a row must not lose
 PATIENCE = 60.0  # seconds for anything to happen that should
 RETRY_PAUSE = 0.002  # seconds
+KILL_PAUSE = 3.0  # seconds between kills of a serve: five in quick succession are a crash loop, and it is given up
 MARK = "QVAC_BENCH_MARK"  # in the environment of every process of a run, so that it can be ended
 
 STUB = """#!%(python)s -IS
@@ -55,10 +58,26 @@ def answer(connection):
     head, _, body = head.partition(b"\\r\\n\\r\\n")
     lines = head.lower().split(b"\\r\\n")
     length = [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
-    while length and len(body) < length[0]:
-        body += connection.recv(65536)
+    missing = length[0] - len(body) if length else 0
+    body = body[:65536] + connection.recv(min(missing, 65536), socket.MSG_WAITALL) if missing > 0 else body
+    missing = length[0] - len(body) if length else 0
+    while missing > 0:  # a large upload is counted, not kept
+        missing -= len(connection.recv(min(missing, 1 << 18))) or missing
     if b"authorization: bearer " + key.lower() not in lines:
         return connection.sendall(b"HTTP/1.1 401 Unauthorized\\r\\nConnection: close\\r\\n\\r\\n")
+    if b" /health " in head:
+        connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}")
+        return answer(connection)
+    if b"/paced/" in head:
+        count, rate, size = map(int, head.split(b" ")[1].rpartition(b"/paced/")[2].split(b"-"))
+        connection.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Type: text/event-stream\\r\\n\\r\\n")
+        event, began = b"data: " + b"x" * size + b"\\n\\n", time.monotonic()
+        for index in range(count):
+            connection.sendall(event)
+            ahead = began + index / rate - time.monotonic()
+            if ahead > 0.002:
+                time.sleep(ahead)
+        return
     if head.startswith(b"POST") and b'"stream"' in body and b"true" in body:
         connection.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Type: text/event-stream\\r\\n\\r\\n")
         for _ in range(3):
@@ -150,6 +169,8 @@ for line in sys.stdin:
         say(seconds=timed(lambda: qvac.chat("x")))
     elif order == "request":
         say(client=timed(through_client), plain=timed(plain))
+    elif order == "again":
+        say(seconds=timed(lambda: qvac_managed.create_qvac("managed", **options).close()))
     elif order == "stream":
         say(delays=[time.monotonic() - float(piece) for piece in qvac.stream_chat("x")])
 """
@@ -166,6 +187,7 @@ const prompt = [{ role: 'user', content: [{ type: 'text', text: 'x' }] }]
 for await (const order of createInterface({ input: process.stdin })) {
   began = clock()
   if (order === 'close') await qvac.close()
+  else if (order === 'again') await (await createQvac({ mode: 'managed', ...JSON.parse(process.argv[2]) })).close()
   else await qvac.languageModel('%s').doGenerate({ prompt })
   say({ seconds: clock() - began })
 }
@@ -340,7 +362,8 @@ class Client:
     """A process that holds a serve and takes orders."""
 
     def __init__(self, argv: Sequence[str], environ: Dict[str, str]) -> None:
-        self.process = subprocess.Popen(argv, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # Not in the folder of the project: what is imported is what has been installed.
+        self.process = subprocess.Popen(argv, env=environ, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.pid = self.process.pid
         self.facts: Dict[str, Any] = {}
 
@@ -398,7 +421,8 @@ class Side:
         """Seconds and output of a whole process."""
         began = time.perf_counter()
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
-        done = subprocess.run(argv, env=self.environ(home), stdin=null, stdout=pipe, stderr=pipe, check=False)
+        environ = self.environ(home)
+        done = subprocess.run(argv, env=environ, cwd="/", stdin=null, stdout=pipe, stderr=pipe, check=False)
         seconds = time.perf_counter() - began
         if done.returncode:
             text = done.stderr.decode("utf-8", "replace")[-1000:]
@@ -461,6 +485,29 @@ class Ours(Side):
         self.modules = [name for name in names if name != "__main__"]
 
 
+class Copied(Side):
+    """Ours where nothing may be compiled to disk: a copy of the file, whole or up to the cut."""
+
+    def __init__(self, work: str, mark: str, ours: Ours, is_cut: bool) -> None:
+        super().__init__(work, mark)
+        self.name, self.ours, self.folder = "cut" if is_cut else "plain", ours, os.path.join(work, "copy-%d" % is_cut)
+        os.mkdir(self.folder)
+        with open(ours.module, encoding="utf-8") as file:
+            text = file.read()
+        with open(os.path.join(self.folder, "qvac_managed.py"), "w", encoding="utf-8") as file:
+            file.write(text[: text.index("# -- The library ends here")] if is_cut else text)
+
+    def environ(self, home: Home) -> Dict[str, str]:
+        return {**super().environ(home), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": self.folder}
+
+    def attach_argv(self, stub: str, idle: float) -> List[str]:
+        # The environment's own copy is compiled, so it must not be found first: PYTHONPATH is.
+        return self.ours.attach_argv(stub, idle)
+
+    def client_argv(self, stub: str, idle: float) -> List[str]:
+        return self.ours.client_argv(stub, idle)
+
+
 class Theirs(Side):
     name = "theirs"
 
@@ -502,6 +549,7 @@ class Bench:
         self.work, self.mark = work, mark
         self.ours, self.theirs = ours, theirs
         self.sides: List[Side] = [ours, theirs] if theirs else [ours]
+        self.plain, self.cut = Copied(work, mark, ours, False), Copied(work, mark, ours, True)
         self.runs, self.quick = runs, quick
         self.stub = self._write_stub("qvac", STUB_DELAY)
         self._raw: List[float] = []
@@ -515,13 +563,15 @@ class Bench:
         os.chmod(path, 0o755)
         return path
 
-    def alternate(self, measure: Callable[[Side], float], runs: Optional[int] = None) -> Dict[str, List[float]]:
-        """The measurements of each side, taken in turns; each turn the other side is first."""
-        found: Dict[str, List[float]] = {"ours": [], "theirs": []}
-        for side in self.sides:
+    def alternate(self, measure: Callable[[Side], float], runs: Optional[int] = None, *more: Side,
+                  ) -> Dict[str, List[float]]:  # fmt: skip
+        """The measurements of each side, taken in turns; each turn another side is first."""
+        sides = [*self.sides, *more]
+        found: Dict[str, List[float]] = {"ours": [], "theirs": [], **{side.name: [] for side in more}}
+        for side in sides:
             measure(side)  # what is cold but once: the file cache, the compiled files
         for turn in range(runs or self.runs):
-            for side in self.sides if turn % 2 else self.sides[::-1]:
+            for side in sides if turn % 2 else sides[::-1]:
                 found[side.name].append(measure(side))
         return found
 
@@ -550,8 +600,11 @@ class Bench:
         return statistics.median(self._raw)
 
     def attach(self) -> Iterator[Row]:
-        times = self.alternate(lambda side: side.attach(side.warm_home(self.stub), self.stub)[0])
-        yield ratio("warm attach, whole process", "ms", times, 0.40)
+        times = self.alternate(
+            lambda side: side.attach(side.warm_home(self.stub), self.stub)[0], None, self.plain, self.cut)
+        yield ratio("warm attach, whole process", "ms", times, 0.33)
+        yield ratio("... plain", "ms", times, 0.62, "plain")
+        yield ratio("... plain, the library alone", "ms", times, 0.50, "cut")
         home = self.ours.warm_home(self.stub)
         url = self.ours.attach(home, self.stub)[1]
         key = home.record(url)["apiKey"]
@@ -569,6 +622,13 @@ class Bench:
             return float(seconds)
 
         yield absolute("warm attach, create_qvac alone, imports apart", "ms", self.alternate(measure), 0.010)
+        clients = {side.name: side.client(side.warm_home(self.stub), self.stub) for side in self.sides}
+        for client in clients.values():
+            client.wait()
+        times = self.alternate(lambda side: float(clients[side.name].ask("again")["seconds"]))
+        yield ratio("a second attach in one process, and its close", "ms", times, 0.60)
+        for client in clients.values():
+            client.end()
 
     def file(self) -> Iterator[Row]:
         """The command line on a warm serve: compiled anew each time, or from what is compiled."""
@@ -589,7 +649,7 @@ class Bench:
             yield ratio(what, "ms", self.alternate(measure), None)
 
     def cold(self) -> Iterator[Row]:
-        homes = {side.name: side.new_home() for side in self.sides}
+        homes = {side.name: side.new_home() for side in [*self.sides, self.plain]}
         raw: List[float] = []
         inside: Dict[str, List[float]] = {"ours": [], "theirs": []}
 
@@ -606,11 +666,12 @@ class Bench:
             homes[side.name].stop(facts["url"])
             return float(facts["inside"])
 
-        times, inside = self.alternate(whole), self.alternate(within)
+        times, inside = self.alternate(whole, None, self.plain), self.alternate(within)
         base = statistics.median(raw)
         yield Row("raw serve, spawn to listening", "ms", raw)
-        yield ratio("cold start over the raw serve, whole process", "ms", less(times, base), 0.25)
-        yield ratio("cold start over the raw serve, create_qvac alone", "ms", less(inside, base), 0.25)
+        yield ratio("cold start over the raw serve, whole process", "ms", less(times, base), None)
+        yield ratio("... plain", "ms", less(times, base), 0.22, "plain")
+        yield ratio("cold start over the raw serve, create_qvac alone", "ms", less(inside, base), 0.12)
 
     def slow(self) -> Iterator[Row]:
         """How soon all know that a serve is up after it has loaded for long, and what the waiting costs."""
@@ -643,9 +704,9 @@ class Bench:
         yield Row("... CPU of runner and both waiting clients", "%", busy["ours"], busy["theirs"], 2.0)
 
     def memory(self) -> Iterator[Row]:
-        found: Dict[str, List[List[float]]] = {"ours": [], "theirs": []}
+        found: Dict[str, List[List[float]]] = {"ours": [], "theirs": [], "plain": []}
         for _ in range(3):
-            for side in self.sides:
+            for side in [*self.sides, self.plain]:
                 home = side.new_home()
                 client = side.client(home, self.stub)
                 client.wait()
@@ -659,7 +720,9 @@ class Bench:
         labels = ("runner, resident", "runner, proportional share", "... with its watchdog")
         for index, label in enumerate(labels):
             columns = {name: [sizes[index] for sizes in samples] for name, samples in found.items()}
-            yield Row(label, "MB", columns["ours"], columns["theirs"], 0.30, True)
+            yield Row(label, "MB", columns["ours"], columns["theirs"], 0.30 if index else 0.24, True)
+            if not index:
+                yield Row("... plain", "MB", columns["plain"], columns["theirs"], 0.27, True)
 
     @staticmethod
     def _children(pid: int) -> List[int]:
@@ -865,6 +928,129 @@ class Bench:
         more = statistics.median(pair["client"] for pair in pairs) - statistics.median(pair["plain"] for pair in pairs)
         yield Row("open() over plain urllib", "ms", [more], limit=0.0003)
 
+    # -- the front
+
+    def _through_and_straight(self, home: Home) -> Tuple[Address, Address]:
+        """The public address and key of the warm serve, and its own behind the front."""
+        record = home.record(self.ours.attach(home, self.stub)[1])
+        argv = read_file("/proc/%d/cmdline" % record["servePid"]).decode().split("\0")
+        given = dict(zip(argv, argv[1:]))
+        inner = read_file(given["--api-key-file"]).decode().strip()
+        return Address(record["port"], record["apiKey"]), Address(int(given["--port"]), inner)
+
+    def front(self) -> Iterator[Row]:
+        home = self.ours.warm_home(self.stub)
+        through, straight = self._through_and_straight(home)
+        runner = home.record("http://%s:%d/v1" % (HOST, through.port))["runnerPid"]
+        for body, what, limit in ((b"", "GET /v1/models", 0.0006), (b"{}", "POST, a small answer", 0.0006)):
+            path = "/v1/chat/completions" if body else "/v1/models"
+            pairs = [(straight.seconds(path, body), through.seconds(path, body)) for _ in range(20 * self.runs)][9:]
+            more = statistics.median(b for _, b in pairs) - statistics.median(a for a, _ in pairs)
+            yield Row("%s, straight to the serve" % what, "ms", [pair[0] for pair in pairs])
+            yield Row("... through the front: more", "ms", [more], limit=limit)
+        turns = 3 if self.quick else 9
+        for path, body, what, limit in (
+            ("/paced/18000-6000-60", b"", "a stream of 6,000 events a second", 1 / 0.95),
+            ("/v1/chat/completions", bytes(100 << 20), "100 MB uploaded", 1 / 0.75),
+        ):
+            pairs = [(straight.seconds(path, body), through.seconds(path, body)) for _ in range(turns)]
+            yield Row("%s: through the front, against straight" % what, "ms", [pair[1] for pair in pairs],
+                      [pair[0] for pair in pairs], limit, True)  # fmt: skip
+        lengths = self._at_once_in_threads(200, lambda: through.read("/paced/300-100-60"))
+        yield Row("200 streams at once: broken off", "", [sum(length < 300 * 68 for length in lengths)], limit=0)
+        before = memory(runner)[0]
+        readers = [through.connect("/paced/100000-1000000-60") for _ in range(200)]
+        time.sleep(3.0)
+        yield Row("200 readers that do not read: more in the runner", "MB", [memory(runner)[0] - before], limit=110)
+        took = [through.seconds("/v1/models", b"") for _ in range(20)]
+        yield Row("... a request of another meanwhile", "ms", took)
+        for reader in readers:
+            reader.close()
+        idle = [through.kept() for _ in range(1000)]  # each has shown the key, once
+        took = [through.seconds("/v1/models", b"") for _ in range(20)]
+        yield Row("1,000 idle connections: a request of another", "ms", took)
+        for sock in idle:
+            sock.setblocking(False)
+        closed = sum(self._is_closed(sock) for sock in idle)
+        yield Row("... closed within that time", "", [closed], limit=0)
+        for sock in idle:
+            sock.close()
+
+    @staticmethod
+    def _is_closed(sock: socket.socket) -> bool:
+        try:
+            return not sock.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    @staticmethod
+    def _at_once_in_threads(count: int, action: Callable[[], Any]) -> List[Any]:
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            return [future.result() for future in [pool.submit(action) for _ in range(count)]]
+
+    def killed(self) -> Iterator[Row]:
+        """1,000 requests of programs that know nothing but the address, while the serve is killed four times."""
+        home = self.ours.new_home()
+        client = self.ours.client(home, self.stub)
+        url = client.wait()["url"]
+        record = home.record(url)
+        through, stop, count = Address(record["port"], record["apiKey"]), threading.Event(), 0
+
+        def kill() -> None:
+            while not stop.wait(KILL_PAUSE):
+                pid = home.record(url)["servePid"]
+                if pid != record["runnerPid"]:
+                    os.kill(pid, signal.SIGKILL)
+
+        def ask(_: int = 0) -> str:
+            try:
+                return "answered" if b'"ok"' in through.read_all("/v1/chat/completions", b"{}") else "broken off"
+            except ConnectionRefusedError:
+                return "refused"
+            except OSError:
+                return "broken off"
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            def paced(index: int) -> str:
+                time.sleep(0.045)
+                return ask(index)
+
+            results = list(pool.map(paced, range(1000)))
+        stop.set()
+        killer.join()
+        count = home.record(url).get("restarts", 0) or 0
+        yield Row("1,000 requests under kills of the serve: refused", "", [results.count("refused")], limit=0)
+        yield Row("... broken off", "", [results.count("broken off")], note="%s restarts" % (count or "some"))
+        client.end()
+        home.stop(url)
+
+    def asleep(self) -> Iterator[Row]:
+        """What is left of a serve that sleeps, what that costs, and what a wake takes beyond the serve's own start."""
+        home = self.ours.new_home()
+        client = self.ours.client(home, self.stub)
+        url = client.wait()["url"]
+        record = home.record(url)
+        runner, through = record["runnerPid"], Address(record["port"], record["apiKey"])
+        wakes: List[float] = []
+        command = [self.ours.python, "-m", "qvac_managed", "sleep", record["fleetKey"]]
+        for _ in range(self.runs):
+            self.ours.run(command, home)
+            wakes.append(through.seconds("/v1/chat/completions", b"{}") - self.raw_start())
+        self.ours.run(command, home)
+        time.sleep(3.0)
+        cpu, seconds = cpu_seconds(runner), 8.0
+        time.sleep(seconds)
+        yield Row("asleep: the runner, all that is left", "MB", [memory(runner)[0]], limit=14)
+        yield Row("... its children", "", [len(self._children(runner))], limit=0)
+        yield Row("... its processor time", "%", [100 * (cpu_seconds(runner) - cpu) / seconds], limit=0.1)
+        yield Row("a wake by a request, over the raw serve", "ms", wakes, limit=0.1)
+        client.end()
+        home.stop(url)
+
     def stream(self) -> Iterator[Row]:
         client = self.ours.client(self.ours.warm_home(self.stub), self.stub)
         client.wait()
@@ -874,16 +1060,55 @@ class Bench:
         yield Row("... the later ones", "ms", [delay for pieces in delays for delay in pieces[1:]], limit=0.005)
 
 
+class Address(NamedTuple):
+    """Where to send what, by a program that knows nothing else; one connection for each request."""
+
+    port: int
+    key: str
+
+    def connect(self, path: str, body: bytes = b"") -> socket.socket:
+        sock = socket.create_connection((HOST, self.port), PATIENCE)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = "%s %s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nConnection: close\r\n"
+        head = head % ("POST" if body else "GET", path, self.key) + "Content-Length: %d\r\n\r\n" % len(body)
+        sock.sendall(head.encode() + body)
+        return sock
+
+    def kept(self) -> socket.socket:
+        """A connection that stays after its first request."""
+        sock = socket.create_connection((HOST, self.port), PATIENCE)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n" % self.key.encode())
+        if not sock.recv(65536):
+            raise BenchError("a kept connection was closed at its first request")
+        return sock
+
+    def read_all(self, path: str, body: bytes = b"") -> bytes:
+        with self.connect(path, body) as sock:
+            parts = []
+            for data in iter(lambda: sock.recv(1 << 18), b""):
+                parts.append(data)
+            return b"".join(parts)
+
+    def read(self, path: str) -> int:
+        return len(self.read_all(path))
+
+    def seconds(self, path: str, body: bytes) -> float:
+        began = time.perf_counter()
+        self.read_all(path, body)
+        return time.perf_counter() - began
+
+
 ROWS: Dict[str, Callable[[Bench], Iterator[Row]]] = {
     "attach": Bench.attach, "inside": Bench.inside, "file": Bench.file, "cold": Bench.cold, "slow": Bench.slow,
     "memory": Bench.memory, "idle": Bench.idle, "many": Bench.many, "records": Bench.records,
     "orphans": Bench.orphans, "reap": Bench.reap, "close": Bench.close, "restart": Bench.restart,
-    "import": Bench.imports, "request": Bench.request, "stream": Bench.stream,
+    "import": Bench.imports, "request": Bench.request, "stream": Bench.stream, "front": Bench.front,
+    "killed": Bench.killed, "asleep": Bench.asleep,
 }  # fmt: skip
 
 
-def ratio(what: str, unit: str, times: Dict[str, List[float]], limit: Optional[float]) -> Row:
-    return Row(what, unit, times["ours"], times["theirs"], limit, True)
+def ratio(what: str, unit: str, times: Dict[str, List[float]], limit: Optional[float], side: str = "ours") -> Row:
+    return Row(what, unit, times[side], times["theirs"], limit, True)
 
 
 def absolute(what: str, unit: str, times: Dict[str, List[float]], limit: float) -> Row:

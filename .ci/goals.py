@@ -156,9 +156,9 @@ def no_orphan(rounds: int) -> Iterator[Line]:
         cold = usual_cold_start(case, serve)
         for _ in range(max(10, rounds // 5)):
             starting = t.in_thread(case.create, serve_bin_path=serve)
-            t.wait_until(lambda: case.signal_all(0, "runner-params"))
+            t.wait_until(lambda: case.signal_all(0, "detach runner"))
             time.sleep(chance.uniform(0, 0.8))
-            case.signal_all(signal.SIGKILL, "runner-params")
+            case.signal_all(signal.SIGKILL, "detach runner")
             ends.append(seconds(lambda: t.wait_until(lambda: not case.processes())))
             with contextlib.suppress(q.QvacManagedModeError):
                 starting().close()
