@@ -6114,6 +6114,7 @@ class _Resolver:
         """Wait in one request until the serve is ready, and pass its progress on."""
         patience = max(1.0, min(5.0, self._deadline - time.monotonic()))
         lines = front_says(record, patience, wait=1, start=self.wish.start_timeout)
+        has_waited = False
         try:
             for facts in lines:
                 self._check_cancelled()

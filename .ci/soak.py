@@ -37,7 +37,7 @@ DOUBLE_FOR = 8.0  # seconds two live serves of one key are explained by a runner
 LAST_WAIT = 60.0  # seconds until everything has to be gone
 
 PYTHON_CLIENT = r"""
-import json, os, random, signal, sys, threading, time
+import json, os, random, signal, socket, sys, threading, time
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import qvac_managed as q
 serve, seed, models, idle = sys.argv[2], int(sys.argv[3]), sys.argv[4].split(","), float(sys.argv[5])
@@ -47,10 +47,25 @@ def say(**event):
 def name(error):
     reason = getattr(error, "reason", None)
     return type(reason if isinstance(reason, BaseException) else error).__name__
+def stall(client):
+    body = json.dumps({"model": client.models()[0]["id"], "stream": True, "messages": [
+        {"role": "user", "content": "w " * 50000}]}).encode()
+    with socket.create_connection(("127.0.0.1", client.port)) as sock:
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n"
+                     b"Content-Length: %d\r\n\r\n" % (client.api_key.encode(), len(body)) + body)
+        time.sleep(r.random() * 3)
+    say(event="stalled")
 def chat(client):
     words = " ".join("w%d" % r.randrange(1000) for _ in range(r.randrange(1, 6)))
     try:
-        got = client.chat(words) if r.random() < 0.6 else "".join(client.stream_chat(words))
+        how = r.random()
+        if how < 0.1:  # a reader that goes away in the middle
+            with client.stream_chat(words) as stream:
+                next(iter(stream), "")
+            return say(event="aborted")
+        if how < 0.15:  # one that does not read
+            return stall(client)
+        got = client.chat(words) if how < 0.6 else "".join(client.stream_chat(words))
         say(event="chat" if got == words else "wrong", got=got, wanted=words)
     except Exception as error:
         say(event="chat-error", error=name(error), text=str(error)[:300])
@@ -58,7 +73,7 @@ for _ in range(r.randrange(5, 40)):
     began = time.time()
     try:
         client = q.create_qvac("managed", models=[r.choice(models)], serve_bin_path=serve, serve_idle_timeout=idle,
-                               serve_start_timeout=30, reuse=None if r.random() < 0.9 else False)
+                               serve_sleep_timeout=r.choice((0.05, 0.3, 900)), serve_start_timeout=30, reuse=None if r.random() < 0.9 else False)
     except q.QvacManagedModeError as error:
         say(event="create-error", error=name(error), text=str(error)[:300], took=time.time() - began)
         continue
