@@ -73,7 +73,8 @@ for _ in range(r.randrange(5, 40)):
     began = time.time()
     try:
         client = q.create_qvac("managed", models=[r.choice(models)], serve_bin_path=serve, serve_idle_timeout=idle,
-                               serve_sleep_timeout=r.choice((0.05, 0.3, 900)), serve_start_timeout=30, reuse=None if r.random() < 0.9 else False)
+                               serve_sleep_timeout=r.choice((0.05, 0.3, 900)), serve_start_timeout=30,
+                               reuse=None if r.random() < 0.9 else False)
     except q.QvacManagedModeError as error:
         say(event="create-error", error=name(error), text=str(error)[:300], took=time.time() - began)
         continue
