@@ -7240,6 +7240,35 @@ class NamespaceTest(LifeCase):
         self.assert_soon(began, 10)
         wait_until(lambda: not self.processes(), 10)
 
+    def test_a_second_life_with_a_kept_home_has_one_serve_at_once_for_four_that_start_together(self) -> None:
+        one = "c = q.create_qvac('managed', models=[%r], serve_bin_path=q.ECHO)\nprint(c.fleet_key, c.pid, flush=True)\n" % MODEL
+        four = (
+            "import subprocess\ntext = 'import sys; sys.path.insert(0, %%r); import qvac_managed as q\\n' %% %r + %r\n"
+            "them = [subprocess.Popen([sys.executable, '-c', text + 'sys.stdin.read()'], stdin=subprocess.PIPE,\n"
+            "                         stdout=subprocess.PIPE) for _ in range(4)]\n"
+            "print(*{one.stdout.readline() for one in them}, flush=True)\n" % (HERE, one))  # fmt: skip
+        first = self.contained(one + "sys.stdin.read()")
+        key, _ = first.stdout.readline().split()
+        first.kill()  # the container, and so all in it
+        first.communicate()
+        second = self.contained(four + "sys.stdin.read()")
+        began = time.monotonic()
+        line = second.stdout.readline()
+        self.assert_soon(began, 10)
+        self.assertEqual(key, line[2:].partition(" ")[0], "the same serve as ever")
+        self.assertEqual(1, line.count("b'"), line)
+        second.communicate("", timeout=30)
+
+    def test_serve_as_the_first_process_of_a_container_that_is_started_again(self) -> None:
+        code = "sys.exit(q.main(['serve', '--echo', %r]))" % MODEL
+        for end in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            child, began = self.contained(code), time.monotonic()
+            self.assertRegex(child.stdout.readline(), "^http://127.0.0.1:")
+            self.assert_soon(began, 10)
+            with open("/proc/%d/task/%d/children" % (child.pid, child.pid)) as file:
+                os.kill(int(file.read()), end)
+            child.communicate(timeout=30)
+
     def test_a_lock_left_by_pid_1_of_another_container_is_no_wedge(self) -> None:
         key = q.compute_fleet_key(q.synthesize_serve_config([MODEL]), "127.0.0.1", q.ECHO)
         code = (
