@@ -4076,7 +4076,7 @@ class Front:
             return link.take()
         if events & selectors.EVENT_READ:
             try:
-                data = end.sock.recv(65536)
+                data = end.sock.recv(FRONT_LIMIT)
             except BlockingIOError:
                 return
             end.has_ended = not data

@@ -184,12 +184,12 @@ class Case(unittest.TestCase):
 
     def fake(self, **knobs: Any) -> str:
         """The path of a misbehaving serve (see FAKE_SERVE) with these knobs; call again to change them."""
-        path, knob_path = os.path.join(self.home, "fake"), os.path.join(self.home, "fake.json")
+        path, knob_path = os.path.join(self.home, "fake" if POSIX else "fake.py"), os.path.join(self.home, "fake.json")
         with open(knob_path + ".new", "w") as file:
             json.dump(knobs, file)
         os.replace(knob_path + ".new", knob_path)
         if not os.path.exists(path):
-            with open(path, "w") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 file.write("#!%s -IS\n" % sys.executable + FAKE_SERVE)
             os.chmod(path, 0o755)
         os.environ.update(QVAC_FAKE=knob_path, QVAC_FAKE_LOG=self.fake_log)
