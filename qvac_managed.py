@@ -4076,7 +4076,8 @@ class Front:
             return link.take()
         if events & selectors.EVENT_READ:
             try:
-                data = end.sock.recv(FRONT_LIMIT)
+                is_upload = end is link.client and link.state == "busy"
+                data = end.sock.recv(FRONT_LIMIT if is_upload else FRONT_LIMIT // 4)
             except BlockingIOError:
                 return
             end.has_ended = not data
