@@ -2467,14 +2467,6 @@ class ServeRecord:
         return bool(self.place and self.serve_start and self.runner_start)
 
     @property
-    def names_its_serve(self) -> bool:
-        """Whether the serve's pid, if alive, is a serve's, as far as can be told here. A bare pid may be another
-        program's by now, so the command line has to name the port (true where none can be read). Attaching
-        does not ask for this, as who_listens() does then; sending a signal and giving way to a record do."""
-        words = [] if self.has_identities else command_line(self.serve_pid)
-        return self.has_identities or words is None or ("--port", str(self.port)) in zip(words, words[1:])
-
-    @property
     def has_front(self) -> bool:
         """Its runner listens itself, and tells its state; a provider's does not."""
         return self.front > 0
@@ -3220,12 +3212,14 @@ class NotProvedError(ValueError):
     """What answers at a record's address has not proved that it has the record's key."""
 
 
-def proof(key: str, role: str, nonce: str, host: str, port: int) -> str:
+def proof(key: str, role: str, nonce: str, host: str, port: int, words: str = "") -> str:
     """What only who has the key can say: HMAC-SHA256 over role, nonce and the address that was reached, as hex.
 
-    With the address in it, a stranger at another address of the same port cannot pass the question on.
+    With the address in it, a stranger at another address of the same port cannot pass the question on; with the WORDS
+    of the question, who has seen one cannot ask another by it.
     """
-    return hmac.new(key.encode(), ("%s %s %s:%d" % (role, nonce, host, port)).encode(), "sha256").hexdigest()
+    text = "%s %s %s:%d %s" % (role, nonce, host, port, words)
+    return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
 
 
 def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: Any) -> Iterator[Dict[str, Any]]:
@@ -3236,13 +3230,14 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
     line), NotProvedError when another program answers. Closing the generator ends the request.
     """
     refusal: Exception = ConnectionRefusedError(errno.ECONNREFUSED, "nothing listens")
+    if "by" in query:
+        query["by"] = str(query["by"]).encode("utf-8", "replace").hex()
+    words = "".join("&%s=%s" % pair for pair in query.items())
     for address in _addresses_of(loopback_of(record.host)):
         nonce = os.urandom(16).hex()
-        words = {"nonce": nonce, "proof": proof(record.api_key, "client", nonce, address, record.port), **query}
-        if "by" in words:
-            words["by"] = str(words["by"]).encode("utf-8", "replace").hex()
-        url = "%s%s?%s" % (base_url_of(address, record.port)[: -len("/v1")], STATUS_PATH,
-                           "&".join("%s=%s" % pair for pair in words.items()))  # fmt: skip
+        url = "%s%s?nonce=%s&proof=%s%s" % (
+            base_url_of(address, record.port)[: -len("/v1")], STATUS_PATH, nonce,
+            proof(record.api_key, "client", nonce, address, record.port, words), words)  # fmt: skip
         expected = proof(record.api_key, "server", nonce, address, record.port)
         try:
             with _openers()[0 if "wait" in query else 1].open(url, timeout=timeout) as response:
@@ -3658,23 +3653,23 @@ def is_our_runner(record: ServeRecord) -> bool:
         return False
     words = command_line(record.runner_pid)
     if record.has_front:
-        is_one = words is None or "runner" in words
-        return is_one and record.has_identities and alive_state(os.path.dirname(record.config_path)) == ALIVE
+        is_one = words is None or words[-1:] == ["runner"]
+        return is_one and record.has_identities and bool(record.folder) and alive_state(record.folder) == ALIVE
     return is_our_serve(record) and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid
 
 
 def is_our_serve(record: ServeRecord) -> bool:
-    """Whether the process that a record names as its serve is one: its command line names the record's config, which
-    lies where we or the provider put it, and for a provider's the port; where no command line can be read, its start
-    time."""
-    if record.judge_serve() != ALIVE:
+    """Whether the process that a record names as its serve is one: its command line is a serve's and names the record's
+    config, which for ours lies in a folder of its key in this registry, and for a provider's the port; where no command
+    line can be read, its start time."""
+    if record.judge_serve() != ALIVE or (record.has_front and not record.folder):
         return False
     words = command_line(record.serve_pid)
     if words is None:
         return record.has_identities
     pairs = list(zip(words, words[1:]))
-    names_config = ("--config", record.config_path) in pairs
-    return names_config and (record.has_front or ("--port", str(record.port)) in pairs)
+    is_one = ("serve", "--openai") in pairs and ("--config", record.config_path) in pairs
+    return is_one and (record.has_front or ("--port", str(record.port)) in pairs)
 
 
 # ==================================================================================================
@@ -4204,10 +4199,11 @@ class Front:
 
     def answer_status(self, link: _Link, query: str) -> None:
         asked = dict(part.partition("=")[::2] for part in query.split("&"))
+        words = "".join("&" + part for part in query.split("&") if not part.startswith(("nonce=", "proof=")))
         host, port = link.client.sock.getsockname()[:2]
         host = host[len("::ffff:") :] if host.startswith("::ffff:") else host
         nonce = asked.get("nonce", "")
-        right = proof(self.api_key, "client", nonce, host, port)
+        right = proof(self.api_key, "client", nonce, host, port, words)
         if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
             return link.refuse(*_UNAUTHORIZED)
         self.note_known(link)

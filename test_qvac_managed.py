@@ -8103,6 +8103,24 @@ class StrangerTest(HostileCase):
         self.assertIsNone(parent.poll())
         self.assertTrue(q.process_alive(child))
 
+    def test_a_record_as_of_ours_that_names_other_programs_ends_none(self) -> None:
+        """A neighbour forges it: of a process that is called with `runner`, beside a lock elsewhere that somebody holds; of
+        one with a --config of its own."""
+        elsewhere, key = os.path.join(self.home, "elsewhere"), self.key_of()
+        os.mkdir(elsewhere, 0o700)
+        self.addCleanup(os.close, q.hold_alive(elsewhere))
+        code, dead = (sys.executable, "-IS", "-c", "import time; time.sleep(300)"), self.dead_pid()
+        runner, program = self.stranger(*code, "runner"), self.stranger(*code, "--config", "/etc/app.yml")
+        for serve, owner, config in ((runner.pid, runner.pid, os.path.join(elsewhere, "qvac.config.json")),
+                                     (program.pid, dead, "/etc/app.yml")):  # fmt: skip
+            self.write(key + ".json", self.record(
+                key, servePid=serve, runnerPid=owner, configPath=config, front=1, place=q.place(),
+                serveStart=q.process_start(serve), runnerStart=q.process_start(owner) or "1"))  # fmt: skip
+            q.sweep_serves()
+            with self.assertRaisesRegex(q.RegistryError, "not proved"):
+                q.stop_serve(key)
+            os.unlink(q.record_path(key))
+
     def test_an_orphan_that_answers_as_ours_is_stopped_and_one_that_does_not_is_kept(self) -> None:
         client = self.create(serve_bin_path=self.fake(term_s=0), serve_idle_timeout=60)
         record = q.read_record(client.fleet_key)
@@ -9872,8 +9890,8 @@ class FrontCase(unittest.TestCase):
 
     def status(self, sock: Optional[socket.socket] = None, key: str = KEY, **query: Any) -> Tuple[int, Any]:
         nonce = os.urandom(16).hex()
-        given = q.proof(key, "client", nonce, "127.0.0.1", self.port)
         words = "".join("&%s=%s" % pair for pair in query.items())
+        given = q.proof(key, "client", nonce, "127.0.0.1", self.port, words)
         sock = sock or self.connect()
         sock.sendall(self.head("GET %s?nonce=%s&proof=%s%s" % (q.STATUS_PATH, nonce, given, words), key="?"))
         code, body = self.read(sock)
@@ -10297,7 +10315,9 @@ class FrontStatusTest(FrontCase):
         self.assertIn(b"inner-key", self.stub.heads[-1])
         for query in ("", "?nonce=&proof=", "?nonce=%s&proof=%s" % ("0" * 32, q.proof(self.KEY, "client", "0" * 32, "127.0.0.2", self.port)),
                       "?nonce=%s&proof=%s" % ("0" * 32, q.proof(self.KEY, "server", "0" * 32, "127.0.0.1", self.port)),
-                      "?nonce=0&proof=%s&do=stop" % q.proof(self.KEY, "client", "0", "127.0.0.1", self.port)):  # fmt: skip
+                      "?nonce=0&proof=%s" % q.proof(self.KEY, "client", "0", "127.0.0.1", self.port),
+                      "?nonce=%s&proof=%s&do=stop" % ("0" * 32, q.proof(self.KEY, "client", "0" * 32, "127.0.0.1", self.port)),
+                      ):  # fmt: skip
             self.assertEqual(401, self.ask("GET " + q.STATUS_PATH + query)[0], query)
         self.assertEqual(1, len(self.front.asked))
         sock.sendall(self.head("GET /next"))  # the connection on which it was proved is good for requests
