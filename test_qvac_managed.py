@@ -12287,6 +12287,18 @@ class ProviderOurServeTest(ProviderCase):
         self.leave(theirs)
         self.assert_all_gone()
 
+    def test_it_attaches_to_our_serve_that_sleeps_and_its_request_wakes_it(self) -> None:
+        ours = self.real([CATALOG_MODEL])
+        self.assertTrue(q.sleep_serve(ours.fleet_key))
+        theirs = self.provider()
+        self.assertEqual({"pid": ours.runner_pid, "port": ours.port}, self.facts(theirs))
+        self.assertEqual([], self.serves(), "it still sleeps")
+        self.assertEqual(404, self.ask(theirs)["status"])
+        self.assertEqual([ours.pid], self.serves())
+        ours.close()
+        self.leave(theirs)
+        self.assert_all_gone()
+
     def test_its_client_recovers_after_a_restart_in_place(self) -> None:
         ours = self.real([CATALOG_MODEL])
         theirs, pid = self.provider(), ours.pid
