@@ -3653,7 +3653,7 @@ def is_our_runner(record: ServeRecord) -> bool:
         return False
     words = command_line(record.runner_pid)
     if record.has_front:
-        is_one = words is None or words[-1:] == ["runner"]
+        is_one = words is None or [word for word in words if word][-1:] == ["runner"]
         return is_one and record.has_identities and bool(record.folder) and alive_state(record.folder) == ALIVE
     return is_our_serve(record) and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid
 
