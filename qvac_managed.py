@@ -253,7 +253,7 @@ ROOM_IDLE = 10.0  # seconds without a request after which a serve may be put to 
 # ==================================================================================================
 
 
-_OUTPUT_MARK = "--- its output ---\n"  # in messages and in KEY.error, where _error_from_text() looks for it
+_OUTPUT_MARK = "--- its output ---\n"  # in messages and in KEY.error, where clients of version 0.1.0 look for it
 
 
 class QvacManagedModeError(Exception):
@@ -700,9 +700,12 @@ def synthesize_serve_config(models: Sequence[Any], serve_bin_path: Optional[str]
 def _refuse_unknown(specs: Sequence[Mapping[str, Any]], serve_bin_path: Optional[str]) -> None:
     unknown = []
     for spec in specs:
-        constant = resolve_model_constant(spec.get("model", spec["name"]))
-        if "src" not in spec and not _in_model_table(constant) and not _in_installed_sdk(constant, serve_bin_path):
-            unknown.append(str(spec.get("model", spec["name"])))
+        name = spec.get("model", spec["name"])
+        if "src" in spec or find_catalog_entry(name):  # most names: the table is not read for them
+            continue
+        constant = resolve_model_constant(name)
+        if not _in_model_table(constant) and not _in_installed_sdk(constant, serve_bin_path):
+            unknown.append(str(name))
     if unknown:
         raise UnknownManagedModelError(unknown, {name: close_matches(name) for name in unknown})
 
@@ -1718,8 +1721,9 @@ else:
 
         def command_line(pid: int) -> Optional[List[str]]:
             try:
-                with open("/proc/%d/cmdline" % pid, "rb") as file:
-                    return file.read().decode("utf-8", "replace").split("\0")
+                with open("/proc/%d/cmdline" % pid, "rb") as file:  # each word ends in a NUL, the last one, too
+                    words = file.read().decode("utf-8", "replace").split("\0")
+                return words if words[-1] else words[:-1]
             except OSError:
                 return None
 
@@ -2653,8 +2657,7 @@ def _open_alive(folder: str, flags: int = 0) -> int:
 
 
 def write_record(record: ServeRecord) -> Any:
-    """Publish a record whole, by temp file and rename. Returns its version. Its runner calls this, under the
-    guard; a client only to lengthen the idle timeout (see _Resolver._accept)."""
+    """Publish a record whole, by temp file and rename. Returns its version. Its runner calls this, under the guard."""
     path = record_path(record.fleet_key)
     ensure_managed_serves_dir()
     try:
@@ -3273,15 +3276,18 @@ def _proved(line: bytes, expected: str) -> Dict[str, Any]:
 
 def prove_on(sock: Any, record: ServeRecord) -> None:
     """Ask for the proof on a connection that has just been made; ConnectionRefusedError if it is not given."""
-    (host, port), nonce = sock.getpeername()[:2], os.urandom(16).hex()
-    sock.sendall(("GET %s?nonce=%s&proof=%s HTTP/1.1\r\nHost: qvac\r\n\r\n" % (
-        STATUS_PATH, nonce, proof(record.api_key, "client", nonce, host, port))).encode())  # fmt: skip
-    response = http.client.HTTPResponse(sock)
-    response.begin()
-    facts = _strict_json(response.read(MAX_BODY_BYTES))
-    expected = proof(record.api_key, "server", nonce, host, port)
-    if not isinstance(facts, dict) or not hmac.compare_digest(str(facts.get("proof")).encode(), expected.encode()):
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "another program listens on the serve's port")
+    timeout, nonce = sock.gettimeout(), os.urandom(16).hex()
+    try:
+        host, port = sock.getpeername()[:2]
+        sock.settimeout(HEALTH_TIMEOUT if timeout is None else min(timeout, HEALTH_TIMEOUT))
+        sock.sendall(("GET %s?nonce=%s&proof=%s HTTP/1.1\r\nHost: qvac\r\n\r\n" % (
+            STATUS_PATH, nonce, proof(record.api_key, "client", nonce, host, port))).encode())  # fmt: skip
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        _proved(response.read(MAX_BODY_BYTES), proof(record.api_key, "server", nonce, host, port))
+        sock.settimeout(timeout)
+    except (OSError, http.client.HTTPException, NotProvedError) as error:  # a stranger may say anything, or nothing
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "what listens on the serve's port proves nothing") from error
 
 
 def loopback_of(host: str) -> str:
@@ -3653,7 +3659,7 @@ def is_our_runner(record: ServeRecord) -> bool:
         return False
     words = command_line(record.runner_pid)
     if record.has_front:
-        is_one = words is None or [word for word in words if word][-1:] == ["runner"]
+        is_one = words is None or words[-1:] == ["runner"]
         return is_one and record.has_identities and bool(record.folder) and alive_state(record.folder) == ALIVE
     return is_our_serve(record) and (look_at(record.serve_pid) or _UNREADABLE).parent == record.runner_pid
 
@@ -4198,8 +4204,9 @@ class Front:
     # -- status
 
     def answer_status(self, link: _Link, query: str) -> None:
-        asked = dict(part.partition("=")[::2] for part in query.split("&"))
-        words = "".join("&" + part for part in query.split("&") if not part.startswith(("nonce=", "proof=")))
+        parts = query.split("&")
+        asked = dict(part.partition("=")[::2] for part in parts)
+        words = "".join("&" + part for part in parts if not part.startswith(("nonce=", "proof=")))
         host, port = link.client.sock.getsockname()[:2]
         host = host[len("::ffff:") :] if host.startswith("::ffff:") else host
         nonce = asked.get("nonce", "")
@@ -5025,23 +5032,10 @@ def refuses_key_file(output: str) -> bool:
 
 
 def _error_text(failure: BaseException, api_key: str) -> bytes:
-    """KEY.error: a text, which a provider's client shows, and a last line for clients of ours."""
+    """KEY.error: a text, which a provider's client shows, and a last line for clients of version 0.1.0."""
     report = _error_to_json(failure)
     report["args"] = [_shorten(arg, 300) if isinstance(arg, str) else arg for arg in report["args"]]
     return redact("%s\n%s\n" % (failure, json.dumps(report)), api_key).encode("utf-8", "replace")
-
-
-def _error_from_text(data: bytes) -> QvacManagedModeError:
-    """The typed error behind a KEY.error, ours or the provider's."""
-    whole = data.decode("utf-8", "replace").strip()
-    text, _, last = whole.rpartition("\n")
-    report = _strict_json(last.encode())
-    if not isinstance(report, dict):
-        return ServeSpawnFailedError("qvac serve failed to start: %s" % whole)
-    error = _error_from_json(report)
-    if isinstance(error, ServeExitedError):
-        return ServeExitedError(error.exit_code, error.signal, text.partition(_OUTPUT_MARK)[2], error.what)
-    return error
 
 
 def _run_runner() -> int:
@@ -6189,8 +6183,7 @@ class _Resolver:
         its KEY.error."""
         try:
             if not live_consumers(self.key):
-                look(read_record(self.key), do="end", by=caller_words())
-                stop_serve(self.key)
+                _stop("end", self.key)
                 wait_until(lambda: not os.path.lexists(lock_path(self.key)) or live_consumers(self.key), STOP_GRACE)
                 if not os.path.lexists(lock_path(self.key)):
                     _unlink(error_path(self.key))
@@ -6736,10 +6729,15 @@ def stop_serve(fleet_key: str, forget_key: bool = False) -> bool:
     """
     if forget_key and is_valid_fleet_key(fleet_key):
         _unlink(_registry_path(fleet_key, ".key"))
+    return _stop("stop", fleet_key)
+
+
+def _stop(word: str, fleet_key: str) -> bool:
+    """stop_serve(), told to the runner by the word `stop`, which is a person's, or `end`: see _Runner.obey."""
     record = _read_any_record(fleet_key)
     if record is None:
         return False
-    seen = look(record, do="stop", by=caller_words()) if record.has_front else Look(judge_record(record))
+    seen = look(record, do=word, by=caller_words()) if record.has_front else Look(judge_record(record))
     if seen.state == FOREIGN:
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if record.judge_runner() == ALIVE:
