@@ -68,14 +68,45 @@ def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE, what: st
         time.sleep(0.01)
 
 
+posix_only = unittest.skipUnless(POSIX, "about what only POSIX has: fork, signals, file modes, links, pipes with names")
+RUNNER = "detach runner" if POSIX else '"" runner'  # in a runner's command line
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, 9)  # SIGKILL; any number ends a process on Windows
+
+
+def freeze(pid: int) -> None:
+    """What SIGSTOP does."""
+    os.kill(pid, signal.SIGSTOP) if POSIX else windows_process(pid, 0x0800, "NtSuspendProcess")
+
+
+def thaw(pid: int) -> None:
+    os.kill(pid, signal.SIGCONT) if POSIX else windows_process(pid, 0x0800, "NtResumeProcess")
+
+
+def windows_process(pid: int, access: int, function: str, *args: Any) -> Any:
+    """Call a function of ntdll with a handle on the process; None without such a process."""
+    import ctypes
+    from ctypes import wintypes
+
+    handle = wintypes.HANDLE(q._kernel32().OpenProcess(access, False, pid))
+    try:
+        return getattr(ctypes.WinDLL("ntdll"), function)(handle, *args) if handle else None
+    finally:
+        q._kernel32().CloseHandle(handle)
+
+
 def end_process(pid: int) -> None:
-    """SIGKILL it, and wait for the end of its sockets: what dies in its own time may still answer, or reset."""
-    os.kill(pid, signal.SIGKILL)
+    """Kill it, and wait for the end of its sockets: what dies in its own time may still answer, or reset."""
+    kill(pid)
     wait_until(lambda: has_exited(pid))
 
 
 def has_exited(pid: int) -> bool:
-    """Its sockets are closed: a process with SIGKILL pending counts as dead a moment earlier. Linux."""
+    """Its sockets are closed: a process with SIGKILL pending counts as dead a moment earlier."""
+    if not LINUX:
+        return q.process_start(pid) is None
     try:
         with open("/proc/%d/stat" % pid, "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
@@ -84,8 +115,9 @@ def has_exited(pid: int) -> bool:
 
 
 def tagged_processes(tag: str) -> Dict[int, str]:
-    """Pid and command line of every live process (zombies apart) whose environment has the tag. Linux."""
-    found = {}
+    """Pid and command line of every live process (zombies apart) whose environment has the tag; on Windows, of all
+    that this process has started, which is one for each class."""
+    found = {} if POSIX else descendants()
     for name in os.listdir("/proc") if LINUX else []:
         if name.isdigit() and int(name) != os.getpid():
             try:
@@ -102,6 +134,37 @@ def tagged_processes(tag: str) -> Dict[int, str]:
     return found
 
 
+_job: List[Any] = []  # the job object that this process and all that it starts belong to; Windows
+
+
+def descendants() -> Dict[int, str]:
+    import ctypes
+    from ctypes import wintypes
+
+    kernel32 = q._kernel32()
+    if not _job:
+        _job.append(wintypes.HANDLE(kernel32.CreateJobObjectW(None, None)))
+        kernel32.AssignProcessToJobObject(_job[0], wintypes.HANDLE(-1))
+    ids, found = (ctypes.c_size_t * 1025)(), {}
+    kernel32.QueryInformationJobObject(_job[0], 3, ids, ctypes.sizeof(ids), None)  # JobObjectBasicProcessIdList
+    for pid in ids[1 : 1 + (ctypes.c_uint32 * 2).from_buffer(ids)[1]]:
+        if pid != os.getpid() and q.process_start(pid) is not None:
+            line = windows_command_line(pid)
+            if "conhost.exe" not in line:  # a console's; it ends with the console's last process
+                found[pid] = line
+    return found
+
+
+def windows_command_line(pid: int) -> str:
+    import ctypes
+
+    room = ctypes.create_string_buffer(65600)  # a UNICODE_STRING, and behind it what it points to
+    windows_process(pid, 0x1000, "NtQueryInformationProcess", 60, room, 65600, None)  # ProcessCommandLineInformation
+    size = int.from_bytes(room.raw[:2], "little")
+    at = 2 * ctypes.sizeof(ctypes.c_void_p)
+    return room.raw[at : at + size].decode("utf-16-le", "replace")
+
+
 class Case(unittest.TestCase):
     """A test with a HOME of its own; when it ends, no process that it started may be left.
 
@@ -113,6 +176,7 @@ class Case(unittest.TestCase):
     def setUp(self) -> None:
         self.home = tempfile.mkdtemp(prefix="qvac-test-")
         self.tag = "%s=%s" % (TAG, os.path.basename(self.home))
+        self.processes()  # on Windows, from now on all that is started is known
         environ = {
             name: value for name, value in os.environ.items()
             if not name.startswith(("QVAC_", "OPENAI_")) and not name.lower().endswith("_proxy")
@@ -136,14 +200,14 @@ class Case(unittest.TestCase):
         q._detach_all()
         for pid in self.processes():
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGCONT if POSIX else signal.SIGTERM)
+                thaw(pid)
         deadline = time.monotonic() + 15
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.02)
         left = self.processes()
         for pid in left:
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL if POSIX else signal.SIGTERM)
+                kill(pid)
         self.assertEqual({}, left, "processes were left")
 
     # -- processes and files
@@ -2590,7 +2654,7 @@ class IdentityTest(unittest.TestCase):
         assert found is not None
         self.assertEqual((os.getppid(), os.geteuid()), (found.parent, found.uid))
         with sleeper() as child:
-            os.kill(child.pid, signal.SIGSTOP)
+            freeze(child.pid)
             self.assertTrue(q.process_alive(child.pid))  # stopped is not dead
         with zombie() as pid:
             self.assertIsNone(q.process_start(pid))
@@ -2742,7 +2806,7 @@ class SpawnLockTest(Unit):
     @unittest.skipUnless(LINUX, "start times are Linux's here")
     def test_a_live_owners_lock_is_never_stolen_and_a_recycled_pids_is(self) -> None:
         with sleeper() as child:
-            os.kill(child.pid, signal.SIGSTOP)  # even if it has stopped
+            freeze(child.pid)  # even if it has stopped
             ours = "%d %s nonce\n" % (child.pid, identity(child.pid))
             for age in (0, 60, 1e6, -1e6):
                 self.assert_respected(ours, age)
@@ -2870,52 +2934,36 @@ class SpawnLockTest(Unit):
 class LockRaceTest(Unit):
     """Processes that pounce on the lock of a dead owner at the same moment."""
 
+    CONTENDER = """
+for word in sys.stdin:
+    if word == "release\\n":
+        q.release_lock(%r)
+        print("released", flush=True)
+    else:
+        while time.monotonic() < float(word):
+            pass
+        print(q.try_lock(%r), flush=True)
+""" % (KEY, KEY)
+
     def race(self, contenders: int, rounds: int) -> None:
         """In each round all contenders spin until one moment, then try; exactly one of them may win."""
-        pids: List[int] = []
-        pipes: List[Any] = []
         q.ensure_managed_serves_dir()
-        for _ in range(contenders):
-            (order, send), (receive, result) = os.pipe(), os.pipe()
-            pids.append(forked(lambda: self.contend(order, result)))
-            pipes.append((send, receive))
-            os.close(order)
-            os.close(result)
-        try:
-            dead = dead_pid()
-            for number in range(rounds):
-                bare = number % 2
-                self.write(KEY + ".lock", "%d" % dead if bare else "%d 5 %s nonce\n" % (dead, q.place()))
-                wins = self.order(pipes, "%r" % (time.monotonic() + 0.015))
-                self.assertEqual(1, wins.count(b"1"), "round %d: %s" % (number, wins))
-                self.order(pipes, "release")
-                self.assertEqual([], self.files())
-        finally:
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            for pipe in pipes:
-                os.close(pipe[0])
-                os.close(pipe[1])
+        children = [self.python(self.CONTENDER) for _ in range(contenders)]
+        self.order(children, "release")
+        dead = dead_pid()
+        for number in range(rounds):
+            self.write(KEY + ".lock", "%d" % dead if number % 2 else "%d 5 %s nonce\n" % (dead, q.place()))
+            wins = self.order(children, "%r" % (time.monotonic() + 0.015))
+            self.assertEqual(1, wins.count("True\n"), "round %d: %s" % (number, wins))
+            self.order(children, "release")
+            self.assertEqual([], self.files())
 
     @staticmethod
-    def order(pipes: List[Any], word: str) -> List[bytes]:
-        for send, _ in pipes:
-            os.write(send, word.encode())
-        return [os.read(receive, 1) for _, receive in pipes]
-
-    @staticmethod
-    def contend(order: int, result: int) -> None:
-        while True:
-            word = os.read(order, 100)
-            if word == b"release":
-                q.release_lock(KEY)
-                os.write(result, b"r")
-                continue
-            moment = float(word)
-            while time.monotonic() < moment:
-                pass
-            os.write(result, b"1" if q.try_lock(KEY) else b"0")
+    def order(children: List[Any], word: str) -> List[str]:
+        for child in children:
+            child.stdin.write(word + "\n")
+            child.stdin.flush()
+        return [child.stdout.readline() for child in children]
 
     def test_two_stealers_never_both_win(self) -> None:
         self.race(2, 25)
@@ -2928,32 +2976,22 @@ class LockRaceTest(Unit):
 class GuardTest(Unit):
     def holder(self) -> int:
         """The pid of a process that holds the guard."""
-        receive, send = os.pipe()
-
-        def hold() -> None:
-            with q.guard():
-                os.write(send, b"x")
-                time.sleep(600)
-
-        pid = forked(hold)
-        os.close(send)
-        os.read(receive, 1)
-        os.close(receive)
-        return pid
+        child = self.python('with q.guard():\n    print("held", flush=True)\n    sys.stdin.read()')
+        self.assertEqual("held\n", child.stdout.readline())
+        return child.pid
 
     def test_the_guard_is_free_when_its_holder_is_killed(self) -> None:
         pid = self.holder()
         with self.assertRaises(q.RegistryError):
             with q.guard(timeout=0.05):
                 pass
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         with q.guard(timeout=PATIENCE):
             pass
-        exit_code(pid)
 
     def test_a_stopped_holder_is_a_typed_error_that_says_what_to_do(self) -> None:
         pid = self.holder()
-        os.kill(pid, signal.SIGSTOP)
+        freeze(pid)
         began = time.monotonic()
         with self.assertRaisesRegex(q.RegistryError, "held for.*kill -CONT"):
             with q.guard(timeout=0.2):
@@ -2962,8 +3000,7 @@ class GuardTest(Unit):
         with self.assertRaises(q.RegistryError), mock.patch.object(q, "GUARD_TIMEOUT", 0.1):
             with q.guard(0.1):
                 pass
-        os.kill(pid, signal.SIGKILL)
-        exit_code(pid)
+        end_process(pid)
         self.assertTrue(q.try_lock(KEY))
 
     def test_one_at_a_time(self) -> None:
@@ -2971,16 +3008,16 @@ class GuardTest(Unit):
         with open(counter, "w") as file:
             file.write("0")
 
-        def count() -> None:
-            for _ in range(50):
-                with q.guard():
-                    with open(counter) as file:
-                        number = int(file.read())
-                    with open(counter, "w") as file:
-                        file.write(str(number + 1))
-
-        pids = [forked(count) for _ in range(4)]
-        self.assertEqual([0] * 4, [exit_code(pid) for pid in pids])
+        code = """
+for _ in range(50):
+    with q.guard():
+        with open(sys.argv[1]) as file:
+            number = int(file.read())
+        with open(sys.argv[1], "w") as file:
+            file.write(str(number + 1))
+"""
+        children = [self.python(code, counter) for _ in range(4)]
+        self.assertEqual([0] * 4, [child.wait(PATIENCE) for child in children])
         with open(counter) as file:
             self.assertEqual("200", file.read())
 
@@ -4812,7 +4849,7 @@ for call in (lambda: client.chat("x", "no such model"), lambda: client.open("/no
     except (q.QvacManagedModeError, OSError) as error:
         if hasattr(error, "close"):
             error.close()
-os.kill(client.pid, signal.SIGKILL)
+os.kill(client.pid, 9)
 time.sleep(0.2)  # the end of its sockets
 assert client.chat("again") == "again"
 q.list_serves(), q.sweep_serves(), q.serve_info(client)
@@ -4926,7 +4963,7 @@ os.waitpid(child, 0)
                 with contextlib.suppress(BaseException):
                     signal.alarm(int(PATIENCE))
                     serve = client.pid
-                    os.kill(serve, signal.SIGKILL)
+                    kill(serve)
                     wait_until(lambda: not q.process_alive(serve))
                     code = 0 if client.chat("child") == "child" else 2
                 os._exit(code)
@@ -4974,7 +5011,7 @@ class EndedServeCase(Case):
     def end_serve(self, client: q.ManagedQvac) -> None:
         """Kill runner and serve, so that a client has to start the next one itself."""
         pid = client.pid
-        os.kill(client.runner_pid, signal.SIGKILL)
+        kill(client.runner_pid)
         wait_until(lambda: not q.process_alive(pid), what="the serve's end")
 
 
@@ -5300,7 +5337,7 @@ class CloseRaceTest(EndedServeCase):
     def test_while_the_runner_restarts_the_serve(self) -> None:
         client = self.create(serve_bin_path=self.fake())
         self.fake(preload_s=1.5)
-        os.kill(client.pid, signal.SIGKILL)
+        kill(client.pid)
         wait_until(lambda: len(self.fake_events("start")) == 2)
         result = in_background(client.chat, "hi")
         time.sleep(0.1)
@@ -5438,13 +5475,13 @@ class InterruptTest(Case):
 
     def test_while_a_frozen_serve_is_awaited(self) -> None:
         client = self.create()
-        os.kill(client.pid, signal.SIGSTOP)
+        freeze(client.pid)
         pid = self.started(serve_idle_timeout=0.0)
         wait_until(lambda: len(q.live_consumers(client.fleet_key)) == 2)
         time.sleep(0.1)
         self.interrupt(pid)
         self.assertEqual([os.getpid()], q.live_consumers(client.fleet_key))
-        os.kill(client.pid, signal.SIGCONT)
+        thaw(client.pid)
         self.assertEqual("hi", client.chat("hi"))
         client.close()
         self.assert_all_gone()
@@ -5660,7 +5697,7 @@ os._exit(0)
         parent.kill()
         time.sleep(2.5 * q.PARENT_TICK)
         self.assertTrue(q.process_alive(pid))
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         self.assert_all_gone()
 
 
@@ -5669,41 +5706,25 @@ os._exit(0)
 # ==================================================================================================
 
 
-# Forks argv[1] clients that start at the same moment, prints what each got, and holds them until stdin ends.
-HERD = """
+# One client of several that start at the same moment, as the first line on stdin comes. It prints what it got, and
+# holds it until stdin ends.
+ONE_OF_A_HERD = """
 import http.client, json, urllib.request
-count, models, serve, idle, patience = eval(sys.argv[1])
-(gate, open_gate), (end, open_end), (results, report) = os.pipe(), os.pipe(), os.pipe()
-children = []
-for _ in range(count):
-    children.append(os.fork())
-    if not children[-1]:
-        os.close(open_gate), os.close(open_end)
-        os.read(gate, 1)
-        began, client, found = time.monotonic(), None, {}
-        try:
-            client = q.create_qvac("managed", models=models, serve_bin_path=serve, serve_idle_timeout=idle,
-                                   serve_start_timeout=patience)
-            found = {"answer": client.chat("hi"), "pid": client.pid, "reused": client.reused}
-        except Exception as error:
-            found = {"code": getattr(error, "code", repr(error)), "text": str(error), "args": repr(error.args)}
-        found.update(seconds=time.monotonic() - began)
-        os.write(report, json.dumps(found).encode() + b"\\n")
-        os.read(end, 1)
-        if client:
-            client.close()
-        os._exit(0)
-os.close(open_gate), os.close(report)
-lines = b""
-while lines.count(b"\\n") < count:
-    lines += os.read(results, 65536)
-sys.stdout.write("[%s]\\n" % ",".join(lines.decode().splitlines()))
-sys.stdout.flush()
+serve, idle, patience = eval(sys.argv[1])
+print("here", flush=True)
+sys.stdin.readline()
+began, client, found = time.monotonic(), None, {}
+try:
+    client = q.create_qvac("managed", models=["%s"], serve_bin_path=serve, serve_idle_timeout=idle,
+                           serve_start_timeout=patience)
+    found = {"answer": client.chat("hi"), "pid": client.pid, "reused": client.reused}
+except Exception as error:
+    found = {"code": getattr(error, "code", repr(error)), "text": str(error), "args": repr(error.args)}
+print(json.dumps({**found, "seconds": time.monotonic() - began}), flush=True)
 sys.stdin.read()
-os.close(open_end)
-for child in children:
-    os.waitpid(child, 0)
-"""
+if client:
+    client.close()
+""" % MODEL
 
 
 def in_thread(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
@@ -5782,20 +5803,20 @@ class LifeCase(Case):
         """Sooner than by idling; a test of the idling itself asserts that all is gone before."""
         q._detach_all()
         if self.processes():
-            self.signal_all(signal.SIGCONT)
+            self.each(thaw)
             for record in q.read_all_records():
                 with contextlib.suppress(q.QvacManagedModeError):
                     q.stop_serve(record.fleet_key)
 
-    def signal_all(self, number: int, having: str = "") -> List[int]:
-        """Signal the processes of this test whose command line has the text."""
-        signalled = []
+    def each(self, act: Callable[[int], Any], having: str = "") -> List[int]:
+        """Act on the processes of this test whose command line has the text; the pids of which it succeeded."""
+        done = []
         for pid, line in self.processes().items():
             if having in line:
                 with contextlib.suppress(OSError):
-                    os.kill(pid, number)
-                    signalled.append(pid)
-        return signalled
+                    act(pid)
+                    done.append(pid)
+        return done
 
     def hold(self, serve: str = q.ECHO, models: str = repr([MODEL]), idle: Optional[float] = None) -> Any:
         """A process that is attached, and its `(pid, port, reused, runner_pid)`."""
@@ -5806,12 +5827,12 @@ class LifeCase(Case):
         return child, (int(words[0]), int(words[1]), words[2] == "True", int(words[3]))
 
     def herd(self, count: int, serve: str = q.ECHO, patience: float = 30.0) -> List[Dict[str, Any]]:
-        child = self.python(HERD, repr((count, [MODEL], serve, self.IDLE, patience)))
-        line = child.stdout.readline()
-        if not line:
-            raise AssertionError(child.communicate()[1])
-        self.addCleanup(child.communicate)
-        return json.loads(line)
+        children = [self.python(ONE_OF_A_HERD, repr((serve, self.IDLE, patience))) for _ in range(count)]
+        self.assertEqual(["here\n"] * count, [child.stdout.readline() for child in children])
+        for child in children:
+            child.stdin.write("\n")
+            child.stdin.flush()
+        return [json.loads(child.stdout.readline()) for child in children]
 
     def log(self) -> str:
         """What runners and serves of this test have written into their logs."""
@@ -6052,7 +6073,7 @@ class PortTest(LifeCase):
 
     def test_a_stranger_on_the_port_of_a_dead_serve_gets_nothing(self) -> None:
         client = self.create(serve_bin_path=self.fake())
-        self.signal_all(signal.SIGKILL, "detach runner")
+        self.each(kill, RUNNER)
         self.assert_gone(client.pid)
         stranger = Stranger(self, client.port)
         self.assertEqual("hi", client.chat("hi"))
@@ -6240,7 +6261,7 @@ class SleepTest(SleepCase):
         record = self.record(client.fleet_key)
         with open(record.config_path, "w") as file:
             json.dump({"serve": {"models": {"evil": {"preload": True}}}}, file)
-        os.kill(client.pid, signal.SIGKILL)
+        kill(client.pid)
         self.assertEqual("hi", client.chat("hi"))
         self.assertNotEqual(record.config_path, self.record(client.fleet_key).config_path)
         self.assertFalse(os.path.exists(record.folder))
@@ -6259,7 +6280,7 @@ class SleepTest(SleepCase):
         for _ in range(3):
             before = len(answered)
             wait_until(lambda before=before: len(answered) > before + 10)
-            os.kill(self.ready_pid(client), signal.SIGKILL)
+            kill(self.ready_pid(client))
         before = len(answered)
         wait_until(lambda: len(answered) > before + 10)
         stop.append(1)
@@ -6273,7 +6294,7 @@ class SleepTest(SleepCase):
         client = self.sleeper(600)
         port, path = client.port, self.fake()
         os.rename(path, path + ".updating")
-        os.kill(self.ready_pid(client), signal.SIGKILL)
+        kill(self.ready_pid(client))
         asking = in_thread(self.raw, client)
         self.wait_for_state(client, "restarting")
         time.sleep(1.0)
@@ -6535,7 +6556,7 @@ class IdleTest(LifeCase):
         serve = self.fake(preload_s=0.5)
         first = self.create(serve_bin_path=serve, serve_idle_timeout=0.2)
         pid = first.pid
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         wait_until(lambda: self.record(first.fleet_key).is_resting)
         later = self.create(serve_bin_path=serve, serve_idle_timeout=600)
         wait_until(lambda: self.record(first.fleet_key).idle_timeout_ms == 600000, what="the longer wish")
@@ -6584,7 +6605,7 @@ class RawUseTest(LifeCase):
         for _ in range(6):
             self.assertEqual("hi", self.raw(client))
             time.sleep(0.25)
-        os.kill(client.pid, signal.SIGKILL)
+        kill(client.pid)
         wait_until(lambda: self.starts() == 2)
         self.assertEqual("hi", self.raw(client))
         self.assert_all_gone()
@@ -6607,7 +6628,7 @@ class RestartTest(LifeCase):
 
     def test_it_comes_back_though_nobody_asks(self) -> None:
         client = self.create()
-        os.kill(client.pid, signal.SIGKILL)
+        kill(client.pid)
         wait_until(lambda: self.starts() == 2 and not self.record(client.fleet_key).is_resting)
         self.assertEqual("hi", self.raw(client))
 
@@ -6620,10 +6641,10 @@ class RestartTest(LifeCase):
 
     def test_it_does_not_come_back_for_nobody(self) -> None:
         client = self.create(reuse=False)
-        os.kill(client.runner_pid, signal.SIGSTOP)
+        freeze(client.runner_pid)
         client.close()
-        os.kill(client.pid, signal.SIGKILL)
-        os.kill(client.runner_pid, signal.SIGCONT)
+        kill(client.pid)
+        thaw(client.runner_pid)
         self.assert_all_gone()
 
     def test_a_config_folder_that_others_delete_is_made_again(self) -> None:
@@ -6680,7 +6701,7 @@ class RunnerDeathTest(LifeCase):
             starting = in_thread(self.create, serve_bin_path=serve)
             wait_until(lambda: len(self.fake_events("start")) > starts)
             began = time.monotonic()
-            self.assertTrue(self.signal_all(number, "detach runner"))
+            self.assertTrue(self.each(lambda pid: os.kill(pid, number), RUNNER))
             self.assertRaises(q.ServeStoppedError, starting)
             self.assert_soon(began, 6)  # the contract says 1 s; what is left of the group has 1 s of grace
             self.assert_all_gone()
@@ -6706,32 +6727,32 @@ class RunnerDeathTest(LifeCase):
         """The worst workers; those that leave the group (setsid) are beyond what a group can do."""
         client = self.create(serve_bin_path=self.fake(grandchildren=["plain", "ignore_term", "stopped", "polite"]))
         self.assertEqual(7, len(self.processes()))  # runner, serve, guard, four workers
-        os.kill(client.runner_pid, signal.SIGKILL)
+        kill(client.runner_pid)
         wait_until(lambda: not self.processes(), 6)  # the contract says 2 s
         self.assertEqual("hi", client.chat("hi"))
 
     def test_killed_with_its_serve_stopped_it_takes_it_along(self) -> None:
         client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term"]))
-        os.kill(client.pid, signal.SIGSTOP)
-        os.kill(client.runner_pid, signal.SIGKILL)
+        freeze(client.pid)
+        kill(client.runner_pid)
         wait_until(lambda: not self.processes(), 6)
 
     def test_a_watchdog_that_is_killed_is_replaced(self) -> None:
         client = self.create(serve_bin_path=self.fake(grandchildren=["ignore_term"]))
         for _ in range(2):
             time.sleep(0.3)
-            [killed] = self.signal_all(signal.SIGKILL, "qvac-watchdog")
+            [killed] = self.each(kill, "qvac-watchdog")
             wait_until(lambda: [pid for pid, line in self.processes().items() if "qvac-watchdog" in line and pid != killed])
-        os.kill(client.runner_pid, signal.SIGKILL)
+        kill(client.runner_pid)
         wait_until(lambda: not self.processes(), 6)
 
     def test_a_waiting_client_is_told_of_a_killed_runner(self) -> None:
         starting = in_thread(self.create, serve_bin_path=self.fake(preload_s=20))
         wait_until(lambda: self.fake_events("start"))
-        self.signal_all(signal.SIGKILL, "detach runner")
+        self.each(kill, RUNNER)
         wait_until(lambda: len(self.fake_events("start")) == 2, what="the second try")
         began = time.monotonic()
-        self.signal_all(signal.SIGKILL, "detach runner")
+        self.each(kill, RUNNER)
         self.assertRaises(q.ServeSpawnFailedError, starting)
         self.assert_soon(began, 4)
         wait_until(lambda: not self.processes(), 6)
@@ -6745,9 +6766,9 @@ class RunnerKilledAnytimeTest(LifeCase):
         serve = self.fake(preload_s=0.1, grandchildren=["plain", "ignore_term", "stopped"])
         for delay in self.DELAYS:
             starting = in_thread(self.create, serve_bin_path=serve)
-            wait_until(lambda: self.signal_all(0, "detach runner"))
+            wait_until(lambda: self.each(q.process_start, RUNNER))
             time.sleep(delay)
-            self.signal_all(signal.SIGKILL, "detach runner")
+            self.each(kill, RUNNER)
             wait_until(lambda: not self.processes() or starting.done(), 6)
             with contextlib.suppress(q.QvacManagedModeError):
                 starting().close()
@@ -6866,18 +6887,18 @@ class FrozenTest(LifeCase):
     def test_a_frozen_serve_gets_no_second_one_beside_it(self) -> None:
         serve = self.fake()
         client = self.create(serve_bin_path=serve)
-        os.kill(client.pid, signal.SIGSTOP)
+        freeze(client.pid)
         attaching = [in_thread(self.create, serve_bin_path=serve) for _ in range(5)]
         time.sleep(q.HEALTH_TIMEOUT + 1.5)
         self.assertEqual([False] * 5, [attach.done() for attach in attaching])
-        os.kill(client.pid, signal.SIGCONT)
+        thaw(client.pid)
         self.assertEqual({client.pid}, {attach().pid for attach in attaching})
         self.assertEqual(1, len(self.fake_events("start")))
 
     def test_a_frozen_serve_costs_a_client_its_deadline_and_no_more(self) -> None:
         serve = self.fake()
         client = self.create(serve_bin_path=serve)
-        os.kill(client.pid, signal.SIGSTOP)
+        freeze(client.pid)
         began = time.monotonic()
         with self.assertRaises(q.ServeStartTimeoutError) as caught:
             self.create(serve_bin_path=serve, serve_start_timeout=0.5)
@@ -6892,10 +6913,10 @@ class FrozenTest(LifeCase):
     def test_a_client_that_gives_up_leaves_no_wish_for_a_longer_life(self) -> None:
         serve = self.fake()
         client = self.create(serve_bin_path=serve)
-        os.kill(client.pid, signal.SIGSTOP)
+        freeze(client.pid)
         with self.assertRaises(q.ServeStartTimeoutError):
             self.create(serve_bin_path=serve, serve_start_timeout=0.5, serve_idle_timeout=600)
-        os.kill(client.pid, signal.SIGCONT)
+        thaw(client.pid)
         client.close()
         self.assert_all_gone()
 
@@ -6908,16 +6929,16 @@ class FrozenTest(LifeCase):
             self.create(serve_bin_path=serve, serve_start_timeout=0.5)
         self.assert_soon(began, 6)
         self.assertIsNone(child.poll(), "the other still waits")
-        self.signal_all(signal.SIGKILL, "detach runner")
+        self.each(kill, RUNNER)
         child.kill()
 
     def test_a_frozen_runner_is_no_reason_to_refuse_its_serve(self) -> None:
         client = self.create()
-        os.kill(client.runner_pid, signal.SIGSTOP)
+        freeze(client.runner_pid)
         waiting, asking = in_thread(self.create), in_thread(client.chat, "hi")
         time.sleep(q.HEALTH_TIMEOUT + 1.0)
         self.assertEqual((False, False), (waiting.done(), asking.done()), "it is waited for")
-        os.kill(client.runner_pid, signal.SIGCONT)
+        thaw(client.runner_pid)
         self.assertEqual((client.pid, "hi"), (waiting().pid, asking()))
 
     def test_a_frozen_starting_client_passes_its_lock_on(self) -> None:
@@ -6966,11 +6987,11 @@ class DamageTest(LifeCase):
         first = self.create()
         key, record = first.fleet_key, self.record(first.fleet_key)
         hidden = os.path.join(self.home, "hidden")
-        os.kill(first.runner_pid, signal.SIGSTOP)
+        freeze(first.runner_pid)
         os.rename(q.record_path(key), hidden)
         second = self.create()
         self.assertNotEqual(first.pid, second.pid)
-        os.kill(first.runner_pid, signal.SIGCONT)
+        thaw(first.runner_pid)
         self.assert_gone(first.pid)
         self.assert_gone(first.runner_pid)
         self.assertEqual(second.pid, self.record(key).serve_pid)
@@ -6984,10 +7005,10 @@ class DamageTest(LifeCase):
         first = self.create(serve_bin_path=serve)
         answer = in_thread(first.chat, "slow")
         wait_until(lambda: [event for event in self.fake_events("request") if event["method"] == "POST"])
-        os.kill(first.runner_pid, signal.SIGSTOP)
+        freeze(first.runner_pid)
         os.unlink(q.record_path(first.fleet_key))
         self.create(serve_bin_path=serve)
-        os.kill(first.runner_pid, signal.SIGCONT)
+        thaw(first.runner_pid)
         self.assertEqual("slow", answer())
         wait_until(lambda: len(self.fake_events("exit")) == 1)
 
@@ -7126,7 +7147,7 @@ class RecycledPidTest(RecycledCase):
             "print(c.runner_pid, c.pid, flush=True); sys.stdin.read()" % MODEL)  # fmt: skip
         child = self.python(code)
         runner, serve = map(int, child.stdout.readline().split())
-        os.kill(runner, signal.SIGKILL)
+        kill(runner)
         self.assert_gone(serve, 6)
         self.assertTrue(os.path.exists("/proc/%d" % runner), "the zombie this is about")
         began = time.monotonic()
@@ -7514,7 +7535,7 @@ class LeftoverTest(OrphanCase):
         child = self.python(HOLDER, repr([MODEL]), serve, "1")
         wait_until(lambda: self.fake_events("start"))
         left = [name for name in self.files() if name.endswith(".d")]
-        self.signal_all(signal.SIGKILL, "detach runner")
+        self.each(kill, RUNNER)
         child.kill()
         wait_until(lambda: set(self.processes()) == {self.canary.pid})
         self.assertEqual(1, len(left))
@@ -7662,7 +7683,7 @@ class StepCase(LifeCase):
                 with self.subTest(who=who, step=step, where=self.where()):
                     check(child)
                     self.assert_clean()
-            self.signal_all(signal.SIGKILL)
+            self.each(kill)
             child.communicate(timeout=30)
 
     def swept(self, who: str, step: int, number: int) -> subprocess.Popen[str]:
@@ -7708,7 +7729,7 @@ class StepCase(LifeCase):
             self.assertEqual("hi", client.chat("hi"))
             client.close()
         self.assert_soon(began, 10)  # its deadline is 2 s, and to stop a serve may take 6
-        os.kill(int(self.where().split()[0]), signal.SIGCONT)
+        thaw(int(self.where().split()[0]))
         self.assert_others_work(15)
         out, err = child.communicate(timeout=30)
         self.assertIn(out.strip(), ("hi", "SERVE_START_TIMEOUT", "REGISTRY", "SERVE_SPAWN_FAILED"), err)
@@ -8315,7 +8336,7 @@ class OtherUserTest(HostileCase):
         client = self.create(serve_bin_path=self.fake())
         port, key = client.port, client.api_key
         seen = self.grabber(port)
-        os.kill(client.runner_pid, signal.SIGKILL)
+        kill(client.runner_pid)
         wait_until(lambda: seen, what="the other user has the port")
         self.assertEqual("my secret", client.chat("my secret"))
         self.assertNotEqual(port, client.port)
@@ -8328,7 +8349,7 @@ class OtherUserTest(HostileCase):
         client = self.create(**options)
         key = client.api_key
         seen = self.grabber(port)
-        os.kill(client.runner_pid, signal.SIGKILL)
+        kill(client.runner_pid)
         wait_until(lambda: seen, what="the other user has the port")
         with self.assertRaisesRegex(q.PortAllocationFailedError, "%d" % port):
             self.create(**options)
@@ -8855,7 +8876,7 @@ class SecrecyTest(HostileCase):
                 call()
             errors.append(caught.exception)
         self.fake(echo=True, answer_delay_s=30)
-        victim = threading.Timer(0.3, os.kill, (client.pid, signal.SIGKILL))
+        victim = threading.Timer(0.3, kill, (client.pid,))
         victim.start()
         with self.assertRaises(OSError) as broken:  # in the midst of an answer
             client.chat("x")
@@ -9338,7 +9359,7 @@ class PeerAttachTest(PeerCase):
         child.communicate()
         time.sleep(2 * self.IDLE)
         self.assertEqual("x", ours.chat("x"))
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         wait_until(lambda: not os.path.exists(q.record_path(self.key)), what="the end of its runner")
         self.assertEqual([], q.live_consumers(self.key))  # it has removed our marker with its own
         self.assertEqual("y", ours.chat("y"))
@@ -9383,7 +9404,7 @@ class PeerDamageTest(PeerCase):
         tree, ours = self.canary_tree(), self.client()
         record = q.read_record(self.key)
         assert record is not None
-        os.kill(ours.runner_pid, signal.SIGKILL)
+        kill(ours.runner_pid)
         for pid in (record.runner_pid, record.serve_pid):
             wait_until(lambda: not self.peer.alive(pid), what="the end of both, to those who count zombies too")
         self.write("0" * 16 + ".log", "kept")
@@ -9728,7 +9749,7 @@ class StrangeStateTest(Case):
         client = self.create()
         guards = [pid for pid, line in self.processes().items() if "qvac-watchdog" in line]
         self.assertEqual(1, len(guards))
-        os.kill(guards[0], signal.SIGSTOP)
+        freeze(guards[0])
         client.close()
         wait_until(lambda: not q.process_alive(client.runner_pid), 8)
 
@@ -11067,7 +11088,7 @@ class Terminal:
 
     def close(self):
         if self.code is None:
-            os.kill(self.pid, signal.SIGKILL)
+            kill(self.pid)
             os.waitpid(self.pid, 0)
         os.close(self.master)
 
@@ -12046,7 +12067,7 @@ class RealCrashTest(RealCase):
         models = self.tiny()
         child = self.holder(models)
         pid, _, _, runner = self.told(child)
-        os.kill(runner, signal.SIGKILL)
+        kill(runner)
         child.kill()
         child.wait()
         client = self.real(models)
@@ -12062,7 +12083,7 @@ class RealCrashTest(RealCase):
         client = self.real(self.tiny())
         client.chat("hello", max_tokens=4)
         worker = self.named("bare")[0]
-        os.kill(worker, signal.SIGSTOP)
+        freeze(worker)
         self.assertTrue(q.stop_serve(client.fleet_key))
         self.assertFalse(q.process_alive(client.pid))
         self.assertFalse(q.process_alive(worker))
@@ -12326,7 +12347,7 @@ class ProviderOurServeTest(ProviderCase):
         ours = self.real([CATALOG_MODEL])
         theirs, pid = self.provider(), ours.pid
         self.facts(theirs)
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         wait_until(lambda: not os.path.exists("/proc/%d" % pid), what="the end of its sockets: no retry after a reset")
         told = self.ask(theirs)
         self.assertEqual((404, ours.port), (told["status"], told["port"]), told)
@@ -12383,7 +12404,7 @@ class ProviderItsServeTest(ProviderCase):
         theirs = self.provider()
         pid = self.facts(theirs)["pid"]
         ours = self.real([CATALOG_MODEL])
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         wait_until(lambda: not os.path.exists(q.record_path(ours.fleet_key)), what="the end of its runner")
         self.assertEqual("idle", ours.models()[0]["state"])
         self.assertNotEqual(pid, ours.pid)
