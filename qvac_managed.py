@@ -1006,15 +1006,6 @@ def is_thread_id(pid: int) -> bool:
     return False
 
 
-def terminate_process(pid: int) -> None:
-    """Ask it to end; on Windows, end it: there is nothing gentler that reaches another console."""
-    os.kill(pid, 15)
-
-
-def kill_process(pid: int) -> None:
-    os.kill(pid, 9)
-
-
 def is_ours(status: os.stat_result) -> bool:
     """Whether a file is this user's; on Windows a profile is, by its access list."""
     return sys.platform == "win32" or status.st_uid == os.geteuid()
@@ -1307,7 +1298,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
     def kill_group_of(group: int) -> None:
         for pid in group_members(group):
             try:
-                kill_process(pid)
+                os.kill(pid, 9)
             except OSError:
                 pass
 
@@ -1521,7 +1512,7 @@ else:
                 try:
                     ended = wait_until(lambda: _child_ended(self._child), 1.0, 0.001)
                     if ended is None:  # somebody has stopped it, or it is no interpreter
-                        kill_process(self._child)
+                        os.kill(self._child, 9)
                         ended = _child_ended(self._child, 0)
                     self._code = -ended[1] if ended[1] else ended[0]
                 except ChildProcessError:
@@ -1616,7 +1607,7 @@ else:
             """End the watchdog, and with it the group's id."""
             if self._watchdog:
                 os.close(self._pipe)
-                kill_process(self._watchdog)  # it may have been stopped, and would not see the pipe's end
+                os.kill(self._watchdog, 9)  # it may have been stopped, and would not see the pipe's end
                 os.waitpid(self._watchdog, 0)
 
     def neutral_limits() -> None:
@@ -3532,24 +3523,31 @@ def stop_serve_process(serve: ServeProcess, grace: float = STOP_GRACE) -> None:
 
 def stop_stray_group(pid: int, grace: float = STOP_GRACE) -> bool:
     """The stop ladder for a proved serve that is not our child (an orphan's); True when its group is gone."""
-    group, start = group_of(pid), process_start(pid)
+    group = group_of(pid)
+    # Noted first: on Windows nothing tells of what a process has started once it has ended.
+    members = {member: process_start(member) for member in [pid, *group_members(group)]}
 
-    def is_still_it() -> bool:
-        return start is not None and process_start(pid) == start
+    def left() -> Set[int]:
+        known = {member for member, start in members.items() if start is not None and process_start(member) == start}
+        return known.union(group_members(group))
+
+    def kill() -> bool:
+        if left():
+            kill_group_of(group)
+        for member in left():
+            try:
+                os.kill(member, 9)
+            except OSError:
+                pass
+        return not left()
 
     try:
-        terminate_process(pid)
+        os.kill(pid, 15)
     except OSError:
         pass
-    wait_until(lambda: not is_still_it(), grace)
-    wait_until(lambda: is_still_it() or not group_members(group), GROUP_GRACE)
-
-    def is_over() -> bool:
-        if group_members(group):
-            kill_group_of(group)
-        return not group_members(group)
-
-    return bool(wait_until(is_over, 1.0))
+    wait_until(lambda: pid not in left(), grace)
+    wait_until(lambda: pid in left() or not left(), GROUP_GRACE)
+    return bool(wait_until(kill, 1.0))
 
 
 def model_weights(models: Mapping[str, Any]) -> Dict[str, int]:
@@ -6718,13 +6716,13 @@ def _end_runner(record: ServeRecord, patience: float) -> None:
     def has_gone() -> bool:  # without /proc its listener tells: it lives as long
         return process_start(pid) != start if start else look(record, 0.5).state == GONE
 
-    for end in (None, terminate_process, kill_process, kill_process):
-        if end is not None:
+    for number in (0, 15, 9, 9):  # on Windows each of them ends it
+        if number:
             if not is_our_runner(_read_any_record(record.fleet_key) or record):  # each start has a folder of its own
                 raise RegistryError("Process %d is not proved to be the runner of %s: not stopped." % (
                     pid, record.fleet_key))  # fmt: skip
             try:
-                end(pid)
+                os.kill(pid, number)
             except OSError:
                 pass
             patience = STOP_GRACE + 3 * GROUP_GRACE
@@ -9306,7 +9304,7 @@ def _do_demo(args: Any) -> Any:
             pid = json.loads(_tool_output([*_own_command(), *words]))["pid"]
             which = "the same" if pid == client.pid else "ANOTHER"
             say(f"a second process asked for the same and got {which} serve (pid {pid})")
-            kill_process(client.pid)
+            os.kill(client.pid, 9)
             say(f"killed the serve (pid {pid})")
             say("the same client asked again, and waited: " + client.chat("are you back?"))
             if sleep_serve(client.fleet_key):

@@ -497,7 +497,7 @@ class Serve:
             models = json.load(file)["serve"]["models"]
         self.preload = [alias for alias in models if models[alias].get("preload", "model" in models[alias])]
         self.states = {alias: "ready" if alias in self.preload else "idle" for alias in models}
-        self.listener = None
+        self.listener, self.stopping = None, False
         self.answered = {"requests": 0, "posts": 0}
         self.counting = threading.Lock()
 
@@ -540,6 +540,8 @@ class Serve:
         while True:
             try:
                 client = self.listener.accept()[0]
+            except socket.timeout:
+                continue
             except OSError:
                 return  # closed by SIGTERM
             threading.Thread(target=self.converse, args=(client,), daemon=True).start()
@@ -656,22 +658,21 @@ class Serve:
 
     def wait_for_signals(self):
         """Never returns."""
-        while not hasattr(signal, "sigwait"):
-            time.sleep(60)  # Windows: there is nothing to wait for but TerminateProcess
-        stopping = False
         while True:
-            number = signal.sigwait(SIGNALS)
-            knob = knobs()
-            log("signal", number=int(number), name=signal.Signals(number).name)
-            if knob.get("ignore_term") or stopping:
-                continue
-            # Before it listens, the real serve has no handler: it dies of the signal.
-            code = knob.get("term_code", 0) if self.listener else -number
-            if not knob.get("term_s"):
-                end(code, "signal")
-            stopping = True
-            self.stop_listening()
-            threading.Timer(knob["term_s"], end, (code, "signal")).start()
+            self.take_signal(signal.sigwait(SIGNALS))
+
+    def take_signal(self, number):
+        knob = knobs()
+        log("signal", number=int(number), name=signal.Signals(number).name)
+        if knob.get("ignore_term") or self.stopping:
+            return
+        # Before it listens, the real serve has no handler: it dies of the signal.
+        code = knob.get("term_code", 0) if self.listener else -number
+        if not knob.get("term_s"):
+            end(code, "signal")
+        self.stopping = True
+        self.stop_listening()
+        threading.Timer(knob["term_s"], end, (code, "signal")).start()
 
 
 def odd_models(client, mode, data, knob):
@@ -750,10 +751,13 @@ def main():
     if "stderr" in knob:
         say(knob["stderr"], stream=2)
     serve = Serve(read_options(sys.argv[1:], knob))
-    if hasattr(signal, "pthread_sigmask"):
+    if hasattr(signal, "sigwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for sigwait; every thread inherits it
     for mode in knob.get("grandchildren", []):
         spawn_grandchild(mode, knob)  # forks: no thread may run yet
+    while not hasattr(signal, "sigwait"):  # Windows: Ctrl-Break ends it, but under Wine not if it has another thread
+        serve.run(knob)
+        time.sleep(60)
     life = threading.Timer(knob.get("life_s", 300), end, (70, "life_s is over"))
     for thread in (life, threading.Thread(target=serve.run, args=(knob,))):
         thread.daemon = True
@@ -868,7 +872,7 @@ class EchoCase(unittest.TestCase):
     def assert_stops(self, proc: subprocess.Popen[bytes], within: float) -> None:
         started = time.monotonic()
         proc.send_signal(signal.SIGTERM)
-        self.assertEqual(proc.wait(timeout=10), 0 if POSIX else signal.SIGTERM, "Windows has only TerminateProcess")
+        self.assertEqual(proc.wait(timeout=10), 0 if POSIX else 1, "Windows has only TerminateProcess")
         self.assertLess(time.monotonic() - started, within)
 
 
@@ -3801,7 +3805,7 @@ class FindCliTest(Unit):
         self.assertEqual([on_path], q.find_cli("my-qvac"))
         with mock.patch.dict(os.environ, PATH=os.path.relpath(os.path.dirname(on_path))):
             self.assertRaises(q.CliNotFoundError, q.find_cli, "my-qvac")
-        with open("my-qvac", "w"), self.assertRaises(q.CliNotFoundError):  # the file here is the one that was meant
+        with open("my-qvac", "w"), self.assertRaises(q.CliNotFoundError) if POSIX else contextlib.nullcontext():  # it was meant
             q.find_cli("my-qvac")
 
     def test_a_missing_cli_says_what_to_type_and_where_it_was_looked_for(self) -> None:
@@ -4157,7 +4161,7 @@ class PlatformTest(unittest.TestCase):
             self.assertEqual(q.DEAD, q.judge_process(child.pid, found.start + "1", q.place()))
             self.assertIn(child.pid, q.group_members(me if not POSIX else os.getpgid(0)))
             self.assertGreater(q.rss_bytes([child.pid]) or 0, 100000)
-            q.kill_process(child.pid)
+            kill(child.pid)
             child.wait()
             self.assertIsNone(q.look_at(child.pid))
             self.assertFalse(q.process_alive(child.pid))
@@ -4175,7 +4179,7 @@ class PlatformTest(unittest.TestCase):
         """
         child = self.start(code, self.argv("")[2])
         self.assertEqual(b"False", child.stdout.readline().strip())
-        q.kill_process(child.pid)
+        kill(child.pid)
         self.assertEqual(b"True", child.stdout.readline().strip())
 
     # -- files
@@ -4239,7 +4243,7 @@ class PlatformTest(unittest.TestCase):
         fd = q.open_file(path, os.O_RDWR)
         self.addCleanup(os.close, fd)
         self.assertFalse(q.lock_fd(fd))
-        q.kill_process(child.pid)
+        kill(child.pid)
         self.assertTrue(wait_until(lambda: q.lock_fd(fd)))
         q.unlock_fd(fd)
         other = q.open_file(path, os.O_RDWR)
@@ -4347,7 +4351,7 @@ class PlatformTest(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 8)
         pid = getattr(channel._child, "pid", channel._child)
         if not POSIX:
-            q.kill_process(pid)  # elsewhere close() does: it has not detached
+            kill(pid)  # elsewhere close() does: it has not detached
         channel.close()
         wait_until(lambda: self.gone(pid))
 
@@ -4382,12 +4386,12 @@ class PlatformTest(unittest.TestCase):
         self.assertLessEqual({serve.pid, worker}, set(q.group_members(q.group_of(serve.pid))))
         serve.check_watchdog()
         if POSIX:  # somebody kills it, and for a moment there is no process to be had
-            q.kill_process(serve._watchdog)
+            kill(serve._watchdog)
             with mock.patch("os.posix_spawn", side_effect=BlockingIOError):
                 wait_until(lambda: raises(BlockingIOError, serve.check_watchdog))
             serve.check_watchdog()
             self.assertEqual(serve._group, os.getpgid(serve._watchdog))
-        q.kill_process(serve.pid)
+        kill(serve.pid)
         wait_until(serve.ended)
         self.assertFalse(serve.group_is_empty())
         self.assertFalse(self.gone(worker))
@@ -4421,7 +4425,7 @@ class PlatformTest(unittest.TestCase):
         """
         runner = self.start(code, self.path("log"), self.argv(self.FAMILY)[2])
         serve, (worker,) = int(runner.stdout.readline()), self.serve_pids()
-        q.kill_process(runner.pid)
+        kill(runner.pid)
         wait_until(lambda: self.gone(serve) and self.gone(worker))
 
     def test_a_command_that_is_not_there_starts_nothing(self) -> None:
@@ -6770,7 +6774,7 @@ class RunnerDeathTest(LifeCase):
     def test_killed_it_takes_the_serve_and_its_workers_along(self) -> None:
         """The worst workers; those that leave the group (setsid) are beyond what a group can do."""
         client = self.create(serve_bin_path=self.fake(grandchildren=["plain", "ignore_term", "stopped", "polite"]))
-        self.assertEqual(7, len(self.processes()))  # runner, serve, guard, four workers
+        self.assertEqual(7 if POSIX else 6, len(self.processes()))  # runner, serve, watchdog, four workers
         kill(client.runner_pid)
         wait_until(lambda: not self.processes(), 6)  # the contract says 2 s
         self.assertEqual("hi", client.chat("hi"))
@@ -7051,12 +7055,13 @@ class DamageTest(LifeCase):
         first = self.create(serve_bin_path=serve)
         answer = in_thread(first.chat, "slow")
         wait_until(lambda: [event for event in self.fake_events("request") if event["method"] == "POST"])
-        freeze(first.runner_pid)
+        first_runner = first.runner_pid
+        freeze(first_runner)
         os.unlink(q.record_path(first.fleet_key))
         self.create(serve_bin_path=serve)
-        thaw(first.runner_pid)
+        thaw(first_runner)
         self.assertEqual("slow", answer())
-        wait_until(lambda: len(self.fake_events("exit")) == 1)
+        self.assert_gone(first_runner)
 
     def test_a_record_of_the_dead_is_overwritten(self) -> None:
         client = self.create()
@@ -7461,14 +7466,15 @@ class SweepTest(OrphanCase):
         self.assertEqual([key], q.sweep_serves())
         self.assert_dropped(key)
         self.assertEqual({self.canary.pid}, set(self.processes()))
-        self.assertEqual("SIGTERM", self.fake_events("signal")[0]["name"])
+        if POSIX:
+            self.assertEqual("SIGTERM", self.fake_events("signal")[0]["name"])
 
     def test_an_orphan_that_ignores_sigterm_is_killed(self) -> None:
         child, port = self.orphan(ignore_term=True)
         key = self.new_key()
         self.publish(key, child.pid, port)
         self.assertEqual([key], q.sweep_serves())
-        self.assertEqual(-signal.SIGKILL, child.wait())
+        self.assertEqual(-9 if POSIX else 9, child.wait())
         self.assert_dropped(key)
 
     def test_an_orphan_that_does_not_answer_is_kept_for_a_later_sweep(self) -> None:
