@@ -1036,6 +1036,15 @@ def default_env_shell() -> str:
     return "powershell" if sys.platform == "win32" else "sh"
 
 
+def break_off(sock: Any) -> None:
+    """End a connection on which another thread waits. On Windows a shutdown wakes it only as it comes to send."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    finally:
+        if sys.platform == "win32":
+            socket.close(sock.detach())
+
+
 def start_without_signals(start: Callable[[], None]) -> None:
     """Start a thread that is given no signals. Of two that come at once, as SIGHUP and SIGCONT do when a terminal
     closes, the kernel would give it the second, and the main thread would wait on without having seen it."""
@@ -3063,7 +3072,7 @@ def _openers() -> Any:  # noqa: C901 - classes that need what is imported only h
             return self.do_open(SecureConnection, request)
 
     def note(sock: Any) -> None:
-        _Call.note("connection", functools.partial(sock.shutdown, socket.SHUT_RDWR))
+        _Call.note("connection", functools.partial(break_off, sock))
 
     def build(*handlers: Any) -> Any:
         opener = urllib.request.OpenerDirector()
