@@ -3373,7 +3373,7 @@ def _first_program(paths: Iterator[str], is_users_word: bool) -> Optional[str]:
                 return path
             if path not in _passed_over:
                 _passed_over.add(path)
-                _warn("%s", clean_text("Passed over %s, as %s. If you trust it, name it with QVAC_BIN." % (path, why)))
+                _warn("Passed over %s, as %s. If you trust it, name it with QVAC_BIN.", path, why)
     return None
 
 
@@ -3449,12 +3449,12 @@ def allocate_free_port(host: str) -> int:
         raise PortAllocationFailedError("No port could be had on %s: %s." % (host, error.strerror or error)) from None
 
 
-def open_log(key: str) -> int:
+def open_log(key: str, flags: int = os.O_CREAT) -> int:
     """KEY.log for appending, as a descriptor."""
     path = log_path(key)
     ensure_managed_serves_dir()
     try:
-        fd = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        fd = open_file(path, os.O_RDWR | os.O_APPEND | flags)
     except OSError as error:
         raise _registry_trouble("open", path, error) from None
     status = os.fstat(fd)
@@ -4865,7 +4865,7 @@ def _size(count: Optional[float]) -> str:
 def _serve_log(key: str, start: int = 0, limit: int = LOG_READ_BYTES) -> str:
     """The end of a serve's log from offset START; "" if it cannot be read."""
     try:
-        fd = open_log(key)
+        fd = open_log(key, 0)
         try:
             return read_log(fd, start, limit).decode("utf-8", "replace").replace("\0", "")
         finally:
@@ -6208,7 +6208,7 @@ def _runner_died(key: str, code: Optional[int] = None, log_start: int = 0) -> st
 
 
 def _warn(text: str, *args: Any) -> None:
-    logging.getLogger("qvac_managed").warning(text, *args)
+    logging.getLogger("qvac_managed").warning("%s", clean_text(text % args))
 
 
 # -- making clients
@@ -8554,7 +8554,7 @@ def _do_pull(args: Any) -> Any:
     for word in args.words:
         rows.append(_pull(args, word))
         if not args.json:
-            _out(f"{word} is on this disk: {_size(rows[-1]['size_bytes'])}, {rows[-1]['path']}")
+            _out(clean_text(f"{word} is on this disk: {_size(rows[-1]['size_bytes'])}, {rows[-1]['path']}"))
     if args.json:
         _print_json(rows)
 
@@ -8921,8 +8921,9 @@ def _print_explanation(told: Mapping[str, Any], same: Optional[ServeInfo]) -> No
     except CliNotFoundError as error:
         cli = f"none: {_expected_failure(error)}"
     _out("ID      " + told["fleet_key"] + (" (and the owner behind it: private)" if told["private"] else ""))
-    _out("cli     " + cli)
-    _out("config  " + json.dumps(told["config"], indent=2, ensure_ascii=False).replace("\n", "\n        "))
+    _out("cli     " + clean_text(cli))
+    config = clean_text(json.dumps(told["config"], indent=2, ensure_ascii=False))
+    _out("config  " + config.replace("\n", "\n        "))
     if same is None:
         _out("serve   none has this ID; up would start one")
     else:

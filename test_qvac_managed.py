@@ -3892,6 +3892,18 @@ class FindCliTest(Unit):
 
     def test_a_text_of_others_reaches_a_terminal_printable(self) -> None:
         self.assertEqual("a?[2Jb\tü 😀\n???", q.clean_text("a\x1b[2Jb\tü 😀\n\x9b\u202e\ud800"))
+        with self.assertLogs("qvac_managed") as logged:
+            q._warn("Model %s failed to load: %s", "m", "\x1b[31mno\x9b1m")  # out of the serve's log, into the host's
+        self.assertEqual(["WARNING:qvac_managed:Model m failed to load: ?[31mno?1m"], logged.output)
+        told = {"serve_bin_path": "\x1b]0;x\x07", "fleet_key": KEY, "private": False, "others": [],
+                "config": {"a": "\x9b1m"}}  # fmt: skip
+        with mock.patch("sys.stdout", io.StringIO()) as out:
+            q._print_explanation(told, None)  # of a record that somebody forged
+        self.assertTrue(out.getvalue().replace("\n", "").isprintable(), out.getvalue())
+
+    def test_to_look_at_a_log_makes_none(self) -> None:
+        self.assertEqual("", q._serve_log(KEY))
+        self.assertFalse(os.path.exists(q.log_path(KEY)))
 
     def test_the_echo_serve_is_this_file_again(self) -> None:
         command = q.find_cli(q.ECHO)
