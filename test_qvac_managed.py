@@ -1171,6 +1171,7 @@ class EchoProcessTest(EchoCase):
         proc = self.start()
         self.ask("GET", "/models?x=1")
         self.ask("GET", "/models", Authorization=None)
+        time.sleep(0.0 if POSIX else 0.5)  # TerminateProcess gives it no time for its last line
         self.assert_stops(proc, within=0.5)
         log: List[str] = proc.log  # type: ignore[attr-defined]
         log += proc.stdout.read().decode("utf-8").splitlines()  # type: ignore[union-attr]
@@ -5162,14 +5163,15 @@ class ReentryTest(EndedServeCase):
                     self.assertIsNone(resolver._follow(record))
 
     def test_a_waiter_with_more_patience_than_the_starter_tries_again(self) -> None:
-        serve = self.fake(preload_s=2.5)
+        hasty_s = 1.0 if POSIX else 4.0
+        serve = self.fake(preload_s=2.5 * hasty_s)
         options = {"serve_bin_path": serve, "serve_idle_timeout": 0.5}
-        hasty = in_background(lambda: self.create(serve_start_timeout=1.0, **options))
+        hasty = in_background(lambda: self.create(serve_start_timeout=hasty_s, **options))
         wait_until(lambda: self.fake_events("start"))
         self.assertEqual("hi", self.create(serve_start_timeout=30.0, **options).chat("hi"))
         with self.assertRaises(q.ServeStartTimeoutError) as caught:
             hasty()
-        self.assertEqual(1.0, caught.exception.seconds)
+        self.assertEqual(hasty_s, caught.exception.seconds)
         self.assertEqual(1, len(self.fake_events("start")))
 
     @unittest.skipUnless(LINUX, "a working folder that is gone")
@@ -8228,7 +8230,7 @@ class StrangerTest(HostileCase):
         self.assertIsNone(serve.poll())
         self.write(client.fleet_key + ".json", dict(written, apiKey=SECRET))
         self.assertEqual([client.fleet_key], q.sweep_serves())
-        self.assertEqual(0, serve.wait(PATIENCE))
+        self.assertEqual(0 if POSIX else 15, serve.wait(PATIENCE))
 
     def start_fake_alone(self, key: str) -> subprocess.Popen[bytes]:
         """A fake serve that a test starts itself, as a provider's runner would have."""
@@ -8254,7 +8256,7 @@ class StrangerTest(HostileCase):
         del record["apiKey"]
         self.write("0" * 16 + ".json", record)
         self.assertEqual(["0" * 16], q.sweep_serves())
-        self.assertEqual(0, serve.wait(PATIENCE))
+        self.assertEqual(0 if POSIX else 15, serve.wait(PATIENCE))
         self.assertEqual([False], sorted({event["has_auth"] for event in self.fake_events("request")}))
 
     def test_a_record_on_another_address_is_not_followed(self) -> None:
@@ -8773,6 +8775,7 @@ class WrongAnswerTest(AnswerCase):
         self.assertEqual([], elsewhere.seen)
         self.assert_all_gone()
 
+    @unittest.skipUnless(POSIX, "Ctrl-Break ends no process with several threads under Wine")
     def test_answers_that_may_yet_come_are_waited_for_until_the_deadline(self) -> None:
         began = time.monotonic()
         caught = self.errors_of({
