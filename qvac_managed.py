@@ -1194,7 +1194,14 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
         _while_in_use(lambda: os.replace(source, target))
 
     def remove_file(path: str) -> None:
-        _while_in_use(lambda: os.unlink(path))
+        def remove() -> None:
+            try:
+                os.unlink(path)
+            except PermissionError:
+                os.chmod(path, stat.S_IWRITE)  # it may be for reading only
+                os.unlink(path)
+
+        _while_in_use(remove)
 
     def _while_in_use(action: Callable[[], Any], *codes: int) -> Any:
         """What the action returns. What somebody has open (a virus scanner each new file) can be neither replaced nor
@@ -2380,8 +2387,10 @@ def _is_own_file(status: os.stat_result) -> bool:
 
 
 def _is_own_folder(path: str) -> bool:
+    """A real one: what Windows calls a junction is a link to another."""
     status = _lstat(path)
-    return status is not None and stat.S_ISDIR(status.st_mode) and is_ours(status)
+    is_link = getattr(status, "st_reparse_tag", 0) == 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT (winnt.h)
+    return status is not None and stat.S_ISDIR(status.st_mode) and is_ours(status) and not is_link
 
 
 def _unlink(path: str) -> bool:
@@ -4959,16 +4968,23 @@ def remove_serve_folder(key: str, folder: str) -> None:
     if not is_serve_folder(key, folder):
         return
     is_there, scratch = _is_own_folder(folder), scratch_of(folder)
-    if _is_own_folder(scratch) and (is_there or os.path.dirname(scratch) != folder):
-        for place, folders, names in os.walk(scratch, topdown=False):  # follows no link
-            for name in names + folders:
-                _unlink(os.path.join(place, name)) or _rmdir(os.path.join(place, name))
-        _rmdir(scratch)
+    if is_there or os.path.dirname(scratch) != folder:
+        _remove_tree(scratch)
     if is_there:
         for name in _listdir_own(folder):
             if name.startswith((CONFIG_NAME, KEY_FILE_NAME, ALIVE_NAME)):
                 _unlink(os.path.join(folder, name))
         _rmdir(folder)
+
+
+def _remove_tree(path: str) -> None:
+    """A folder of ours with all that is in it, or a file, or a link, which is not followed."""
+    try:
+        for name in _listdir_own(path):
+            _remove_tree(os.path.join(path, name))
+    except RegistryError:
+        pass  # it may not be read: then it stays
+    _rmdir(path) or _unlink(path)
 
 
 def scratch_of(folder: str) -> str:

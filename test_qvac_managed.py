@@ -39,6 +39,7 @@ import unittest
 import unittest.mock
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 from unittest import mock
 
@@ -4065,6 +4066,40 @@ class LeftoversTest(Unit):
         set_age(q.record_path(KEY), q.FOREIGN_STALE + 10)
         self.assertEqual([KEY], q.sweep_serves())
         self.assertEqual([], self.files())
+
+    def test_nothing_behind_a_link_in_a_serves_folder_is_removed(self) -> None:
+        """Nor behind what Windows calls a junction; what is for reading only goes like the rest."""
+        def link(source: str, target: str) -> None:
+            if POSIX:
+                return os.symlink(source, target)
+            import _winapi
+
+            with contextlib.suppress(OSError):  # Wine makes none
+                _winapi.CreateJunction(source, target)
+
+        status = SimpleNamespace(st_mode=stat.S_IFDIR | 0o700, st_uid=os.geteuid() if POSIX else 0, st_reparse_tag=0)
+        for tag, is_own in ((0, True), (0x9000001A, True), (0xA0000003, False)):  # nothing, OneDrive's, a junction's
+            status.st_reparse_tag = tag
+            with mock.patch.object(q, "_lstat", return_value=status):
+                self.assertEqual(is_own, q._is_own_folder("x"), hex(tag))
+        outside = os.path.join(self.home, "outside")
+        os.mkdir(outside)
+        with open(os.path.join(outside, "precious"), "w"):
+            pass
+        for depth in (1, 0):
+            folder = os.path.dirname(self.write("%s.%s.d/%s" % (KEY, os.urandom(4).hex(), q.CONFIG_NAME), "{}"))
+            scratch = q.scratch_of(folder)
+            if depth:
+                os.makedirs(os.path.join(scratch, "inner"))
+                with open(os.path.join(scratch, "inner", "file"), "w") as file:
+                    pass
+                os.chmod(file.name, stat.S_IREAD)
+                link(outside, os.path.join(scratch, "inner", "link"))
+            else:
+                link(outside, scratch)
+            q.remove_serve_folder(KEY, folder)
+            self.assertFalse(os.path.lexists(scratch) or os.path.lexists(folder), depth)
+            self.assertEqual(["precious"], os.listdir(outside))
 
     def test_an_empty_or_missing_folder_is_nothing_to_sweep(self) -> None:
         self.assertEqual(([], [], False), (q.sweep_serves(), q.list_serves(), q.stop_serve(KEY)))
