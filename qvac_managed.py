@@ -207,7 +207,8 @@ SCRATCH_NAME = "t"  # in KEY.RAND.d: the serve's TMPDIR
 SCRATCH_MOST = 62  # bytes of its path: the worker's socket adds 39, and sockaddr_un holds 104 on macOS, 108 on Linux
 MAX_FILE_BYTES = 64 * 1024  # a larger file in the registry is nobody's record
 MAX_RECORD_BYTES = 48 * 1024  # a record that would be larger goes without its models
-MAX_BODY_BYTES = 4 * 1024 * 1024  # a longer answer to GET /v1/models is no model list
+MAX_BODY_BYTES = 256 * 1024  # a longer answer to GET /v1/models is no model list, a longer line no status
+HEAD_LIMIT = 64 * 1024  # bytes of the first line of a message and its fields
 MAX_SDK_REGISTRY_BYTES = 64 * 1024 * 1024  # of the SDK's list of models; the real one is 1 MB
 LOG_READ_BYTES = 64 * 1024  # how much of the end of a log is looked at at once
 READ_BYTES = 64 * 1024  # of an answer at once
@@ -3038,32 +3039,22 @@ class _Call:
             if call.ended:  # before there was anything to end
                 call.end()
 
+    @staticmethod
+    def note_connection(sock: Any) -> None:
+        _Call.note("connection", lambda: break_off(sock))
+
 
 _under_way = _thread._local()  # `.call`: the _Call of the request that this thread makes
 _opener_cache = None  # type: Any  # not an annotation: Python 3.7 is to come as far as the line that refuses it
 
 
-def _openers() -> Any:  # noqa: C901 - classes that need what is imported only here
-    """`(for requests, for health checks)`, made once; the latter has a deadline for the whole call, and no https.
-
-    urllib's machinery without proxies, redirects and cookies: by itself it sends loopback requests, key included, to
-    $http_proxy, and follows redirects with the Authorization header to wherever they lead (CPython issue 77842).
-    """
+def _opener() -> Any:
+    """urllib's machinery for requests, made once, without proxies, redirects and cookies: by itself it sends loopback
+    requests, key included, to $http_proxy, and follows redirects with the Authorization header to wherever they lead
+    (CPython issue 77842)."""
     global _opener_cache
     if _opener_cache is not None:
         return _opener_cache
-
-    class DeadlineSocket(socket.socket):
-        """Receives until a deadline for the whole call; a socket's own timeout is for each packet."""
-
-        deadline = 0.0
-
-        def recv_into(self, *args: Any) -> int:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise socket.timeout("timed out")
-            self.settimeout(left)
-            return super().recv_into(*args)
 
     class Connection(http.client.HTTPConnection):
         def __init__(self, *args: Any, check: Any = None, **options: Any) -> None:
@@ -3073,25 +3064,13 @@ def _openers() -> Any:  # noqa: C901 - classes that need what is imported only h
         def connect(self) -> None:
             self.host = lookup_name(self.host)
             super().connect()
-            note(self.sock)
+            _Call.note_connection(self.sock)
             if self.check is not None:
                 self.check(self.sock)
 
-    class DeadlineConnection(Connection):
-        def connect(self) -> None:
-            deadline = time.monotonic() + (self.timeout or HEALTH_TIMEOUT)
-            super().connect()
-            self.sock = DeadlineSocket(fileno=self.sock.detach())
-            self.sock.settimeout(self.timeout)
-            self.sock.deadline = deadline
-
     class HTTPHandler(urllib.request.HTTPHandler):
-        def __init__(self, connection: Any) -> None:
-            super().__init__()
-            self.connection = connection
-
         def http_open(self, request: Any) -> Any:
-            return self.do_open(self.connection, request, check=getattr(request, "check", None))
+            return self.do_open(Connection, request, check=getattr(request, "check", None))
 
     class HTTPSHandler(urllib.request.AbstractHTTPHandler):
         """urllib's own reads all certificates as it is made: 30 ms, and a lock that a fork may find held."""
@@ -3102,21 +3081,142 @@ def _openers() -> Any:  # noqa: C901 - classes that need what is imported only h
             class SecureConnection(http.client.HTTPSConnection):
                 def connect(self) -> None:
                     super().connect()
-                    note(self.sock)
+                    _Call.note_connection(self.sock)
 
             return self.do_open(SecureConnection, request)
 
-    def note(sock: Any) -> None:
-        _Call.note("connection", functools.partial(break_off, sock))
-
-    def build(*handlers: Any) -> Any:
-        opener = urllib.request.OpenerDirector()
-        for handler in (*handlers, urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
-            opener.add_handler(handler)
-        return opener
-
-    _opener_cache = build(HTTPHandler(Connection), HTTPSHandler()), build(HTTPHandler(DeadlineConnection))
+    _opener_cache = urllib.request.OpenerDirector()
+    for kind in (HTTPHandler, HTTPSHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor):
+        _opener_cache.add_handler(kind())
     return _opener_cache
+
+
+# -- messages (RFC 9112), for the front, which passes them on, and for the questions of this file, which need no urllib
+
+
+class _Refusal(ValueError):
+    """A message that cannot be framed or is refused: the arguments of error_body()."""
+
+
+class _Body:
+    """Follows a message body in a stream of bytes (RFC 9112, 6 and 7): where it ends, and no more."""
+
+    def __init__(self, kind: str, length: int = 0) -> None:
+        self.kind, self.left, self.line = kind, length, b""  # kind: length, chunks, trailer, or close
+
+    @property
+    def is_over(self) -> bool:
+        return self.kind == "length" and not self.left
+
+    def take(self, data: bytes) -> int:
+        """How many of the bytes belong to it."""
+        at, size = 0, len(data)
+        while at < size and not self.is_over:
+            if self.kind == "close":
+                return size
+            if self.left:
+                step = min(self.left, size - at)
+                at, self.left = at + step, self.left - step
+                continue
+            end = data.find(b"\n", at) + 1 or size
+            self.line, at = self.line + data[at:end], end
+            if len(self.line) > HEAD_LIMIT:
+                raise _Refusal(400, "a chunk's line is too long")
+            if self.line.endswith(b"\n"):
+                self.end_line(self.line)
+                self.line = b""
+        return at
+
+    def end_line(self, line: bytes) -> None:
+        if self.kind == "trailer":
+            self.kind = "length" if line == b"\r\n" else "trailer"
+            return
+        digits = line.partition(b";")[0].rstrip(b" \t\r\n")
+        if not line.endswith(b"\r\n") or not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
+            raise _Refusal(400, "a chunk is none")
+        self.left = int(digits, 16)
+        self.kind, self.left = ("chunks", self.left + 2) if self.left else ("trailer", 0)  # with its line's end
+
+
+def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
+    """The words of the first line, the fields by lower-case name. _Refusal for what can be read in two ways."""
+    text, fields = head.decode("latin-1"), {}  # type: str, Dict[str, List[str]]
+    first, *lines = text.split("\r\n")
+    if any(c in text.replace("\r\n", "") for c in "\r\n\0"):
+        raise _Refusal(400, "no HTTP")
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or name.split() != [name]:
+            raise _Refusal(400, "a header field is none")
+        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
+    return (first.split(" ", 2) + ["", ""])[:3], fields
+
+
+def split_head(data: bytes, most: int) -> Tuple[bytes, bytes]:
+    """A head and what follows; the head is empty as long as it has no end."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    if len(head) > most:
+        raise _Refusal(431, "Request header fields are too large.")
+    return (head, rest) if end else (b"", data)
+
+
+def body_of(fields: Mapping[str, List[str]], otherwise: str) -> _Body:
+    codings, lengths = fields.get("transfer-encoding", []), list(set(fields.get("content-length", [])))
+    if not lengths and [coding.lower() for coding in codings] in ([], ["chunked"]):
+        return _Body("chunks" if codings else otherwise)
+    length = "" if codings or len(lengths) > 1 else lengths[0]
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
+        raise _Refusal(400, "the length of the message cannot be told")
+    return _Body("length", int(length))
+
+
+def ask(
+    sock: Any, target: str, fields: Sequence[str], seconds: float, version: str = "1.0", renew: bool = False
+) -> Tuple[int, Iterator[bytes]]:
+    """GET TARGET on a connection that was just made: the status code, and the pieces of the body as they come.
+
+    All of it, or with RENEW each piece, has to come within so many seconds. In HTTP/1.0 a body comes as it is.
+    Raises OSError, and ValueError for what is no HTTP; of a body that breaks off ConnectionResetError.
+    """
+    deadline = time.monotonic() + seconds
+
+    def more() -> bytes:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        sock.settimeout(left)
+        return bytes(sock.recv(65536))
+
+    sock.sendall("\r\n".join(["GET %s HTTP/%s" % (target, version), "Host: qvac", *fields, "", ""]).encode("latin-1"))
+    head = data = b""
+    while not head:
+        piece = more()
+        if not piece:
+            raise ConnectionResetError(errno.ECONNRESET, "it closes without an answer")
+        head, data = split_head(data + piece, 4 * HEAD_LIMIT)
+    (_, status, _), answered = parse_head(head)
+    body = body_of(answered, "close")
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal deadline, data
+        while True:
+            yield data[: body.take(data)]
+            if body.is_over:
+                return
+            deadline = time.monotonic() + seconds if renew else deadline
+            data = more()
+            if not data:
+                if body.kind == "close":
+                    return
+                raise ConnectionResetError(errno.ECONNRESET, "it breaks off its answer")
+
+    return int(status), pieces()
+
+
+def _connected(address: str, port: int, seconds: float) -> Any:
+    sock = socket.create_connection((lookup_name(address), port), timeout=seconds)
+    _Call.note_connection(sock)
+    return sock
 
 
 # What a look at a serve finds. Of one with a front, the front's own word for its state (`ready`, `asleep`, `loading`,
@@ -3135,28 +3235,28 @@ def check_health(base_url: str, api_key: str, timeout: float = HEALTH_TIMEOUT) -
     """One GET of `base_url`/models, `timeout` seconds in all; never raises.
 
     GONE: it refuses connections. BUSY: no answer in time, or one that another try may better (5xx, a connection that
-    broke). WRONG: an answer that no serve with this key gives. READY: a list of models, in `facts`.
+    broke). WRONG: an answer that no serve with this key gives. READY: a list of models, in `facts`, and as it came.
     """
-    request = urllib.request.Request(base_url + "/models")
-    if api_key:
-        request.add_unredirected_header("Authorization", "Bearer " + api_key)
+    host, port = _destination(base_url) or ("", 0)
+    deadline, key, body = time.monotonic() + timeout, ["Authorization: Bearer " + api_key] if api_key else [], b""
     try:
-        with _openers()[1].open(request, timeout=timeout) as response:
-            body = response.read(MAX_BODY_BYTES + 1)
-            if response.length and len(body) <= MAX_BODY_BYTES:  # what is still to come never came
-                raise http.client.IncompleteRead(body, response.length)
-    except urllib.error.HTTPError as error:
-        error.close()
-        is_busy = error.code >= 500 or error.code == 429
-        return Look(BUSY if is_busy else WRONG, detail="it answers GET /v1/models with %d" % error.code)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        with _connected(host, port, timeout) as sock:
+            status, pieces = ask(sock, "/v1/models", key, deadline - time.monotonic())
+            for piece in pieces if status == 200 else ():
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    break
+    except (OSError, ValueError) as error:
         if is_refused(error):
             return Look(GONE, detail="it refuses connections")
-        return Look(BUSY, detail="it does not answer GET /v1/models (%s)" % (getattr(error, "reason", "") or error))
+        return Look(BUSY, detail="it does not answer GET /v1/models (%s)" % error)
+    if status != 200:
+        is_busy = status >= 500 or status == 429
+        return Look(BUSY if is_busy else WRONG, detail="it answers GET /v1/models with %d" % status)
     models = _models_in(body)
     if models is None:
         return Look(WRONG, detail="it answers GET /v1/models with something that is no model list")
-    return Look(READY, {"models": models})
+    return Look(READY, {"models": models, "listing": _strict_json(body)["data"]})
 
 
 def _models_in(body: bytes) -> Optional[List[Dict[str, str]]]:
@@ -3226,40 +3326,51 @@ def proof(key: str, role: str, nonce: str, host: str, port: int, words: str = ""
     return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
 
 
-def _question(record: ServeRecord, host: str, port: int, words: str = "") -> Tuple[str, str]:
-    """The path of a status request, and the proof that its answer has to give."""
+def _status_on(
+    sock: Any, record: ServeRecord, words: str, seconds: float, version: str = "1.0"
+) -> Iterator[Dict[str, Any]]:
+    """Ask for the status on a connection that was just made, and prove that the answer comes from who has the key."""
     nonce = os.urandom(16).hex()
-    path = "%s?nonce=%s&proof=%s%s" % (
+    host, port = sock.getpeername()[:2]
+    target = "%s?nonce=%s&proof=%s%s" % (
         STATUS_PATH, nonce, proof(record.api_key, "client", nonce, host, port, words), words)  # fmt: skip
-    return path, proof(record.api_key, "server", nonce, host, port)
+    expected, data = proof(record.api_key, "server", nonce, host, port), b""
+    try:
+        status, pieces = ask(sock, target, [], seconds, version, renew="&wait=" in words)
+        if status != 200:
+            raise NotProvedError("it answers %s with %d" % (STATUS_PATH, status))
+        for piece in pieces:
+            *lines, data = (data + piece).split(b"\n")
+            for line in lines:
+                yield _proved(line, expected)
+                expected = ""
+            if len(data) > MAX_BODY_BYTES:
+                raise NotProvedError("another program listens on its port")
+    except NotProvedError:
+        raise
+    except ValueError:
+        raise NotProvedError("another program listens on its port") from None
+    if data or expected:
+        yield _proved(data, expected)
 
 
 def front_says(record: ServeRecord, timeout: float = HEALTH_TIMEOUT, **query: Any) -> Iterator[Dict[str, Any]]:
     """What the front of a record's serve says of it: one dict, or with wait=1 another every quarter of a second until
     the serve is ready or has failed. The API key is not sent; the first dict is proved to come from who has it.
 
-    Raises OSError and http.client's errors when it cannot be reached (`timeout` seconds in all, or with wait=1 for each
-    line), NotProvedError when another program answers. Closing the generator ends the request.
+    Raises OSError when it cannot be reached (`timeout` seconds in all, or with wait=1 for each line), NotProvedError
+    when another program answers. Closing the generator ends the request.
     """
     refusal: Exception = ConnectionRefusedError(errno.ECONNREFUSED, "nothing listens")
     if "by" in query:
         query["by"] = str(query["by"]).encode("utf-8", "replace").hex()
     words = "".join("&%s=%s" % pair for pair in query.items())
     for address in _addresses_of(loopback_of(record.host)):
-        path, expected = _question(record, address, record.port, words)
-        url = base_url_of(address, record.port)[: -len("/v1")] + path
         try:
-            with _openers()[0 if "wait" in query else 1].open(url, timeout=timeout) as response:
-                line = response.readline(MAX_BODY_BYTES)
-                yield {**_proved(line, expected), "address": address}
-                while line:
-                    line = response.readline(MAX_BODY_BYTES)
-                    if line:
-                        yield {**_proved(line, ""), "address": address}
+            with _connected(address, record.port, timeout) as sock:
+                for facts in _status_on(sock, record, words, timeout):
+                    yield {**facts, "address": address}
                 return
-        except urllib.error.HTTPError as error:
-            error.close()
-            refusal = NotProvedError("it answers %s with %d" % (STATUS_PATH, error.code))
         except NotProvedError as error:  # at another address of the name a stranger may listen
             refusal = error
         except OSError as error:
@@ -3281,17 +3392,12 @@ def _proved(line: bytes, expected: str) -> Dict[str, Any]:
 
 
 def prove_on(sock: Any, record: ServeRecord) -> None:
-    """Ask for the proof on a connection that has just been made; ConnectionRefusedError if it is not given."""
+    """Ask for the proof on a connection that goes on; ConnectionRefusedError if it is not given."""
     timeout = sock.gettimeout()
     try:
-        path, expected = _question(record, *sock.getpeername()[:2])
-        sock.settimeout(HEALTH_TIMEOUT if timeout is None else min(timeout, HEALTH_TIMEOUT))
-        sock.sendall(b"GET %s HTTP/1.1\r\nHost: qvac\r\n\r\n" % path.encode())
-        response = http.client.HTTPResponse(sock)
-        response.begin()
-        _proved(response.read(MAX_BODY_BYTES), expected)
+        list(_status_on(sock, record, "", HEALTH_TIMEOUT if timeout is None else min(timeout, HEALTH_TIMEOUT), "1.1"))
         sock.settimeout(timeout)
-    except (OSError, http.client.HTTPException, NotProvedError) as error:  # a stranger may say anything, or nothing
+    except (OSError, NotProvedError) as error:  # a stranger may say anything, or nothing
         raise ConnectionRefusedError(errno.ECONNREFUSED, "what listens on the serve's port proves nothing") from error
 
 
@@ -3331,9 +3437,9 @@ def look(record: Optional[ServeRecord], timeout: float = HEALTH_TIMEOUT, **query
         facts = next(front_says(record, timeout, **query))
     except NotProvedError as error:
         return Look(WRONG, detail=str(error))
-    except (OSError, http.client.HTTPException, StopIteration) as error:
+    except (OSError, StopIteration) as error:
         # Its listener lives exactly as long as the runner, so that one has just ended.
-        return Look(GONE if is_refused(error) else BUSY, detail=str(getattr(error, "reason", "") or error))
+        return Look(GONE if is_refused(error) else BUSY, detail=str(error))
     return Look(facts["state"], facts)
 
 
@@ -3658,7 +3764,6 @@ def is_our_serve(record: ServeRecord) -> bool:
 # ==================================================================================================
 
 FRONT_LIMIT = 256 * 1024  # bytes that wait for either side of a connection
-HEAD_LIMIT = 64 * 1024  # bytes of a request line and its fields
 HEAD_TIMEOUT = 10.0  # seconds a request's head may take, and a new connection until its first one
 LAST_TIMEOUT = 2.0  # seconds for a client to close after us: what it still sends is read, or it may lose the answer
 STRANGERS_MOST = 64  # connections that have not shown the key, once they are older than
@@ -3671,86 +3776,10 @@ _UNAUTHORIZED = (401, "Invalid or missing API key.", "invalid_api_key")
 LOOKS = ("/v1/models", "/health", "/healthz", "/")  # paths whose GET, HEAD and OPTIONS neither wake nor keep awake
 
 
-class _Refusal(ValueError):
-    """A message that cannot be framed or is refused: the arguments of error_body()."""
-
-
 def error_body(status: int, message: str, code: Optional[str] = None) -> Dict[str, Any]:
     """As OpenAI and the CLI write it."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "code": code}}
-
-
-class _Body:
-    """Follows a message body in a stream of bytes (RFC 9112, 6 and 7): where it ends, and no more."""
-
-    def __init__(self, kind: str, length: int = 0) -> None:
-        self.kind, self.left, self.line = kind, length, b""  # kind: length, chunks, trailer, or close
-
-    @property
-    def is_over(self) -> bool:
-        return self.kind == "length" and not self.left
-
-    def take(self, data: bytes) -> int:
-        """How many of the bytes belong to it."""
-        at, size = 0, len(data)
-        while at < size and not self.is_over:
-            if self.kind == "close":
-                return size
-            if self.left:
-                step = min(self.left, size - at)
-                at, self.left = at + step, self.left - step
-                continue
-            end = data.find(b"\n", at) + 1 or size
-            self.line, at = self.line + data[at:end], end
-            if len(self.line) > HEAD_LIMIT:
-                raise _Refusal(400, "a chunk's line is too long")
-            if self.line.endswith(b"\n"):
-                self.end_line(self.line)
-                self.line = b""
-        return at
-
-    def end_line(self, line: bytes) -> None:
-        if self.kind == "trailer":
-            self.kind = "length" if line == b"\r\n" else "trailer"
-            return
-        digits = line.partition(b";")[0].rstrip(b" \t\r\n")
-        if not line.endswith(b"\r\n") or not 0 < len(digits) < 16 or digits.strip(b"0123456789abcdefABCDEF"):
-            raise _Refusal(400, "a chunk is none")
-        self.left = int(digits, 16)
-        self.kind, self.left = ("chunks", self.left + 2) if self.left else ("trailer", 0)  # with its line's end
-
-
-def parse_head(head: bytes) -> Tuple[List[str], Dict[str, List[str]]]:
-    """The words of the first line, the fields by lower-case name. _Refusal for what can be read in two ways."""
-    text, fields = head.decode("latin-1"), {}  # type: str, Dict[str, List[str]]
-    first, *lines = text.split("\r\n")
-    if any(c in text.replace("\r\n", "") for c in "\r\n\0"):
-        raise _Refusal(400, "no HTTP")
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or name.split() != [name]:
-            raise _Refusal(400, "a header field is none")
-        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
-    return (first.split(" ", 2) + ["", ""])[:3], fields
-
-
-def split_head(data: bytes, most: int) -> Tuple[bytes, bytes]:
-    """A head and what follows; the head is empty as long as it has no end."""
-    head, end, rest = data.partition(b"\r\n\r\n")
-    if len(head) > most:
-        raise _Refusal(431, "Request header fields are too large.")
-    return (head, rest) if end else (b"", data)
-
-
-def body_of(fields: Mapping[str, List[str]], otherwise: str) -> _Body:
-    codings, lengths = fields.get("transfer-encoding", []), list(set(fields.get("content-length", [])))
-    if not lengths and [coding.lower() for coding in codings] in ([], ["chunked"]):
-        return _Body("chunks" if codings else otherwise)
-    length = "" if codings or len(lengths) > 1 else lengths[0]
-    if not (length.isascii() and length.isdigit() and len(length) < 16):
-        raise _Refusal(400, "the length of the message cannot be told")
-    return _Body("length", int(length))
 
 
 class _End:
@@ -4211,46 +4240,18 @@ class Front:
             self.is_asked.release()
 
     def question(self) -> None:
-        """A thread of its own. It asks in HTTP/1.0, whose answers come in one piece; HEALTH_TIMEOUT in all."""
+        """A thread of its own, for one question after the other."""
         while True:
             self.is_asked.acquire()
-            answer, data, deadline = b"", b".", time.monotonic() + HEALTH_TIMEOUT
-            try:
-                with socket.socket() as sock:
-                    sock.settimeout(HEALTH_TIMEOUT)
-                    sock.connect((b"127.0.0.1", self.port))
-                    sock.sendall(("GET /v1/models HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\n\r\n"
-                                  % self.serve_key).encode())  # fmt: skip
-                    while data and len(answer) < FRONT_LIMIT:
-                        sock.settimeout(max(0.001, deadline - time.monotonic()))
-                        data = sock.recv(65536)
-                        answer += data
-            except OSError:
-                answer = b""
+            health = check_health(base_url_of("127.0.0.1", self.port), self.serve_key)
             with self.lock:
-                self.verdict, self.detail = self.read_listing(answer)
+                self.verdict, self.detail = BUSY if health.state == GONE else health.state, health.detail
+                self.listing = health.facts.get("listing", self.listing)
                 for link in [link for link in self.links if link.state == "asking"]:
                     self.handle(link, self.tell, link)
             self.poke()
             if self.state != "ready":
                 self.wake()
-
-    def read_listing(self, answer: bytes) -> Tuple[str, str]:
-        """READY and a new `listing`, or BUSY or WRONG and why."""
-        try:
-            head, content = split_head(answer, FRONT_LIMIT)
-            (_, status, _), fields = parse_head(head)
-            code, body = int(status), body_of(fields, "close")
-            value = _strict_json(content[: body.take(content)])
-        except ValueError:
-            return BUSY, "it does not answer GET /v1/models"
-        listing = value.get("data") if isinstance(value, dict) else None
-        if code == 200 and _listed_models(listing) is not None:
-            self.listing = listing or []
-            return READY, ""
-        is_busy = code >= 500 or code == 429 or (code == 200 and body.left > 0 and len(answer) < FRONT_LIMIT)
-        what = "something that is no model list" if code == 200 else str(code)
-        return BUSY if is_busy else WRONG, "it answers GET /v1/models with " + what
 
     def tell(self, link: _Link) -> None:
         """The answer to a status request, or the next line for one that follows."""
@@ -5223,7 +5224,7 @@ class Qvac:
     def _send(self, aim: _Target, target: Any, data: Any, timeout: Optional[float]) -> http.client.HTTPResponse:
         request = _aimed_request(aim, target, data, self.headers)
         request.check = aim.check
-        opener: Any = self._opener if self._opener is not None else _openers()[0]
+        opener: Any = self._opener if self._opener is not None else _opener()
         response: http.client.HTTPResponse = opener.open(request, timeout=timeout)
         return response
 
@@ -6077,8 +6078,8 @@ class _Resolver:
             if time.monotonic() - self._wrong_since > WRONG_WAIT:
                 raise ServeSpawnFailedError("What runs on port %d is not the serve that was asked for: %s." % (
                     record.port, error)) from None  # fmt: skip
-        except (OSError, http.client.HTTPException) as error:
-            trouble = "process %d does not answer (%s)" % (record.runner_pid, getattr(error, "reason", "") or error)
+        except OSError as error:
+            trouble = "process %d does not answer (%s)" % (record.runner_pid, error)
             if is_refused(error):
                 trouble = "it is about to end"
         self._pause("%s; `python -m qvac_managed stop %s` ends it" % (trouble, self.key))
@@ -6130,10 +6131,9 @@ class _Resolver:
         if missing and states:
             raise NotProvedError("it lacks the model %s" % ", ".join(missing))
         failed = [alias for alias in self.wish.models if states.get(alias) == "error"]
-        others = [name for name in _live_markers(self.key) if name != self.consumer_id]
-        is_ours_alone = not others and not facts.get("requests")
         changed = changed_files(facts)
-        if is_ours_alone and not self._starts and record.has_front and (changed or self.wish.default_alias in failed):
+        is_old = record.has_front and not self._starts and (changed or self.wish.default_alias in failed)
+        if is_old and not facts.get("requests") and set(_live_markers(self.key)) <= {self.consumer_id}:
             # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
             self._starts = 1
             look(record, do="restart", by="process %d" % os.getpid())
@@ -6197,7 +6197,6 @@ class _Resolver:
             os.close(log_fd)
         self._starts += 1
         try:
-            _openers()  # 30 ms of imports that the status request needs, in the runner's time
             heard, ended, deadline = b"", False, time.monotonic() + RUNNER_SIGN
             while b"\n" not in heard and not ended:
                 self._check_cancelled()
