@@ -249,7 +249,7 @@ class Case(unittest.TestCase):
         path, knob_path = os.path.join(self.home, "fake" if POSIX else "fake.py"), os.path.join(self.home, "fake.json")
         with open(knob_path + ".new", "w") as file:
             json.dump(knobs, file)
-        os.replace(knob_path + ".new", knob_path)
+        q.replace_file(knob_path + ".new", knob_path)  # a fake may be reading it
         if not os.path.exists(path):
             with open(path, "w", encoding="utf-8") as file:
                 file.write("#!%s -IS\n" % sys.executable + FAKE_SERVE)
@@ -4939,7 +4939,7 @@ print("done")
         text = "import sys, os, time\nsys.path.insert(0, %r)\nimport qvac_managed as q\n%s" % (HERE, code)
         flags = ["-W", "error", *(["-X", "warn_default_encoding"] if sys.version_info >= (3, 10) else [])]
         done = subprocess.run([sys.executable, *flags, "-c", text], capture_output=True, timeout=60, check=False)
-        self.assertEqual(("done\n", ""), (done.stdout.decode(), done.stderr.decode()))
+        self.assertEqual((["done"], ""), (done.stdout.decode().split(), done.stderr.decode()))
         self.assert_all_gone()
 
 
@@ -8343,7 +8343,8 @@ class CrowdedRegistryTest(HostileCase):
         """A hit reads its own record alone; a start sweeps the others, which may be of the dead or of the living."""
         q.ensure_managed_serves_dir()
         me = os.getpid()
-        for number in range(5000):
+        count = 5000 if POSIX else 1000  # each is opened there in a tenth of a millisecond
+        for number in range(count):
             key = "%016x" % number
             pids = {"servePid": me, "runnerPid": me} if number % 2 else {}
             with open(os.path.join(self.folder, key + ".json"), "w") as file:
@@ -8354,13 +8355,13 @@ class CrowdedRegistryTest(HostileCase):
         began = time.monotonic()
         self.create().close()
         warm = time.monotonic() - began
-        print("5000 records: cold %.2f s, warm %.3f s" % (cold, warm), file=sys.stderr)
+        print("%d records: cold %.2f s, warm %.3f s" % (count, cold, warm), file=sys.stderr)
         self.assertLess(warm, 1.0)  # 5 ms and what else runs on the machine
         self.assertLess(cold, 10.0)
         client.close()
         self.assertTrue(q.stop_serve(client.fleet_key))
         q.sweep_serves()  # the one before a start may leave some
-        self.assertEqual(2500, len(self.files()))
+        self.assertEqual(count // 2, len(self.files()))
 
 
 # Another user of the machine, who wants a port: takes it as soon as he can, answers all he is asked, and says what came.
@@ -9766,6 +9767,7 @@ class WrongErrorTest(Case):
 
 
 class LastingServeTest(Case):
+    @unittest.skipUnless(LINUX, "elsewhere a boot has no id, or another name")
     def test_a_renamed_machine_is_the_same_machine(self) -> None:
         client = self.create(serve_idle_timeout=0.5)
         code = """
@@ -9819,13 +9821,13 @@ class UnreadableLeftoverTest(Case):
             self.assertEqual("hi", self.create().chat("hi"))
 
 
-class LateComerTest(Case):
+class LateComerTest(LifeCase):
     def test_who_comes_while_an_abandoned_start_is_being_called_off_gets_a_serve(self) -> None:
         path = self.fake(preload_s=60, ignore_term=True)
         holder = self.python(HOLDER, repr([MODEL]), path, "0.5")
         wait_until(lambda: self.fake_events("start"))
         holder.kill()
-        wait_until(lambda: self.fake_events("signal"))
+        wait_until(lambda: self.fake_events("signal") if POSIX else "called off" in self.log())
         self.fake()
         self.assertEqual("hi", self.create(serve_bin_path=path).chat("hi"))
 
@@ -9837,6 +9839,7 @@ class LateComerTest(Case):
 
 
 class StrangeStateTest(Case):
+    @posix_only
     def test_a_stopped_watchdog_does_not_keep_the_runner(self) -> None:
         client = self.create()
         guards = [pid for pid, line in self.processes().items() if "qvac-watchdog" in line]
@@ -9849,9 +9852,10 @@ class StrangeStateTest(Case):
         with self.create() as client:
             key = client.fleet_key
         self.assert_all_gone()
-        stranger = subprocess.Popen(["sleep", "60"])
-        self.addCleanup(stranger.wait)
-        self.addCleanup(stranger.kill)
+        living = sleeper()
+        stranger = living.__enter__()
+        self.outsiders.add(stranger.pid)
+        self.addCleanup(living.__exit__, None, None, None)
         self.write(key + ".json", {
             "fleetKey": key, "apiKey": "x", "servePid": stranger.pid, "runnerPid": stranger.pid, "port": 9,
             "host": "127.0.0.1", "baseURL": "http://127.0.0.1:9/v1", "configPath": "",
@@ -11068,7 +11072,7 @@ class RunTest(Transcripts):
 
     def test_used_exactly_as_long_as_the_command_lives(self):
         process = self.start_cli("run", "--echo", "--idle-timeout", "60", MODEL, "--", *self.python(
-            "import sys, time; print('up', flush=True); time.sleep(1.5)"))  # fmt: skip
+            "import sys, time; print('up', flush=True); time.sleep(%g)" % (1.5 if POSIX else 5.0)))  # fmt: skip
         self.assertEqual(process.stdout.readline(), "up\n")
         self.assertEqual(self.json_of("ps", "--json")[0]["consumers"], 1)
         ended = None
@@ -12694,7 +12698,7 @@ def _run_in_processes(names: List[str], jobs: int) -> int:
 
 
 def run_tests(argv: List[str]) -> int:
-    jobs = max(4, 3 * (os.cpu_count() or 1))  # most of the time they wait
+    jobs = max(4, 3 * (os.cpu_count() or 1)) if POSIX else max(2, os.cpu_count() or 1)  # on POSIX they mostly wait
     argv = " ".join(argv).replace("-j ", "-j").split()  # `-j 2` is `-j2`
     names = [arg for arg in argv if not arg.startswith("-")]
     for arg in argv:
