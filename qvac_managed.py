@@ -877,7 +877,7 @@ def _js_number(number: float) -> str:
 #
 #   this_place()*                   where a pid means what it means here: "machine:boot:namespace"
 #   host_name() home_folder()       as the user database or the environment has them
-#   look_at(pid)*                   a live process's Process; None if there is none
+#   look_at(pid, whole)*            a live process's Process; None if there is none. Not WHOLE: for its start alone
 #   command_line(pid)*              its arguments; None where they cannot be had
 #   shares_network(pid)*            whether its loopback is ours; True where that cannot be told
 #   is_thread_id(pid)*              whether the id is a thread's, which is no process
@@ -1096,7 +1096,7 @@ if sys.platform == "win32":  # pragma: no cover - measured where it runs
     def home_folder() -> str:
         return os.path.expanduser("~")
 
-    def look_at(pid: int) -> Optional[Process]:
+    def look_at(pid: int, whole: bool = True) -> Optional[Process]:
         """The process with this pid; None if there is none. One that has ended stays while somebody has its handle."""
         def ask(kernel32: Any, handle: Any) -> Optional[Process]:
             code, times = wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
@@ -1725,7 +1725,7 @@ else:
             with open("/proc/%s/stat" % pid, "rb") as file:
                 return file.read().rpartition(b")")[2].split()
 
-        def look_at(pid: int) -> Optional[Process]:
+        def look_at(pid: int, whole: bool = True) -> Optional[Process]:
             """The process with this pid; None if there is none.
 
             A zombie is dead, and so is a process on its way out: its port may take connections for as long
@@ -1738,6 +1738,8 @@ else:
                     raise ValueError("/proc is another namespace's")
                 if int(fields[6]) & 0x4 or int(fields[28]) & 1 << 8 or fields[0] in (b"Z", b"X", b"x"):
                     return None  # PF_EXITING; SIGKILL is pending
+                if not whole:  # what every attach asks for several times
+                    return Process(fields[19].decode(), None, None, int(fields[1]))
                 ago = float(_read_text("/proc/uptime").split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
                 uid = os.stat("/proc/%d" % pid).st_uid
                 return Process(fields[19].decode(), time.time() - ago, uid, int(fields[1]))
@@ -1849,7 +1851,7 @@ else:
         def this_place() -> str:
             return "%s:%s:0" % (_machine_id(), _run_tool("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid").strip()[:8])
 
-        def look_at(pid: int) -> Optional[Process]:
+        def look_at(pid: int, whole: bool = True) -> Optional[Process]:
             """The process with this pid; None if there is none, or a zombie.
 
             By proc_pidinfo() of libproc, which knows no zombies; `ps` does, and is all there is where ctypes is not.
@@ -2006,13 +2008,13 @@ def place() -> str:
 
 def process_start(pid: int) -> Optional[str]:
     """The token of the process with this pid; None: dead; "": cannot tell."""
-    found = look_at(pid)
+    found = look_at(pid, False)
     return found.start if found else None
 
 
 def process_alive(pid: int) -> bool:
     """True if a process, not a zombie, has this pid now; False for what cannot be a pid."""
-    return type(pid) is int and 0 < pid < 2**31 and look_at(pid) is not None and not is_thread_id(pid)
+    return type(pid) is int and 0 < pid < 2**31 and look_at(pid, False) is not None and not is_thread_id(pid)
 
 
 is_process_alive = process_alive  # the provider's name for it
