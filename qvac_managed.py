@@ -8997,7 +8997,7 @@ def _do_doctor(args: Any) -> Any:
         try:
             found = list(check(args))
         except QvacManagedModeError as error:
-            todo = "export HOME=..." if "HOME" in str(error) else "put that right first"
+            todo = _to_set("HOME", "...") if "HOME" in str(error) else "put that right first"
             found = [("fail", check.__name__[len("_check_") :], _one_line(str(error)), todo)]
         for status, name, detail, todo in found:
             findings.append({"status": status, "check": name, "detail": detail, "todo": todo})
@@ -9008,6 +9008,10 @@ def _do_doctor(args: Any) -> Any:
     if args.json:
         _print_json(findings)
     return EXIT_FAILED if any(finding["status"] == "fail" for finding in findings) else EXIT_DONE
+
+
+def _to_set(name: str, value: str) -> str:
+    return _shell_line(default_env_shell(), 0, name, value)
 
 
 def _check_programs(_args: Any) -> Iterator[_Finding]:
@@ -9067,7 +9071,7 @@ def _existing(path: str) -> str:
 
 def _check_folder(_args: Any) -> Iterator[_Finding]:
     folder = managed_serves_dir()
-    place, todo = _existing(folder), "export QVAC_MANAGED_DIR=/a/folder/of/your/own"
+    place, todo = _existing(folder), _to_set("QVAC_MANAGED_DIR", os.path.abspath("/a/folder/of/your/own"))
     why = untrusted(place)
     if not os.access(place, os.W_OK | os.X_OK):
         yield "fail", "folder", f"{folder} cannot be written: {place} is not writable", todo
@@ -9126,7 +9130,7 @@ def _check_network(args: Any) -> Iterator[_Finding]:
         yield "ok", "proxy", f"none in the way of {DEFAULT_HOST}", ""
     else:
         found = f"{proxies[0]} is set: what run, launch and env start goes past it, other clients send the key there"
-        yield "warn", "proxy", found, f"export NO_PROXY={DEFAULT_HOST},localhost,::1"
+        yield "warn", "proxy", found, _to_set("NO_PROXY", f"{DEFAULT_HOST},localhost,::1")
     if args.online:
         asks = {"packages": lambda: _tool_output([find_command("npm") or "", "ping"]),
                 "models": lambda: socket.getaddrinfo(_MODEL_NETWORK, 0)}  # type: Dict[str, Callable[[], Any]]

@@ -11739,7 +11739,7 @@ class DoctorTest(Transcripts):
                 fail  loopback  127.0.0.1: No route to host
                                 -> bring it up (`ip link set lo up`), or let a firewall pass it
                 warn  proxy     http_proxy is set: what run, launch and env start goes past it, other clients send the key there
-                                -> export NO_PROXY=127.0.0.1,localhost,::1
+                                -> export NO_PROXY='127.0.0.1,localhost,::1'
                 [1]
                 """, env={"PATH": self.home, "http_proxy": "http://proxy.example:3128", "no_proxy": None, "NO_PROXY": None})  # fmt: skip
 
@@ -11764,7 +11764,7 @@ class DoctorTest(Transcripts):
         os.chmod(os.path.dirname(nowhere), 0o400)
         self.assertIn("cannot be written", self.findings(QVAC_MANAGED_DIR=nowhere)["folder"]["detail"])
         found = self.findings(HOME="nowhere", USERPROFILE="nowhere", QVAC_MANAGED_DIR=None)
-        self.assertEqual((found["folder"]["status"], found["folder"]["todo"]), ("fail", "export HOME=..."))
+        self.assertEqual((found["folder"]["status"], found["folder"]["todo"]), ("fail", "export HOME='...'"))
 
 
 @unittest.skipUnless(POSIX, "shell scripts stand in for npm, node and pip")
