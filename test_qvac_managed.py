@@ -8012,6 +8012,31 @@ class HostileCase(Case):
         return client
 
 
+class DripTest(unittest.TestCase):
+    def test_who_proves_nothing_cannot_keep_a_client_waiting(self) -> None:
+        """One byte after the other, as long as somebody reads: a line that never ends, and a head."""
+        for begin in (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "):
+            with socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                listener.listen(4)
+                listener.settimeout(5)
+
+                def drip() -> None:
+                    with contextlib.suppress(OSError), listener.accept()[0] as client:
+                        client.sendall(begin)
+                        for _ in range(100):
+                            client.sendall(b"x")
+                            time.sleep(0.05)
+
+                dripping = in_background(drip)
+                record = q.ServeRecord(fleet_key=KEY, host="127.0.0.1", port=listener.getsockname()[1], api_key="k" * 43)
+                began = time.monotonic()
+                with self.assertRaises(OSError):
+                    next(q.front_says(record, 0.4, wait=1))
+                self.assertLess(time.monotonic() - began, 3.0)
+                dripping()
+
+
 class HostileRecordTest(HostileCase):
     def test_what_is_no_record_is_ignored_everywhere_and_replaced_by_a_start(self) -> None:
         """RecordTest has what all is none."""
