@@ -3173,8 +3173,8 @@ def body_of(fields: Mapping[str, List[str]], otherwise: str) -> _Body:
 
 
 def ask(
-    sock: Any, target: str, fields: Sequence[str], seconds: float, version: str = "1.0", renews: Callable[[], bool] = bool
-) -> Tuple[int, Iterator[bytes]]:
+    sock: Any, target: str, fields: Sequence[str], seconds: float, version: str = "1.0",
+    renews: Callable[[], bool] = bool) -> Tuple[int, Iterator[bytes]]:  # fmt: skip
     """GET TARGET on a connection that was just made: the status code, and the pieces of the body as they come.
 
     All of it, or once it RENEWS each piece, has to come within so many seconds. In HTTP/1.0 a body comes as it is.
