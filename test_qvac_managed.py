@@ -70,6 +70,7 @@ def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE, what: st
         time.sleep(0.01)
 
 
+FEWER = 1 if POSIX else 3  # rounds of races are divided by it: a process costs three times as much on Windows
 posix_only = unittest.skipUnless(POSIX, "about what only POSIX has: fork, signals, file modes, links, pipes with names")
 RUNNER = "detach runner" if POSIX else '"" runner'  # in a runner's command line
 
@@ -2986,10 +2987,10 @@ for word in sys.stdin:
         return [child.stdout.readline() for child in children]
 
     def test_two_stealers_never_both_win(self) -> None:
-        self.race(2, 25)
+        self.race(2, 25 // FEWER)
 
     def test_of_six_stealers_one_wins(self) -> None:
-        self.race(6, 25)
+        self.race(6, 25 // FEWER)
 
 
 class GuardTest(Unit):
@@ -5997,14 +5998,14 @@ class HerdTest(LifeCase):
         self.assertEqual(1, len({result["pid"] for result in found}))
 
     def test_at_once_on_nothing_they_share_one_serve(self) -> None:
-        found = self.herd(20)
+        found = self.herd(20 // FEWER)
         self.assert_one_serve(found)
         self.assertEqual(1, self.starts())
         self.assertEqual(1, [result["reused"] for result in found].count(False))
 
     def test_at_once_on_a_warm_serve_they_start_nothing(self) -> None:
         client = self.create()
-        self.assert_one_serve(self.herd(20) + [{"answer": "hi", "pid": client.pid}])
+        self.assert_one_serve(self.herd(20 // FEWER) + [{"answer": "hi", "pid": client.pid}])
         self.assertEqual(1, self.starts())
 
     def test_at_once_on_the_lock_of_a_dead_process_they_start_one_serve(self) -> None:
@@ -6015,14 +6016,14 @@ class HerdTest(LifeCase):
         for text in ("%d" % dead.pid, "%d 1 %s 00" % (dead.pid, q.place()), "%d 1 %s 00" % (os.getpid(), q.place())):
             self.write(key + ".lock", text)
             starts = self.starts()
-            self.assert_one_serve(self.herd(8))
+            self.assert_one_serve(self.herd(8 // FEWER + 1))
             self.assertEqual(starts + 1, self.starts())
             q.stop_serve(key)
         self.assertNotIn(key + ".lock", self.files())
 
     def test_they_share_one_failure(self) -> None:
         serve = self.fake(exit=7, exit_after_s=0.8, stderr="no such device")
-        found = self.herd(20, serve)
+        found = self.herd(20 // FEWER, serve)
         self.assertEqual({"SERVE_EXITED"}, {result.get("code") for result in found})
         for result in found:
             self.assertIn("no such device", result["text"])
@@ -6841,7 +6842,7 @@ class RunnerDeathTest(LifeCase):
 
 class RunnerKilledAnytimeTest(LifeCase):
     IDLE = 1.0
-    DELAYS = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.25, 0.35, 0.5]
+    DELAYS = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.25, 0.35, 0.5][::FEWER]
 
     def test_killed_at_any_moment_it_leaves_no_process(self) -> None:
         serve = self.fake(preload_s=0.1, grandchildren=["plain", "ignore_term", "stopped"])
@@ -7126,7 +7127,7 @@ class DamageTest(LifeCase):
 
 class ReapRaceTest(LifeCase):
     IDLE = 0.2
-    ROUNDS = 12
+    ROUNDS = 12 // FEWER
     WEIGHT = 2
 
     def test_whoever_comes_in_the_moment_of_the_reap_is_served(self) -> None:
@@ -7727,7 +7728,7 @@ class StepCase(LifeCase):
 
     IDLE = 0.1
     STEP = 8  # 1 for the full sweep
-    BUDGET = 9.0  # seconds; None for the full sweep
+    BUDGET = 9.0 / FEWER  # seconds; None for the full sweep
     WEIGHT = 4
 
     def setUp(self) -> None:
@@ -12659,13 +12660,26 @@ def _split(tests: unittest.TestSuite) -> List[str]:
     return sorted(names, key=lambda name: (-getattr(globals()[name], "WEIGHT", 1), -names[name], name))
 
 
+# This file takes a second to compile: once for all the processes, and not into the tree.
+_RUN_ONE = """
+import sys
+cache, name, folder = sys.argv[1:]
+before = sys.pycache_prefix, sys.dont_write_bytecode
+sys.pycache_prefix, sys.dont_write_bytecode = cache, False
+sys.path.insert(0, folder)
+import test_qvac_managed
+sys.pycache_prefix, sys.dont_write_bytecode = before
+sys.exit(test_qvac_managed.run_tests(["-j0", name]))
+"""
+
+
 class _Job:
     """One class in a process of its own."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, cache: str) -> None:
         self.name, self.began = name, time.monotonic()
         self.out = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        command = [sys.executable, os.path.abspath(__file__), "-j0", name]
+        command = [sys.executable, "-c", _RUN_ONE, cache, name, HERE]
         self.child = subprocess.Popen(command, stdout=self.out, stderr=self.out, stdin=subprocess.DEVNULL)
 
     def ended(self) -> bool:
@@ -12689,13 +12703,15 @@ def _run_in_processes(names: List[str], jobs: int) -> int:
     import re
 
     began, running, waiting, total = time.monotonic(), [], list(names), 0  # type: float, List[_Job], List[str], int
+    cache = tempfile.mkdtemp(prefix="qvac-test-pycache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
     failed, again, skips = [], [], {}  # type: List[str], List[str], Dict[str, int]
     while waiting or running or any(name not in again for name in failed):
         if not waiting and not running:
             again, jobs = list(failed), 1
             waiting, failed = list(failed), []
         while waiting and len(running) < jobs:
-            running.append(_Job(waiting.pop(0)))
+            running.append(_Job(waiting.pop(0), cache))
         time.sleep(0.01)
         for job in [job for job in running if job.ended()]:
             running.remove(job)
