@@ -6216,7 +6216,7 @@ class _Resolver:
             if "superseded" in report:
                 self._starts -= 1
             elif report.get("published"):
-                self._runner = report["published"], process_start(report["published"]) or None
+                self._runner = report["published"], process_start(report["published"]) or "?"  # not None: dead already
         finally:
             channel.close()
 

@@ -6078,6 +6078,21 @@ class FailingStartTest(LifeCase):
                 error = self.assert_fails(q.ServeSpawnFailedError, serve_bin_path=self.fake())  # the contract says 1 s
             self.assertIn("runner ended", str(error))
 
+    def test_a_runner_that_died_as_it_had_published_is_no_reason_to_wait(self) -> None:
+        """For want of room, say: it takes its record away again before we look."""
+        class Channel:
+            def __init__(self, *_: Any) -> None:
+                self.pid = dead_pid()
+
+            def read(self, _timeout: float) -> Tuple[bytes, bool]:
+                return b'{"published": %d}\n' % self.pid, False
+
+            def close(self) -> None:
+                pass
+
+        with mock.patch.object(q, "RunnerChannel", Channel):
+            self.assert_fails(q.ServeSpawnFailedError)
+
     def test_a_start_after_a_failed_one_is_a_new_try(self) -> None:
         serve = self.fake(exit=1, fail_starts=1)
         with self.assertRaises(q.ServeExitedError):
