@@ -5722,47 +5722,42 @@ class ManagedQvac(Qvac):
     """
 
     __slots__ = ("_failure", "_is_recovering", "_recovery_lock", "_resolver")
-    _target: _Target
 
-    def __init__(self, resolver: _Resolver, target: _Target, headers: Optional[Mapping[str, str]], opener: Any) -> None:
-        super().__init__(target, headers, opener)
-        self._default_model = resolver.wish.default_alias
-        self._resolver = resolver
+    def __init__(self, resolver: _Resolver, headers: Optional[Mapping[str, str]], opener: Any) -> None:
+        super().__init__(resolver.resolve(), headers, opener)
+        self._resolver, self._default_model = resolver, resolver.wish.default_alias
         self._recovery_lock = _thread.RLock()  # on_progress or a signal handler may make a request in the middle of it
         self._is_recovering = False
-        self._failure: Optional[Tuple[_Target, BaseException, float]] = None  # of the last recovery, and when
+        self._failure: Any = None  # of the last recovery: target, error, and when
 
     def __del__(self) -> None:
         """Dropped without close(): it lets go of the serve."""
-        resolver = getattr(self, "_resolver", None)
-        if resolver is not None:
-            resolver.cancel()
-
-    @property
-    def _record(self) -> ServeRecord:
-        """As it is now; as it was, once there is none."""
-        record = self._target.record
-        assert record is not None
-        now = read_record(record.fleet_key)
-        return now if now is not None and now.runner_start == record.runner_start else record
+        if hasattr(self, "_resolver"):
+            self._resolver.cancel()
 
     port: int = _live(lambda self: self._target.record.port, "The serve's TCP port.")
-    pid: int = _live(lambda self: self._record.serve_pid, "The serve's process id; its runner's while there is none.")
     runner_pid: int = _live(lambda self: self._target.record.runner_pid, "The process id of the serve's runner.")
     fleet_key: str = _live(lambda self: self._resolver.key, "The key that names the serve: see compute_fleet_key().")
     reused: bool = _live(lambda self: self._target.reused, "True if the serve was there before this client.")
     closed: bool = _live(lambda self: self._resolver.cancelled, "True after close().")
     notes: List[str] = _live(lambda self: list(self._resolver.notes), "What a person should know of the start.")
 
+    @property
+    def pid(self) -> int:
+        """The serve's process id, as it is now; its runner's while there is none."""
+        then: Any = self._target.record
+        now = read_record(then.fleet_key)
+        pid: int = (now if now is not None and now.runner_start == then.runner_start else then).serve_pid
+        return pid
+
     def _open(self, target: Any, data: Any, timeout: Optional[float]) -> http.client.HTTPResponse:
         aim = self._target
-        if not self._resolver.cancelled:
-            self._resolver.register_again_if_lost()
+        self._resolver.register_again_if_lost()
         try:
             return self._send(aim, target, data, timeout)
         except OSError as error:
             says_it_ends = isinstance(error, urllib.error.HTTPError) and error.headers.get("Qvac-Managed") == "stopping"
-            if not (says_it_ends or is_refused(error)) or self._resolver.cancelled:
+            if not (says_it_ends or is_refused(error)) or self.closed:
                 raise
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
@@ -5782,29 +5777,29 @@ class ManagedQvac(Qvac):
         For a process that holds a serve for others: call it now and then. Raises what a start raises, and
         ServeStoppedError, once, for one that somebody stopped on purpose: that one is not brought back.
         """
-        if not self._resolver.cancelled:
-            self._resolver.register_again_if_lost()
-            if self._target.has_gone():
-                by = stopped_by(self.fleet_key)
-                if by:
-                    raise ServeStoppedError(by)
-                self._recover(self._target, None)
+        self._resolver.register_again_if_lost()
+        if not self.closed and self._target.has_gone():
+            by = stopped_by(self.fleet_key)
+            if by:
+                raise ServeStoppedError(by)
+            self._recover(self._target, None)
 
     def _recover(self, failed: _Target, original: Optional[BaseException]) -> _Target:
         """Resolve again, once for all threads that saw the same serve fail, and share what came of it."""
-        asked_at, gone = time.monotonic(), ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
+        asked_at = time.monotonic()
+        original = original or ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
         with self._recovery_lock:
             if self._target is not failed:
                 return self._target
-            if self._failure is not None and self._failure[0] is failed and asked_at < self._failure[2]:
+            if self._failure and self._failure[0] is failed and asked_at < self._failure[2]:
                 raise self._failure[1]
             if self._is_recovering:
-                raise original or urllib.error.URLError(gone)
+                raise original
             self._is_recovering = True
             try:
                 self._target, self._failure = self._resolver.resolve(), None
             except _Cancelled:
-                raise (original or urllib.error.URLError(gone)) from None
+                raise original from None
             except QvacManagedModeError as error:
                 self._failure = failed, error, time.monotonic()
                 raise
@@ -5843,14 +5838,22 @@ class _Resolver:
     def __init__(self, wish: Wish, key: str, require_ready: bool = True, on_progress: OnProgress = None) -> None:
         self.wish, self.key, self.require_ready = wish, key, require_ready
         self.on_progress: Any = show_progress if on_progress == "auto" else on_progress
-        self.consumer_id = _new_consumer_id()
-        self.marker = ""  # where it is: the program may change HOME afterwards
-        self.cancelled = False
         self.notes: List[str] = []  # what a person should know of the start
+        self.cancelled = False
+        self.be_new_consumer()
+        self.begin()
+
+    def be_new_consumer(self) -> None:
+        """At first, and in a forked child, where the parent's threads are not: its marker is the parent's, too."""
+        self.consumer_id = "%d.%s" % (os.getpid(), os.urandom(4).hex())
+        self.marker = ""  # where it is: the program may change HOME afterwards
         self._close_lock = _thread.RLock()  # a signal handler of the host may close the client in the middle of it
-        self._began = self._reported = self._wrong_since = 0.0
-        self._deadline = 0.0  # the end of our patience; it moves while we are told that something moves
-        self._gone_version: Any = None  # of a provider's record whose serve has refused connections for too long
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+        self._deadline = self._began + self.wish.start_timeout  # it moves while we are told that something moves
+        self._reported = self._wrong_since = 0.0
+        self._gone_version: Any = None  # of a record that is as good as none: see _attach
         self._starts = 0  # of runners, by this resolution
         self._runner: Any = None  # pid and start of the last one
         self._failed_runner = 0  # of another's start, whose failure need not be ours
@@ -5865,27 +5868,18 @@ class _Resolver:
 
     def register_again_if_lost(self) -> None:
         """A provider's runner that ends removes all markers; a forked child has none yet."""
-        if not os.path.exists(self.marker):
+        if not self.cancelled and not os.path.exists(self.marker):
             with self._close_lock:
                 if not self.cancelled:
                     self._write_marker()
                 if self.cancelled:  # by a signal handler in this thread, which the lock does not keep out
                     self._withdraw_marker()
 
-    def _register(self) -> Optional[ServeRecord]:
-        """Write the marker, then read the record, as one step: see _Runner.reap for the other side."""
-        with guard(), self._close_lock:  # in this order: close() must not wait for the guard
-            self._check_cancelled()
-            path = os.path.join(consumers_dir(self.key), self.consumer_id)
-            if self.marker != path:
-                _unlink(self.marker)
-            if not os.path.exists(path):
-                self._write_marker()
-            return read_record(self.key)
-
     def _write_marker(self) -> None:
-        # Noted first: Ctrl-C must not leave one that nobody would remove.
-        self.marker = os.path.join(consumers_dir(self.key), self.consumer_id)
+        path = os.path.join(consumers_dir(self.key), self.consumer_id)
+        if self.marker not in ("", path):
+            _unlink(self.marker)
+        self.marker = path  # noted first: Ctrl-C must not leave one that nobody would remove
         add_consumer(self.key, self.consumer_id)
 
     def _withdraw_marker(self) -> None:
@@ -5904,8 +5898,7 @@ class _Resolver:
 
     def resolve(self) -> _Target:
         """A serve to talk to: the one that is there, or a new one. On any failure nothing of ours is left behind."""
-        self._began, self._starts, self._failed_runner, self._runner = time.monotonic(), 0, 0, None
-        self._wrong_since, self._deadline = 0.0, self._began + self.wish.start_timeout
+        self.begin()
         try:
             return self._resolve()
         except BaseException:
@@ -5920,15 +5913,17 @@ class _Resolver:
     def _resolve(self) -> _Target:
         command: Optional[List[str]] = None
         while True:
-            record = self._register()
-            state = judge_record(record)
-            has_lock = os.path.lexists(lock_path(self.key))
-            if state == FOREIGN or (has_lock and _judge_lock(self.key) == FOREIGN):
-                self._move_here()
-            elif record is not None and state == ALIVE and record.version != self._gone_version:
+            with guard(), self._close_lock:  # in this order: close() must not wait for the guard
+                self._check_cancelled()
+                self._write_marker()
+                record = read_record(self.key)  # in one step with the marker: see _Runner.reap for the other side
+            state = self._judge(record)
+            if record is not None and state == ALIVE:
                 target = self._attach(record)
                 if target is not None:
                     return target
+            elif FOREIGN in (state, _judge_lock(self.key)):
+                self._move_here()
             elif self._runner and process_start(self._runner[0]) == self._runner[1]:
                 self._pause("its runner publishes again the record that others have removed")
             else:
@@ -5939,11 +5934,13 @@ class _Resolver:
                     self._pause("another process starts or ends it")
                     continue
                 try:
-                    found = read_record(self.key)
-                    if found is None or judge_record(found) != ALIVE or found.version == self._gone_version:
+                    if self._judge(read_record(self.key)) != ALIVE:
                         self._start_runner(command)
                 finally:
                     release_lock(self.key)
+
+    def _judge(self, record: Optional[ServeRecord]) -> str:
+        return GONE if record and record.version == self._gone_version else judge_record(record)
 
     def _move_here(self) -> None:
         """The serve is of another machine, pid or network namespace that shares the folder: all of us here share
@@ -5963,131 +5960,122 @@ class _Resolver:
         if time.monotonic() >= self._deadline:
             raise ServeStartTimeoutError("No serve was ready after %g s: %s. See its log: %s" % (
                 self.wish.start_timeout, why, log_path(self.key)), self.wish.start_timeout)  # fmt: skip
-        self._report(Progress("starting", time.monotonic() - self._began, None, None))
+        self._report("starting")
         paths = record_path(self.key), lock_path(self.key)
         before = [file_version(path) for path in paths]
         wait_until(lambda: before != [file_version(path) for path in paths],
                    min(0.5, max(0.02, (time.monotonic() - self._began) / 10)), 0.01)  # fmt: skip
 
-    def _report(self, progress: Progress) -> None:
+    def _report(self, phase: str, *more: Any) -> None:
         """Some four times a second, and once at the end."""
         now = time.monotonic()
-        if self.on_progress is not None and (now - self._reported >= 0.2 or progress.phase == "ready"):
+        if self.on_progress is not None and (now - self._reported >= 0.2 or phase == "ready"):
             self._reported = now
-            self.on_progress(progress)
+            self.on_progress(Progress(phase, now - self._began, *more))
 
     def _attach(self, record: ServeRecord) -> Optional[_Target]:
         """A target once the record's serve is ready, after waiting for that in one request. None: look again."""
-        trouble = "it does not answer"
+        trouble, wrong, patience = "it does not answer", "", WRONG_WAIT
         try:
             if record.host.strip("[]").lower() != self.wish.host.strip("[]").lower():
                 raise NotProvedError("its record names the host %s" % record.host)
             if record.has_front:
                 return self._follow(record)
             seen = look(record, min(HEALTH_TIMEOUT, max(0.1, self._deadline - time.monotonic())))
-            trouble = seen.detail
-            if seen.state == "ready":
+            if seen.state == READY:
                 return self._accept(record, seen.facts)
-            if seen.state == GONE:  # a provider's serve that ends
-                trouble = "it refuses connections"
-                self._wrong_since = self._wrong_since or time.monotonic()
-                if time.monotonic() - self._wrong_since > CLOSING_WAIT or not is_our_runner(record):
-                    self._gone_version = record.version
-                    return None
-            if seen.state == WRONG:
-                raise NotProvedError(seen.detail)
+            trouble, wrong = seen.detail, seen.detail if seen.state in (GONE, WRONG) else ""
+            patience = CLOSING_WAIT if seen.state == GONE else WRONG_WAIT  # a provider's serve that ends
         except NotProvedError as error:
-            if not is_our_runner(record):  # a record that names others' processes: as if there were none
-                self._gone_version = record.version
-                return None
-            # A record that somebody damaged is published again within a moment.
-            self._wrong_since = self._wrong_since or time.monotonic()
-            if time.monotonic() - self._wrong_since > WRONG_WAIT:
-                raise ServeSpawnFailedError("What runs on port %d is not the serve that was asked for: %s." % (
-                    record.port, error)) from None  # fmt: skip
+            wrong = str(error)
         except (OSError, http.client.HTTPException) as error:
             trouble = "process %d does not answer (%s)" % (record.runner_pid, getattr(error, "reason", "") or error)
             if is_refused(error):
                 trouble = "it is about to end"
+        if wrong:
+            self._wrong_since = self._wrong_since or time.monotonic()
+            is_late = time.monotonic() - self._wrong_since > patience  # a damaged record is published again in a moment
+            # A record that names others' processes, or of a serve that has ended, is as good as none.
+            if not is_our_runner(record) or (is_late and patience == CLOSING_WAIT):
+                self._gone_version = record.version
+                return None
+            if is_late:
+                raise ServeSpawnFailedError("What runs on port %d is not the serve that was asked for: %s." % (
+                    record.port, wrong))  # fmt: skip
         self._pause("%s; `python -m qvac_managed stop %s` ends it" % (trouble, self.key))
         return None
 
     def _follow(self, record: ServeRecord) -> Optional[_Target]:
         """Wait in one request until the serve is ready, and pass its progress on."""
-        patience = max(1.0, min(5.0, self._deadline - time.monotonic()))
-        lines = front_says(record, patience, wait=1, start=self.wish.start_timeout)
-        has_waited = False
+        mine, has_waited = self.wish.start_timeout, False
+        lines = front_says(record, max(1.0, min(5.0, self._deadline - time.monotonic())), wait=1, start=mine)
         try:
             for facts in lines:
                 self._check_cancelled()
-                patience = self.wish.start_timeout - facts.get("still_s", 0.0)
-                self._deadline = max(self._deadline, time.monotonic() + patience)
+                still = facts.get("still_s", 0.0)
+                self._deadline = max(self._deadline, time.monotonic() + mine - still)
                 if "error" in facts:
                     error = _error_from_json(facts)
                     # Before we came; by somebody, once (a system that is out of memory does it again); for want of
                     # patience, of which we have more.
                     was_theirs = not has_waited or (isinstance(error, ServeExitedError) and error.signal == 9) or (
-                        isinstance(error, ServeStartTimeoutError) and error.seconds < self.wish.start_timeout)
-                    if was_theirs and not self._starts and self._failed_runner in (0, record.runner_pid):
-                        self._failed_runner = record.runner_pid
-                        self._pause("another's start has failed")
-                        return None
-                    raise error
+                        isinstance(error, ServeStartTimeoutError) and error.seconds < mine)
+                    if not was_theirs or self._starts or self._failed_runner not in (0, record.runner_pid):
+                        raise error
+                    self._failed_runner = record.runner_pid
+                    self._pause("another's start has failed")
+                    return None
                 if facts.get("models_busy"):
                     raise TimeoutError("the serve does not answer GET /v1/models")  # slow is not dead
                 if facts["state"] in ("ready", "asleep"):
                     return self._accept(record, facts)
                 if facts["state"] == "stopping":
                     break
-                is_everybodys = facts.get("start_timeout_s", 0.0) <= self.wish.start_timeout  # then the runner tells
-                if facts.get("still_s", 0.0) > self.wish.start_timeout + (CLIENT_MARGIN if is_everybodys else 0.0):
-                    text = start_timeout_text(facts, self.wish.start_timeout, "")
-                    raise ServeStartTimeoutError(text, self.wish.start_timeout)
+                # Where the runner has as much patience as we, it tells.
+                if still > mine + (CLIENT_MARGIN if facts.get("start_timeout_s", 0.0) <= mine else 0.0):
+                    raise ServeStartTimeoutError(start_timeout_text(facts, mine, ""), mine)
                 has_waited = True
-                self._report(Progress(
-                    str(facts.get("phase")), time.monotonic() - self._began, facts.get("bytes_done"),
-                    facts.get("bytes_total"), facts.get("still_s", 0.0), tuple(self.wish.models)))  # fmt: skip
+                self._report(str(facts.get("phase")), facts.get("bytes_done"), facts.get("bytes_total"), still,
+                             tuple(self.wish.models))  # fmt: skip
         finally:
             lines.close()  # type: ignore[attr-defined]
         raise ConnectionRefusedError(errno.ECONNREFUSED, "it is about to end")
 
     def _accept(self, record: ServeRecord, facts: Mapping[str, Any]) -> Optional[_Target]:
         """The serve is there: are its models, and are they the ones on disk?"""
-        states = {model["id"]: model["state"] for model in facts["models"]}
-        missing = [alias for alias in self.wish.models if alias not in states]
+        wish, states = self.wish, {model["id"]: model["state"] for model in facts["models"]}
+        missing = [alias for alias in wish.models if alias not in states]
         if missing and states:
             raise NotProvedError("it lacks the model %s" % ", ".join(missing))
-        failed = [alias for alias in self.wish.models if states.get(alias) == "error"]
-        others = [name for name in _live_markers(self.key) if name != self.consumer_id]
-        is_ours_alone = not others and not facts.get("requests")
+        failed = [alias for alias in wish.models if states.get(alias) == "error"]
         changed = changed_files(facts)
-        if is_ours_alone and not self._starts and record.has_front and (changed or self.wish.default_alias in failed):
-            # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
+        if (changed or wish.default_alias in failed) and not self._starts and record.has_front and not (
+                facts.get("requests") or [name for name in _live_markers(self.key) if name != self.consumer_id]):
+            # Its failure may be of yesterday (a file that is there now): nobody else minds a fresh start.
             self._starts = 1
             look(record, do="restart", by="process %d" % os.getpid())
             wait_until(lambda: look(record).state != "ready", 1.0, LOOK_PAUSE)
             return None
-        if self.require_ready and self.wish.default_alias in failed:
-            raise ModelLoadFailedError(
-                self.wish.default_alias, load_failure_reason(self.key, self.wish.default_alias, record.api_key))
         for alias in failed:
-            _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
+            reason = load_failure_reason(self.key, alias, record.api_key)
+            if self.require_ready and alias == wish.default_alias:
+                raise ModelLoadFailedError(alias, reason)
+            _warn("Model %s failed to load: %s", alias, reason)
         for path in changed:
             _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.",
                   path, self.key, self.key)  # fmt: skip
         if self._starts:
             self.notes += facts.get("notes", ())
         # The longest wish wins, for both. Only now: who gives up leaves none to a serve it never used.
-        wishes = (("idle", self.wish.idle_timeout, record.idle_timeout_ms),
-                  ("sleep", self.wish.sleep_timeout, record.sleep_timeout_ms))  # fmt: skip
-        longer = {name: "inf" if wish is None else wish for name, wish, now in wishes
-                  if (NEVER_MS if wish is None else wish * 1000) > now}  # fmt: skip
+        wishes = (("idle", wish.idle_timeout, record.idle_timeout_ms),
+                  ("sleep", wish.sleep_timeout, record.sleep_timeout_ms))  # fmt: skip
+        longer = {name: "inf" if mine is None else mine for name, mine, now in wishes
+                  if (NEVER_MS if mine is None else mine * 1000) > now}  # fmt: skip
         if longer and record.has_front:
             look(record, HEALTH_TIMEOUT, **longer)
-        self._report(Progress("ready", time.monotonic() - self._began, None, None))
+        self._report("ready")
         record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
-        base_url = base_url_of(facts["address"], record.port)
-        return _Target(base_url, record.api_key, record, reused=not self._starts)
+        return _Target(base_url_of(facts["address"], record.port), record.api_key, record, reused=not self._starts)
 
     def _stop_if_unused(self) -> None:
         """What this resolution has started is stopped, ready or not, unless others wait for it; nobody is left to read
@@ -6106,7 +6094,7 @@ class _Resolver:
         """With the spawn lock held: start a runner, and return once it has published its record; its typed error if
         not. What it does afterwards its front tells."""
         if self._starts == 2:
-            raise ServeSpawnFailedError(_runner_died(self.key, None))
+            raise ServeSpawnFailedError(_runner_died(self.key))
         self._note_others()
         _clear_before_start(self.key)
         argv = reexec_argv("runner", detach=True, pycache=pycache_folder())
@@ -6149,14 +6137,14 @@ class _Resolver:
     def _note_others(self) -> None:
         """A model that another serve has already is loaded a second time: say what differs, and how to share."""
         for record in _each_record():
-            same = [alias for alias, entry in self.wish.models.items() for other in record.models.values()
-                    if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))]  # fmt: skip
+            same = {alias for alias, entry in self.wish.models.items() for other in record.models.values()
+                    if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))}  # fmt: skip
             is_other = record.fleet_key != self.key and not is_private_key(record.fleet_key)
             if same and is_other and judge_record(record) == ALIVE:
                 found = ", ".join("%s %s" % (name, _shorten(json.dumps(theirs), 80))
                                   for name, _, theirs in differences(self.wish, wish_of(record)))  # fmt: skip
                 self.notes.append("the serve %s has %s, too, with %s; to share it, name it: %s" % (
-                    record.fleet_key[:8], ", ".join(sorted(set(same))), clean_text(found) or "a place of its own",
+                    record.fleet_key[:8], ", ".join(sorted(same)), clean_text(found) or "a place of its own",
                     record.fleet_key[:8]))  # fmt: skip
 
 
@@ -6165,10 +6153,6 @@ def changed_files(facts: Mapping[str, Any]) -> List[str]:
     loaded = facts.get("loaded")
     versions = loaded.items() if isinstance(loaded, dict) else ()
     return [clean_text(path) for path, version in versions if current_version(path) not in (None, version)]
-
-
-def _new_consumer_id() -> str:
-    return "%d.%s" % (os.getpid(), os.urandom(4).hex())
 
 
 def _runner_died(key: str, code: Optional[int] = None, log_start: int = 0) -> str:
@@ -6201,8 +6185,7 @@ def _after_fork() -> None:
     """In the child: markers are the parent's; a request of the child will write its own."""
     _forget_after_fork()
     for client in _each_open_client():
-        resolver = client._resolver
-        resolver._close_lock, resolver.consumer_id, resolver.marker = _thread.RLock(), _new_consumer_id(), ""
+        client._resolver.be_new_consumer()
         client._recovery_lock, client._is_recovering = _thread.RLock(), False
 
 
@@ -6298,7 +6281,7 @@ def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], open
         call_after_fork(_after_fork)
     _Call.note("start", resolver.cancel)
     try:
-        client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
+        client = ManagedQvac(resolver, headers, opener)
         _open_clients[id(client)] = _weakref.ref(client)
         _Call.note("start", lambda: None)  # it has begun: what ends the call no longer ends it
         return client
