@@ -69,6 +69,7 @@ from __future__ import annotations  # Python 3.8 or newer is needed; an older on
 
 import _thread
 import errno
+import io
 import os
 import stat
 import sys
@@ -107,7 +108,8 @@ if TYPE_CHECKING:
         overload,
     )
 
-    Client = TypeVar("Client", bound="Qvac")
+    Client = TypeVar("Client", bound="_Closing")
+    Result = TypeVar("Result")
     Models = Sequence[Union[str, Mapping[str, Any]]]
     Path = Union[str, os.PathLike[str], None]
     Prompt = Union[str, Mapping[str, Any], Sequence[Mapping[str, Any]], Iterator[Mapping[str, Any]]]
@@ -5102,7 +5104,9 @@ class _ProgressLine:
         if self.live and progress.phase == "ready":
             self.clear()
         elif self.live:
-            self._draw(text[: max((_columns(sys.stderr) or 80) - 1, 20)])
+            text = text[: max((_columns(sys.stderr) or 80) - 1, 20)]
+            _err("\r" + text.ljust(self.drawn), end="")
+            self.drawn = len(text)
         elif self.plain and progress.elapsed_s >= self.next_plain:
             self.next_plain = progress.elapsed_s + _PLAIN_INTERVAL
             _err(text)
@@ -5110,23 +5114,17 @@ class _ProgressLine:
     def clear(self) -> None:
         """Take the line off the terminal, so that something else can be said."""
         if self.drawn:
-            self.drawn += len("^C")  # what the terminal may have echoed behind it
-            self._draw("")
-            _err("\r", end="")
-
-    def _draw(self, text: str) -> None:
-        _err("\r" + text + " " * (self.drawn - len(text)), end="")
-        self.drawn = len(text)
+            _err("\r%s\r" % (" " * (self.drawn + len("^C"))), end="")  # what the terminal may have echoed behind it
+            self.drawn = 0
 
     def text(self, progress: Any) -> str:
-        done, total = progress.bytes_done, progress.bytes_total
+        elapsed, done, total = progress.elapsed_s, progress.bytes_done, progress.bytes_total
         words = progress_words(progress.phase, done, total, progress.still_s, progress.models)
-        parts = [f"{words:11} {_span(progress.elapsed_s):>5}"]
+        parts = [f"{words:11} {_span(elapsed):>5}"]
         if done is not None and words == progress.phase:
             if self.begin is None or done < self.begin[1]:  # or the next file
-                self.begin = progress.elapsed_s, done
-            seconds = progress.elapsed_s - self.begin[0]
-            rate = (done - self.begin[1]) / seconds if seconds > 0 else 0.0
+                self.begin = elapsed, done
+            rate = (done - self.begin[1]) / (elapsed - self.begin[0] or 1.0)
             parts += [f"{min(100 * done // total, 100):3}%"] if total else []
             parts.append(f"{_size(done)} of {_size(total)}" if total else _size(done))
             parts += [_size(rate) + "/s"] if rate else []
@@ -5147,8 +5145,8 @@ def _span(seconds: Optional[float]) -> str:
 
 
 def show_progress(progress: Progress) -> None:
-    """For on_progress: one live line on stderr if that is a terminal or a notebook, once a start takes longer than a
-    second. "auto" is this."""
+    """For on_progress, and what "auto" is: one live line on stderr if that is a terminal or a notebook, once a start
+    takes longer than a second."""
     global _shown_progress
     if _shown_progress is None or progress.elapsed_s < _shown_progress.elapsed:
         _shown_progress = _ProgressLine(after=1.0, plain=False)  # a new start, and perhaps another stderr
@@ -5157,6 +5155,9 @@ def show_progress(progress: Progress) -> None:
 
 
 _shown_progress: Any = None
+
+
+# -- clients
 
 
 class _Target:
@@ -5182,124 +5183,10 @@ class _Target:
             prove_on(sock, self.record)
 
 
-def _live(read: Any, doc: str) -> Any:
-    return property(read, doc=doc)
+class _Closing:
+    """What a `with` or `async with` block closes."""
 
-
-class Qvac:
-    """A client of one OpenAI-compatible serve. Made by create_qvac().
-
-    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: any key but
-    the default one replaces it. Threads may share a client. It cannot be pickled: it holds a key.
-    """
-
-    # What it holds is in slots, so that vars() shows no key; `__dict__` is for what others hang onto it.
-    __slots__ = ("__dict__", "__weakref__", "_default_model", "_opener", "_target", "headers")
-
-    def __init__(self, base_url: str, api_key: str, headers: Optional[Mapping[str, str]] = None,
-                 opener: Any = None) -> None:  # fmt: skip
-        self._target = _Target(base_url.rstrip("/"), api_key)
-        self._default_model: Optional[str] = None
-        self._opener = opener
-        self.headers = dict(headers or {})
-
-    base_url: str = _live(lambda self: self._target.base_url, "Where the serve is; it ends in /v1 as a rule.")
-    api_key: str = _live(lambda self: self._target.api_key, "The serve's API key.")
-
-    def __repr__(self) -> str:
-        return "<%s %s>" % (type(self).__name__, self.base_url)
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a %s holds an API key and cannot be pickled: create one in each process" % type(self).__name__)
-
-    def open(
-        self, target: Union[str, urllib.request.Request], data: Union[bytes, Dict[str, Any], List[Any], None] = None,
-        timeout: Optional[float] = None) -> http.client.HTTPResponse:  # fmt: skip
-        """urllib.request.urlopen, aimed at this serve: returns its response, raises its errors.
-
-        `target` is a path, joined to base_url (`open("/models")`), a URL, or a urllib.request.Request;
-        of the latter two the path is kept and the address replaced. `data` is bytes, or a dict or list
-        that is sent as JSON. `timeout` is urlopen's, in seconds for each wait on the network; None waits
-        as long as the serve takes. No proxies, no redirects.
-        """
-        return self._send(self._target, target, data, timeout)
-
-    def _send(self, aim: _Target, target: Any, data: Any, timeout: Optional[float]) -> http.client.HTTPResponse:
-        request = _aimed_request(aim, target, data, self.headers)
-        request.check = aim.check
-        opener: Any = self._opener if self._opener is not None else _opener()
-        response: http.client.HTTPResponse = opener.open(request, timeout=timeout)
-        return response
-
-    def models(self) -> List[Dict[str, Any]]:
-        """The serve's models as it lists them: dicts with `id` and, on a QVAC serve, `state`."""
-        models: List[Dict[str, Any]] = self._json("/models", None, None, lambda answer: [
-            {**model, "id": str(model["id"])} for model in answer["data"]])  # fmt: skip
-        return models
-
-    def chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
-             **params: object) -> Answer:  # fmt: skip
-        """The answer to a prompt (a string), to one OpenAI-style message, or to a list of them; `params` go into the
-        request (temperature, max_tokens, tools ...).
-
-        Raises AnswerCutShortError if a limit ended the answer before it began, or the prompt does not fit the model's
-        context; ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer
-        that a limit ended in its middle has the `finish_reason` "length".
-        """
-        reading = _Reading(self, prompt_or_messages, model, params)
-        try:
-            self._json("/chat/completions", reading.body, timeout,
-                       lambda answer: (reading.take(answer), answer["choices"][0]))  # fmt: skip
-        except ServeHTTPError as error:
-            raise reading.reason(error) from None
-        return reading.whole()
-
-    def stream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
-                    reasoning: bool = False, **params: object) -> Stream:  # fmt: skip
-        """chat(), piece by piece, each as soon as the serve sends it: see Stream. With `reasoning`, what the model
-        thinks comes too. An answer that breaks off is a ConnectionResetError, never a short answer.
-        """
-        return Stream(_Reading(self, prompt_or_messages, model, params, stream=True, stream_options={
-            "include_usage": True}), timeout, reasoning)  # fmt: skip
-
-    async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
-                    **params: object) -> Answer:  # fmt: skip
-        """chat() in a thread of its own: the event loop goes on, and cancelling ends the request at the serve."""
-        answer: Answer = await _in_thread(
-            _Call(), lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params))  # fmt: skip
-        return answer
-
-    def astream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
-                     reasoning: bool = False, **params: object) -> AsyncStream:  # fmt: skip
-        """stream_chat() for `async for`, without `await` before it; the request is made with the first step."""
-        return AsyncStream(lambda: self.stream_chat(
-            prompt_or_messages, model, timeout=timeout, reasoning=reasoning, **params))  # fmt: skip
-
-    async def aembed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
-                     timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
-        """embed(), as achat() is chat()."""
-        vectors: List[List[float]] = await _in_thread(_Call(), lambda: self.embed(texts, model, timeout=timeout))
-        return vectors
-
-    def embed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
-              timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
-        """One vector for each text; a single string gives a list with one vector."""
-        inputs = [texts] if isinstance(texts, str) else list(texts)
-        body = {"model": self._model(model), "input": inputs}
-
-        def pick(answer: Any) -> List[List[float]]:
-            items = sorted(answer["data"], key=lambda item: item.get("index", 0))
-            if len(items) != len(inputs) or not all(isinstance(item["embedding"], list) for item in items):
-                raise ValueError
-            return [item["embedding"] for item in items]
-
-        vectors: List[List[float]] = self._json("/embeddings", body, timeout, pick)
-        return vectors
-
-    def environ(self) -> Dict[str, str]:
-        """The variables that lead OpenAI and QVAC tools to this serve, its key among them."""
-        names = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "QVAC_BASE_URL")
-        return {**dict.fromkeys(names, self.base_url), "OPENAI_API_KEY": self.api_key, "QVAC_API_KEY": self.api_key}
+    __slots__ = ()
 
     def close(self) -> None:
         """Nothing to do for a client in external mode."""
@@ -5316,6 +5203,118 @@ class Qvac:
     async def __aexit__(self, *_: object) -> None:
         self.close()
 
+
+def _live(read: Any, doc: str) -> Any:
+    return property(read, doc=doc)
+
+
+class Qvac(_Closing):
+    """A client of one OpenAI-compatible serve. Made by create_qvac().
+
+    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: any key but
+    the default one replaces it. Threads may share a client. It cannot be pickled: it holds a key.
+    """
+
+    # What it holds is in slots, so that vars() shows no key; `__dict__` is for what others hang onto it.
+    __slots__ = ("__dict__", "__weakref__", "_default_model", "_opener", "_target", "headers")
+
+    def __init__(self, target: _Target, headers: Optional[Mapping[str, str]] = None, opener: Any = None) -> None:
+        self._target, self._opener, self.headers = target, opener, dict(headers or {})
+        self._default_model: Optional[str] = None
+
+    base_url: str = _live(lambda self: self._target.base_url, "Where the serve is; it ends in /v1 as a rule.")
+    api_key: str = _live(lambda self: self._target.api_key, "The serve's API key.")
+
+    def __repr__(self) -> str:
+        return "<%s %s>" % (type(self).__name__, self.base_url)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a %s holds an API key and cannot be pickled: create one in each process" % type(self).__name__)
+
+    def open(
+        self, target: Union[str, urllib.request.Request], data: Union[bytes, Dict[str, Any], List[Any], None] = None,
+        timeout: Optional[float] = None) -> http.client.HTTPResponse:  # fmt: skip
+        """urllib.request.urlopen, aimed at this serve: returns its response, raises its errors.
+
+        `target` is a path, joined to base_url (`open("/models")`), a URL, or a urllib.request.Request; of the latter
+        two the path is kept and the address replaced. `data` is bytes, or a dict or list that is sent as JSON.
+        `timeout` is urlopen's, in seconds for each wait on the network; None waits as long as the serve takes. No
+        proxies, no redirects.
+
+        A managed serve that is gone is brought back, or another started. Only what has not reached a serve is sent
+        again, once: after a reset the serve may have begun the work.
+        """
+        return self._open(target, data, timeout)
+
+    def _open(self, target: Any, data: Any, timeout: Optional[float]) -> http.client.HTTPResponse:
+        return self._send(self._target, target, data, timeout)
+
+    def _send(self, aim: _Target, target: Any, data: Any, timeout: Optional[float]) -> http.client.HTTPResponse:
+        request = _aimed_request(aim, target, data, self.headers)
+        request.check = aim.check
+        opener: Any = self._opener if self._opener is not None else _opener()
+        response: http.client.HTTPResponse = opener.open(request, timeout=timeout)
+        return response
+
+    def models(self) -> List[Dict[str, Any]]:
+        """The serve's models as it lists them: dicts with `id` and, on a QVAC serve, `state`."""
+        return self._json("/models", None, None, lambda answer: [
+            {**model, "id": str(model["id"])} for model in answer["data"]])  # fmt: skip
+
+    def chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+             **params: object) -> Answer:  # fmt: skip
+        """The answer to a prompt (a string), to one OpenAI-style message, or to a list of them; `params` go into the
+        request (temperature, max_tokens, tools ...).
+
+        Raises AnswerCutShortError if a limit ended the answer before it began, or the prompt does not fit the model's
+        context; ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer
+        that a limit ended in its middle has the `finish_reason` "length".
+        """
+        with Stream(self, prompt_or_messages, model, params, timeout, is_whole=True) as stream:
+            for _ in stream:
+                pass
+            return stream.answer
+
+    def stream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+                    reasoning: bool = False, **params: object) -> Stream:  # fmt: skip
+        """chat(), piece by piece, each as soon as the serve sends it: see Stream. With `reasoning`, what the model
+        thinks comes too. An answer that breaks off is a ConnectionResetError, never a short answer.
+        """
+        return Stream(self, prompt_or_messages, model, params, timeout, reasoning)
+
+    async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+                    **params: object) -> Answer:  # fmt: skip
+        """chat() in a thread of its own: the event loop goes on, and cancelling ends the request at the serve."""
+        return await _in_thread(lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params))
+
+    def astream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
+                     reasoning: bool = False, **params: object) -> AsyncStream:  # fmt: skip
+        """stream_chat() for `async for`, without `await` before it; the request is made with the first step."""
+        return AsyncStream(lambda: Stream(self, prompt_or_messages, model, params, timeout, reasoning))
+
+    async def aembed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
+                     timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
+        """embed(), as achat() is chat()."""
+        return await _in_thread(lambda: self.embed(texts, model, timeout=timeout))
+
+    def embed(self, texts: Union[str, Sequence[str]], model: Optional[str] = None, *,
+              timeout: Optional[float] = None) -> List[List[float]]:  # fmt: skip
+        """One vector for each text; a single string gives a list with one vector."""
+        inputs = [texts] if isinstance(texts, str) else list(texts)
+
+        def pick(answer: Any) -> List[List[float]]:
+            items = sorted(answer["data"], key=lambda item: item.get("index", 0))
+            if len(items) != len(inputs) or not all(isinstance(item["embedding"], list) for item in items):
+                raise ValueError
+            return [item["embedding"] for item in items]
+
+        return self._json("/embeddings", {"model": self._model(model), "input": inputs}, timeout, pick)
+
+    def environ(self) -> Dict[str, str]:
+        """The variables that lead OpenAI and QVAC tools to this serve, its key among them."""
+        names = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "QVAC_BASE_URL")
+        return {**dict.fromkeys(names, self.base_url), "OPENAI_API_KEY": self.api_key, "QVAC_API_KEY": self.api_key}
+
     def _context(self, _model: str) -> Optional[int]:
         """The model's context in tokens, None where that is not known."""
         return None
@@ -5328,7 +5327,8 @@ class Qvac:
             self._default_model = str(listed[0]["id"])
         return model or self._default_model or ""
 
-    def _open_json(self, path: str, body: Any, timeout: Optional[float]) -> Any:
+    def _ask(self, path: str, body: Any, timeout: Optional[float]) -> Any:
+        """open(), with the serve's own words in its errors."""
         try:
             return self.open(path, body, timeout)
         except urllib.error.HTTPError as error:
@@ -5340,21 +5340,25 @@ class Qvac:
         except http.client.HTTPException as error:
             raise error if isinstance(error, OSError) else _broken_off() from None
 
-    def _json(self, path: str, body: Any, timeout: Optional[float], pick: Callable[[Any], Any]) -> Any:
-        """What `pick` takes out of the JSON answer; an answer of another shape is a ServeHTTPError, too."""
-        with self._open_json(path, body, timeout) as response:
-            try:
-                # In pieces: Python 3.8 makes room first for as much as it is told to read.
-                pieces = iter(lambda: response.read(READ_BYTES), b"")
-                data = b"".join(itertools.islice(pieces, MAX_ANSWER_BYTES // READ_BYTES))
-            except http.client.HTTPException:
-                raise _broken_off() from None
-            if len(data) < MAX_ANSWER_BYTES and getattr(response, "length", None):  # what is still to come never came
-                raise _broken_off()
-        return _picked(data, "answer to " + path, pick)
+    def _json(self, path: str, body: Any, timeout: Optional[float], pick: Callable[[Any], Result]) -> Result:
+        with self._ask(path, body, timeout) as response:
+            return _picked(_all_of(response), "answer to " + path, pick)
 
 
-def _picked(data: bytes, what: str, pick: Callable[[Any], Any]) -> Any:
+def _all_of(response: Any) -> bytes:
+    """An answer in one piece; ConnectionResetError where it is broken."""
+    try:
+        # In pieces: Python 3.8 makes room first for as much as it is told to read.
+        pieces = iter(lambda: response.read(READ_BYTES), b"")
+        data = b"".join(itertools.islice(pieces, MAX_ANSWER_BYTES // READ_BYTES))
+    except http.client.HTTPException:
+        raise _broken_off() from None
+    if len(data) < MAX_ANSWER_BYTES and getattr(response, "length", None):  # what is still to come never came
+        raise _broken_off()
+    return data
+
+
+def _picked(data: bytes, what: str, pick: Callable[[Any], Result]) -> Result:
     """What `pick` takes out of the JSON; what is none, or of another shape, is a ServeHTTPError that shows it."""
     try:
         return pick(json.loads(data))
@@ -5368,28 +5372,7 @@ def _broken_off() -> ConnectionResetError:
     return ConnectionResetError(errno.ECONNRESET, "the serve broke off its answer")
 
 
-_MORE_CONTEXT = "config={\"ctx_size\": 8192}"
-
-
-def _as_messages(prompt: Any) -> List[Dict[str, Any]]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    try:
-        messages = [prompt] if hasattr(prompt, "keys") else [dict(message) for message in prompt]
-    except (TypeError, ValueError):
-        messages = []
-    if not messages or not all("role" in message for message in messages):
-        raise InvalidManagedModelError(
-            "A prompt is a string, a message such as {\"role\": \"user\", \"content\": \"hi\"}, or a list of messages: "
-            "not %s." % _shorten(repr(prompt), 80))  # fmt: skip
-    return messages
-
-
-def _text_of(content: Any) -> str:
-    """The text of a message's content, which is a string or a list of parts; TypeError if neither."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(str(part.get("text") or "") for part in content)
+# -- answers
 
 
 class Piece(str):
@@ -5413,116 +5396,7 @@ class Answer(str):
     model: str = ""
 
 
-class _Reading:
-    """An answer as it is read: out of the events of a stream, or of the one JSON object of an answer in one piece."""
-
-    def __init__(self, client: Qvac, prompt: Any, model: Optional[str], params: Mapping[str, Any], **more: Any) -> None:
-        if "stream" in params:
-            raise InvalidManagedModelError("There is no option `stream`: stream_chat() streams, chat() does not.")
-        messages = _as_messages(prompt)
-        self.client, self.model = client, client._model(model)
-        self.body = {"model": self.model, "messages": messages, **more, **params}
-        self.content: List[str] = []
-        self.reasoning: List[str] = []
-        self.tool_calls: Dict[int, Dict[str, Any]] = {}
-        self.usage: Dict[str, Any] = {}
-        self.refusal, self.finish_reason = "", None
-        self.context = client._context(self.model)
-        # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
-        size = len(json.dumps(self.body, default=str)) + PROMPT_FRAME
-        self.may_overflow = size > (self.context or DEFAULT_CONTEXT // 2)
-        words = len(json.dumps(messages, default=str, separators=(",", ":")).split())
-        if self.context and words > -(-self.context // CONTEXT_STEP) * CONTEXT_STEP:
-            raise self._overflow(f"The prompt has {words:,} words, each a token at least, and so is longer than")
-
-    def take(self, event: Any) -> List[Piece]:
-        """The pieces of text in an event; LookupError, TypeError ... for what is none, ServeHTTPError for an error."""
-        error = event.get("error") or (event if event.get("object") == "error" or "detail" in event else None)
-        if error:
-            message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
-            raise ServeHTTPError(200, str(message or error), json.dumps(event).encode())
-        if "choices" not in event and "usage" not in event:
-            raise LookupError
-        self.usage = dict(event.get("usage") or self.usage)
-        pieces: List[Piece] = []
-        for choice in event.get("choices") or ():
-            if (choice.get("index") or 0) == 0:  # of several answers the first
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
-                self._take_delta(choice.get("delta") or choice.get("message") or {}, pieces)
-        return pieces
-
-    def _take_delta(self, delta: Any, pieces: List[Piece]) -> None:
-        self.refusal += delta.get("refusal") or ""
-        for text, kept, kind in (
-            (delta.get("reasoning_content") or delta.get("reasoning"), self.reasoning, "reasoning"),
-            (delta.get("content"), self.content, "content"),
-        ):
-            if text:
-                kept.append(_text_of(text))
-                pieces.append(Piece(kept[-1]))
-                pieces[-1].kind = kind
-        for call in delta.get("tool_calls") or ():
-            index = call.get("index")
-            if index is None:  # a new one has an id; what has none goes on with the last
-                index = len(self.tool_calls) - (0 if call.get("id") or not self.tool_calls else 1)
-            whole = self.tool_calls.setdefault(
-                index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})  # fmt: skip
-            whole["id"] = call.get("id") or whole["id"]
-            for name, text in (call.get("function") or {}).items():
-                whole["function"][name] = whole["function"].get(name, "") + (text or "")
-
-    def answer(self) -> Answer:
-        """What has come so far."""
-        answer = Answer("".join(self.content))
-        answer.reasoning, answer.model = "".join(self.reasoning), self.model
-        answer.finish_reason, answer.usage = self.finish_reason, self.usage
-        answer.tool_calls = [self.tool_calls[index] for index in sorted(self.tool_calls)]
-        return answer
-
-    def whole(self) -> Answer:
-        """answer(), once it is over; an error if there is none and somebody is to blame."""
-        answer = self.answer()
-        if self.refusal:
-            raise ServeHTTPError(200, "the model refuses to answer: %s" % self.refusal)
-        text = answer.strip() if answer.reasoning else answer
-        if text or answer.tool_calls or self.finish_reason in (None, "stop"):
-            return answer
-        if self.finish_reason != "length":
-            raise ServeHTTPError(200, "the answer is empty, for the reason %r" % self.finish_reason)
-        is_context = self.limit() == "ctx_size"
-        raise AnswerCutShortError(answer, self.limit(), "The answer was cut before it began by %s: %s. %s" % (
-            self._named_context() if is_context else "max_tokens=%d" % self._most(),
-            "all of it went into thinking" if answer.reasoning else "nothing was left for it",
-            "Give it more, as in %s." % _MORE_CONTEXT if is_context else "Raise that."))  # fmt: skip
-
-    def limit(self) -> str:
-        """Which limit ended an answer with the finish_reason "length"."""
-        most, made = self._most(), _count(self.usage.get("completion_tokens"))
-        return "max_tokens" if most and (made >= most or not made) else "ctx_size"
-
-    def _most(self) -> int:
-        return _count(self.body.get("max_completion_tokens") or self.body.get("max_tokens"))
-
-    def _named_context(self) -> str:
-        size = f"{self.context:,} tokens" if self.context else f"{DEFAULT_CONTEXT:,} tokens unless set"
-        return f"the context of {self.model} ({size})"
-
-    def reason(self, error: ServeHTTPError) -> QvacManagedModeError:
-        """The error that stands behind the serve's: CLI 0.13.1 says of an overflow that it is an internal error."""
-        if error.status == 500 and "internal error" in error.message.lower() and self.may_overflow:
-            return self._overflow(f"The serve failed ({error.message}), probably as the prompt is longer than")
-        return error
-
-    def _overflow(self, what: str) -> AnswerCutShortError:
-        return AnswerCutShortError(Answer(), "ctx_size", "%s %s: shorten it, or give the model more, as in %s." % (
-            what, self._named_context(), _MORE_CONTEXT))  # fmt: skip
-
-
-def _count(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 0
-
-
-class Stream:
+class Stream(_Closing):
     """An answer as it comes: iterate over its pieces (strings with a `kind`, see Piece).
 
     `answer` is the whole, once it is over; before, what has come so far. `close()`, the end of a `with` block, or
@@ -5530,17 +5404,38 @@ class Stream:
     answer before it began.
     """
 
-    def __init__(self, reading: _Reading, timeout: Optional[float], reasoning: bool) -> None:
-        self._reading, self._reasoning, self._is_over = reading, reasoning, False
+    def __init__(self, client: Qvac, prompt: Any, model: Optional[str], params: Mapping[str, Any],
+                 timeout: Optional[float], reasoning: bool = False, is_whole: bool = False) -> None:  # fmt: skip
+        if "stream" in params:
+            raise InvalidManagedModelError("There is no option `stream`: stream_chat() streams, chat() does not.")
+        messages, self._model = _as_messages(prompt), client._model(model)
+        streams = {} if is_whole else {"stream": True, "stream_options": {"include_usage": True}}
+        self._body = {"model": self._model, "messages": messages, **streams, **params}
+        self._is_whole, self._is_over = is_whole, False
+        self._kinds = ("content", "reasoning") if reasoning else ("content",)
+        self._texts: Dict[str, List[str]] = {"reasoning": [], "content": [], "refusal": []}
+        self._tool_calls: Dict[int, Dict[str, Any]] = {}
+        self._usage: Dict[str, Any] = {}
+        self._finish_reason: Optional[str] = None
         self._ready: List[Piece] = []
-        self._call = getattr(_under_way, "call", None) or _Call()
+        context = client._context(self._model)
+        size = f"{context:,} tokens" if context else f"{DEFAULT_CONTEXT:,} tokens unless set"
+        self._context = f"the context of {self._model} ({size})"
+        # A token is a byte at least, in any tokenizer in use, and a word at most; only the serve knows more.
+        words = len(json.dumps(messages, default=str, separators=(",", ":")).split())
+        if context and words > -(-context // CONTEXT_STEP) * CONTEXT_STEP:
+            raise _overflow(f"The prompt has {words:,} words, each a token at least, and so is", self._context)
+        may_overflow = len(json.dumps(self._body, default=str)) + PROMPT_FRAME > (context or DEFAULT_CONTEXT // 2)
+        self._call, self._watch = _Call(), None  # type: _Call, Optional[_SilenceWatch]
+        _Call.note("answer", self._call.end)
         with self._call:
             try:
-                self._response = reading.client._open_json("/chat/completions", reading.body, timeout)
+                self._response = client._ask("/chat/completions", self._body, timeout)
             except ServeHTTPError as error:
-                raise reading.reason(error) from None
-        self._events = _events_of(self._response)
-        self._watch = _SilenceWatch(reading, self._call) if reading.may_overflow else None
+                raise (_explained(error, self._context) if may_overflow else error) from None
+        self._events = _events_of(self._response, is_whole)
+        if may_overflow and not is_whole:
+            self._watch = _SilenceWatch(client, self._body, self._context, self._call)
 
     def __iter__(self) -> Stream:
         return self
@@ -5557,27 +5452,84 @@ class Stream:
         return self._ready.pop(0)
 
     def _advance(self) -> None:
-        broken: OSError = _broken_off()
+        broken: Optional[OSError] = None if self._is_whole else _broken_off()
         try:
             data = next(self._events, None)
         except OSError as error:
             data, broken = None, error
         if data is not None and data.strip() != b"[DONE]":
-            pieces = _picked(data, "part of an answer", self._reading.take)
+            pieces = _picked(data, "answer" if self._is_whole else "part of an answer", self._take)
             if pieces and self._watch is not None:
                 self._watch.end()
-            self._ready = [piece for piece in pieces if self._reasoning or piece.kind == "content"]
+            self._ready = [piece for piece in pieces if piece.kind in self._kinds]
         elif not self._is_over:  # else another thread has closed it
             self.close()
             if self._watch is not None and self._watch.found is not None:  # then the watch has ended it
                 raise self._watch.found
-            if data is None and not self._reading.finish_reason:  # of a broken chunked answer http.client sees no end
+            if data is None and broken and not self._finish_reason:  # http.client sees no end that is missing
                 raise broken
-            self._reading.whole()
+            self._check_answer()
+
+    def _take(self, event: Any) -> List[Piece]:
+        """The pieces of text in an event; LookupError, TypeError ... for what is none, ServeHTTPError for an error."""
+        error = event.get("error") or (event if event.get("object") == "error" or "detail" in event else None)
+        if error:
+            message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
+            raise ServeHTTPError(200, str(message or error), json.dumps(event).encode())
+        if not ("choices" in event or "usage" in event) or (self._is_whole and not event["choices"]):
+            raise LookupError
+        self._usage = dict(event.get("usage") or self._usage)
+        pieces: List[Piece] = []
+        for choice in event.get("choices") or ():
+            if (choice.get("index") or 0) == 0:  # of several answers the first
+                self._finish_reason = choice.get("finish_reason") or self._finish_reason
+                delta = choice.get("delta") or choice.get("message") or {}
+                delta = {**delta, "reasoning": delta.get("reasoning_content") or delta.get("reasoning")}
+                for kind, texts in self._texts.items():
+                    if delta.get(kind):
+                        pieces.append(Piece(_text_of(delta[kind])))
+                        pieces[-1].kind = kind
+                        texts.append(pieces[-1])
+                self._take_calls(delta.get("tool_calls") or ())
+        return pieces
+
+    def _take_calls(self, calls: Any) -> None:
+        for call in calls:
+            index = call.get("index")
+            if index is None:  # a new one has an id; what has none goes on with the last
+                index = len(self._tool_calls) - (0 if call.get("id") or not self._tool_calls else 1)
+            whole = self._tool_calls.setdefault(
+                index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})  # fmt: skip
+            whole["id"] = call.get("id") or whole["id"]
+            for name, text in (call.get("function") or {}).items():
+                whole["function"][name] = whole["function"].get(name, "") + (text or "")
 
     @property
     def answer(self) -> Answer:
-        return self._reading.answer()
+        answer = Answer("".join(self._texts["content"]))
+        answer.reasoning, answer.model = "".join(self._texts["reasoning"]), self._model
+        answer.finish_reason, answer.usage = self._finish_reason, self._usage
+        answer.tool_calls = [self._tool_calls[index] for index in sorted(self._tool_calls)]
+        return answer
+
+    def _check_answer(self) -> None:
+        """Once it is over: an error if there is none and somebody is to blame."""
+        answer = self.answer
+        if self._texts["refusal"]:
+            raise ServeHTTPError(200, "the model refuses to answer: %s" % "".join(self._texts["refusal"]))
+        text = answer.strip() if answer.reasoning else answer
+        if text or answer.tool_calls or answer.finish_reason in (None, "stop"):
+            return
+        if answer.finish_reason != "length":
+            raise ServeHTTPError(200, "the answer is empty, for the reason %r" % answer.finish_reason)
+        most = _count(self._body.get("max_completion_tokens") or self._body.get("max_tokens"))
+        made = _count(answer.usage.get("completion_tokens"))
+        limit, named, advice = "ctx_size", self._context, "Give it more, as in %s." % _MORE_CONTEXT
+        if most and (made >= most or not made):
+            limit, named, advice = "max_tokens", "max_tokens=%d" % most, "Raise that."
+        where = "all of it went into thinking" if answer.reasoning else "nothing was left for it"
+        raise AnswerCutShortError(answer, limit, "The answer was cut before it began by %s: %s. %s" % (
+            named, where, advice))  # fmt: skip
 
     def close(self) -> None:
         """End the request, if it is not over, also from another thread than the one that reads. Idempotent."""
@@ -5587,15 +5539,47 @@ class Stream:
         self._call.end()  # first: closing alone would wait for whoever reads
         self._response.close()
 
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if getattr(self, "_watch", None) is not None:
             self.close()
+
+
+_MORE_CONTEXT = "config={\"ctx_size\": 8192}"
+
+
+def _overflow(what: str, context: str) -> AnswerCutShortError:
+    more = "shorten it, or give the model more, as in %s." % _MORE_CONTEXT
+    return AnswerCutShortError(Answer(), "ctx_size", "%s longer than %s: %s" % (what, context, more))
+
+
+def _explained(error: ServeHTTPError, context: str) -> QvacManagedModeError:
+    """The error that stands behind the serve's: CLI 0.13.1 says of an overflow that it is an internal error."""
+    if error.status == 500 and "internal error" in error.message.lower():
+        return _overflow("The serve failed (%s), probably as the prompt is" % error.message, context)
+    return error
+
+
+def _as_messages(prompt: Any) -> List[Dict[str, Any]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    try:
+        messages = [prompt] if hasattr(prompt, "keys") else [dict(message) for message in prompt]
+    except (TypeError, ValueError):
+        messages = []
+    if not messages or not all("role" in message for message in messages):
+        raise InvalidManagedModelError(
+            "A prompt is a string, a message such as {\"role\": \"user\", \"content\": \"hi\"}, or a list of messages: "
+            "not %s." % _shorten(repr(prompt), 80))  # fmt: skip
+    return messages
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content, which is a string or a list of parts; TypeError if neither."""
+    return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in content)
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
 
 
 class _SilenceWatch(_Call):
@@ -5606,79 +5590,62 @@ class _SilenceWatch(_Call):
     with its first word; if the first has died, this is told so at once.
     """
 
-    def __init__(self, reading: _Reading, watched: _Call) -> None:
+    def __init__(self, client: Qvac, body: Dict[str, Any], context: str, watched: _Call) -> None:
         super().__init__()
         self.found: Optional[QvacManagedModeError] = None
-        self._reading, self._watched, self._is_over = reading, watched, threading.Event()
-        self._undo["silence"] = self._is_over.set
+        is_over = threading.Event()
+        self._undo["silence"] = is_over.set
+        left_out = ("stream_options", "max_completion_tokens")
+        body = {**{name: body[name] for name in body if name not in left_out}, "stream": False, "max_tokens": 1}
+
+        def work() -> None:
+            while not is_over.wait(SILENT_STREAM):
+                try:
+                    with self:
+                        client._send(client._target, "/chat/completions", body, None).close()
+                except urllib.error.HTTPError as error:
+                    refusal = _serve_error(error)
+                    if refusal.status == 500 and not self.ended:
+                        self.found = _explained(refusal, context)
+                        return watched.end()
+                except (OSError, http.client.HTTPException):
+                    return None  # the stream will see for itself
+
         try:
-            _started_thread("qvac_managed silence", self._run)
+            _started_thread("qvac_managed silence", work)
         except ServeSpawnFailedError:
             pass  # no more threads here: then nobody watches
 
-    def _run(self) -> None:
-        client, body = self._reading.client, {**self._reading.body, "stream": False, "max_tokens": 1}
-        for name in ("stream_options", "max_completion_tokens"):
-            body.pop(name, None)
-        while not self._is_over.wait(SILENT_STREAM):
-            try:
-                with self:
-                    client._send(client._target, "/chat/completions", body, None).close()
-            except urllib.error.HTTPError as error:
-                refusal = _serve_error(error)
-                if refusal.status == 500 and not self.ended:
-                    self.found = self._reading.reason(refusal)
-                    return self._watched.end()
-            except (OSError, http.client.HTTPException):
-                return None  # the stream will see for itself
 
-
-def _events_of(response: Any) -> Iterator[bytes]:
-    """The data of each event of an event stream, read as its standard says, and of one that lacks its end."""
-    data: List[bytes] = []
-    for number, line in enumerate(_lines_of(response)):
-        if number == 0 and line.startswith(b"\xef\xbb\xbf"):
-            line = line[3:]
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value[1:] if value.startswith(b" ") else value)
-        elif not line:
-            if any(data):
-                yield b"\n".join(data)
-            data = []
-    if any(data):
-        yield b"\n".join(data)
-
-
-def _lines_of(response: Any) -> Iterator[bytes]:
-    """The lines of an answer as they come, ended by CR, LF or both; ConnectionResetError where it is broken."""
-    begun: List[bytes] = []
-    read, size, after_cr = getattr(response, "read1", response.read), 0, False
+def _events_of(response: Any, is_whole: bool) -> Iterator[bytes]:
+    """The data of each event of an event stream, read as its standard says, and of one that lacks its end; of an answer
+    in one piece this one. ConnectionResetError where it is broken."""
+    if is_whole:
+        yield _all_of(response)
+        return
+    lines, data = io.TextIOWrapper(response, "latin-1"), []  # it knows all ends of lines; the bytes stay as they are
     while True:
         try:
-            data = read(READ_BYTES)
+            line = lines.readline(MAX_ANSWER_BYTES)
         except (http.client.HTTPException, ValueError, AttributeError):  # the last two: closed by another thread
             raise _broken_off() from None
-        if not data:
-            break
-        if after_cr and data.startswith(b"\n"):
-            data = data[1:]
-        after_cr = data.endswith(b"\r")
-        *ended, rest = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        for line in ended:
-            yield b"".join([*begun, line])
-            begun, size = [], 0
-        begun.append(rest)
-        size += len(rest)
-        if size > MAX_ANSWER_BYTES:
+        if len(line) == MAX_ANSWER_BYTES:
             raise ServeHTTPError(200, "this is no part of an answer: a line without end")
-    yield b"".join(begun)
+        field, _, value = line.rstrip("\n").partition(":")
+        if field in ("data", "\xef\xbb\xbfdata"):  # the first may have a byte order mark
+            data.append(value[1:] if value.startswith(" ") else value)
+        elif line in ("", "\n"):
+            if any(data):
+                yield "\n".join(data).encode("latin-1")
+            data = []
+            if not line:
+                return
 
 
 # -- asynchronous requests
 
 
-class AsyncStream:
+class AsyncStream(_Closing):
     """Stream for `async for` and `async with`. Cancelling the task that reads it, or aclose(), ends the request."""
 
     def __init__(self, start: Callable[[], Stream]) -> None:
@@ -5692,9 +5659,9 @@ class AsyncStream:
         piece: Optional[Piece] = None
         if not self._call.ended:
             waits = self._stream is None or not self._stream._ready
-            piece = await _in_thread(self._call, self._next) if waits else self._next()
+            piece = await _in_thread(self._next, self._call) if waits else self._next()
         if piece is None:
-            self._call.end()
+            self.close()
             raise StopAsyncIteration
         return piece
 
@@ -5707,43 +5674,52 @@ class AsyncStream:
     def answer(self) -> Answer:
         return self._stream.answer if self._stream is not None else Answer()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """End the request, if it is not over. Idempotent."""
         self._call.end()
 
-    async def __aenter__(self) -> AsyncStream:
-        return self
+    async def aclose(self) -> None:
+        """close(), as asynchronous generators have it."""
+        self.close()
 
-    async def __aexit__(self, *_: object) -> None:
-        self._call.end()
-
-    def __del__(self) -> None:
-        self._call.end()
+    __del__ = close
 
 
-async def _in_thread(call: _Call, function: Callable[[], Any], linger: float = 0.0) -> Any:
+async def _in_thread(function: Callable[[], Result], call: Optional[_Call] = None, linger: float = 0.0) -> Result:
     """What blocks, for a coroutine. When that is cancelled, what the thread waits for is ended, and its own end awaited
     for LINGER seconds: the program may end with its loop."""
-    loop = asyncio.get_running_loop()
+    loop, request = asyncio.get_running_loop(), call or _Call()
     done = loop.create_future()
+
+    def settle(result: Any, error: Optional[BaseException]) -> None:
+        if done.done() or loop.is_closed():  # cancelled in the moment in which it succeeded
+            if isinstance(result, ManagedQvac):
+                result.close()
+        elif isinstance(error, StopIteration):  # out of on_progress: a future takes any exception but this one
+            done.set_exception(RuntimeError("on_progress raised StopIteration"))
+        elif error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
 
     def work() -> None:
         try:
-            with call:
+            with request:
                 outcome: Tuple[Any, Optional[BaseException]] = function(), None
         except BaseException as caught:
             outcome = None, caught
         try:
-            loop.call_soon_threadsafe(_settle, done, *outcome)
+            loop.call_soon_threadsafe(settle, *outcome)
         except RuntimeError:  # the loop has been closed meanwhile
-            _settle(None, *outcome)
+            settle(*outcome)
         del outcome
 
     thread = _started_thread("qvac_managed request", work)
     try:
-        return await done
+        result: Result = await done
+        return result
     except BaseException as error:
-        call.end()
+        request.end()
         deadline = time.monotonic() + (linger if isinstance(error, asyncio.CancelledError) else 0.0)
         while thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -5759,13 +5735,14 @@ def _aimed_request(aim: _Target, target: Any, data: Any, headers: Mapping[str, s
         data = target.data if data is None else data
     else:
         url, given, method = str(target), {"Content-Type": "application/json"} if data is not None else {}, None
-    merged = {name.title(): value for name, value in (*headers.items(), *given.items())}
-    merged.pop("Authorization", None)
-    merged.pop("Host", None)
+    own = {name.title(): value for name, value in headers.items()}
+    merged = {**own, **{name.title(): value for name, value in given.items()}}
+    for name in ("Authorization", "Host"):
+        merged.pop(name, None)
     request = urllib.request.Request(_retarget(url, aim.base_url), data, merged, method=method)
     authorization = "Bearer " + aim.api_key
     if aim.api_key == DEFAULT_API_KEY:  # nobody has named a key; a Request's own may be for another server
-        authorization = {name.title(): value for name, value in headers.items()}.get("Authorization", authorization)
+        authorization = own.get("Authorization", authorization)
     request.add_unredirected_header("Authorization", authorization)
     return request
 
@@ -5790,55 +5767,42 @@ class ManagedQvac(Qvac):
     """
 
     __slots__ = ("_failure", "_is_recovering", "_recovery_lock", "_resolver")
-    _target: _Target
 
-    def __init__(self, resolver: _Resolver, target: _Target, headers: Optional[Mapping[str, str]], opener: Any) -> None:
-        super().__init__(target.base_url, target.api_key, headers, opener)
-        self._target = target
-        self._default_model = resolver.wish.default_alias
-        self._resolver = resolver
+    def __init__(self, resolver: _Resolver, headers: Optional[Mapping[str, str]], opener: Any) -> None:
+        super().__init__(resolver.resolve(), headers, opener)
+        self._resolver, self._default_model = resolver, resolver.wish.default_alias
         self._recovery_lock = _thread.RLock()  # on_progress or a signal handler may make a request in the middle of it
         self._is_recovering = False
-        self._failure: Optional[Tuple[_Target, BaseException, float]] = None  # of the last recovery, and when
+        self._failure: Any = None  # of the last recovery: target, error, and when
 
     def __del__(self) -> None:
         """Dropped without close(): it lets go of the serve."""
-        resolver = getattr(self, "_resolver", None)
-        if resolver is not None:
-            resolver.cancel()
-
-    @property
-    def _record(self) -> ServeRecord:
-        """As it is now; as it was, once there is none."""
-        record = self._target.record
-        assert record is not None
-        now = read_record(record.fleet_key)
-        return now if now is not None and now.runner_start == record.runner_start else record
+        if hasattr(self, "_resolver"):
+            self._resolver.cancel()
 
     port: int = _live(lambda self: self._target.record.port, "The serve's TCP port.")
-    pid: int = _live(lambda self: self._record.serve_pid, "The serve's process id; its runner's while there is none.")
     runner_pid: int = _live(lambda self: self._target.record.runner_pid, "The process id of the serve's runner.")
     fleet_key: str = _live(lambda self: self._resolver.key, "The key that names the serve: see compute_fleet_key().")
     reused: bool = _live(lambda self: self._target.reused, "True if the serve was there before this client.")
     closed: bool = _live(lambda self: self._resolver.cancelled, "True after close().")
     notes: List[str] = _live(lambda self: list(self._resolver.notes), "What a person should know of the start.")
 
-    def open(
-        self, target: Union[str, urllib.request.Request], data: Union[bytes, Dict[str, Any], List[Any], None] = None,
-        timeout: Optional[float] = None) -> http.client.HTTPResponse:  # fmt: skip
-        """As Qvac.open. If the serve is gone, it is brought back (or another started) and the request sent.
+    @property
+    def pid(self) -> int:
+        """The serve's process id, as it is now; its runner's while there is none."""
+        then: Any = self._target.record
+        now = read_record(then.fleet_key)
+        pid: int = (now if now is not None and now.runner_start == then.runner_start else then).serve_pid
+        return pid
 
-        Only what has not reached a serve is sent again, once: a refused connection, or a front that says that it ends.
-        After a reset the serve may have begun the work.
-        """
+    def _open(self, target: Any, data: Any, timeout: Optional[float]) -> http.client.HTTPResponse:
         aim = self._target
-        if not self._resolver.cancelled:
-            self._resolver.register_again_if_lost()
+        self._resolver.register_again_if_lost()
         try:
             return self._send(aim, target, data, timeout)
         except OSError as error:
             says_it_ends = isinstance(error, urllib.error.HTTPError) and error.headers.get("Qvac-Managed") == "stopping"
-            if not (says_it_ends or is_refused(error)) or self._resolver.cancelled:
+            if not (says_it_ends or is_refused(error)) or self.closed:
                 raise
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
@@ -5858,29 +5822,29 @@ class ManagedQvac(Qvac):
         For a process that holds a serve for others: call it now and then. Raises what a start raises, and
         ServeStoppedError, once, for one that somebody stopped on purpose: that one is not brought back.
         """
-        if not self._resolver.cancelled:
-            self._resolver.register_again_if_lost()
-            if self._target.has_gone():
-                by = stopped_by(self.fleet_key)
-                if by:
-                    raise ServeStoppedError(by)
-                self._recover(self._target, None)
+        self._resolver.register_again_if_lost()
+        if not self.closed and self._target.has_gone():
+            by = stopped_by(self.fleet_key)
+            if by:
+                raise ServeStoppedError(by)
+            self._recover(self._target, None)
 
     def _recover(self, failed: _Target, original: Optional[BaseException]) -> _Target:
         """Resolve again, once for all threads that saw the same serve fail, and share what came of it."""
-        asked_at, gone = time.monotonic(), ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
+        asked_at = time.monotonic()
+        original = original or ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
         with self._recovery_lock:
             if self._target is not failed:
                 return self._target
-            if self._failure is not None and self._failure[0] is failed and asked_at < self._failure[2]:
+            if self._failure and self._failure[0] is failed and asked_at < self._failure[2]:
                 raise self._failure[1]
             if self._is_recovering:
-                raise original or urllib.error.URLError(gone)
+                raise original
             self._is_recovering = True
             try:
                 self._target, self._failure = self._resolver.resolve(), None
             except _Cancelled:
-                raise (original or urllib.error.URLError(gone)) from None
+                raise original from None
             except QvacManagedModeError as error:
                 self._failure = failed, error, time.monotonic()
                 raise
@@ -5919,14 +5883,22 @@ class _Resolver:
     def __init__(self, wish: Wish, key: str, require_ready: bool = True, on_progress: OnProgress = None) -> None:
         self.wish, self.key, self.require_ready = wish, key, require_ready
         self.on_progress: Any = show_progress if on_progress == "auto" else on_progress
-        self.consumer_id = _new_consumer_id()
-        self.marker = ""  # where it is: the program may change HOME afterwards
-        self.cancelled = False
         self.notes: List[str] = []  # what a person should know of the start
+        self.cancelled = False
+        self.be_new_consumer()
+        self.begin()
+
+    def be_new_consumer(self) -> None:
+        """At first, and in a forked child, where the parent's threads are not: its marker is the parent's, too."""
+        self.consumer_id = "%d.%s" % (os.getpid(), os.urandom(4).hex())
+        self.marker = ""  # where it is: the program may change HOME afterwards
         self._close_lock = _thread.RLock()  # a signal handler of the host may close the client in the middle of it
-        self._began = self._reported = self._wrong_since = 0.0
-        self._deadline = 0.0  # the end of our patience; it moves while we are told that something moves
-        self._gone_version: Any = None  # of a provider's record whose serve has refused connections for too long
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+        self._deadline = self._began + self.wish.start_timeout  # it moves while we are told that something moves
+        self._reported = self._wrong_since = 0.0
+        self._gone_version: Any = None  # of a record that is as good as none: see _attach
         self._starts = 0  # of runners, by this resolution
         self._runner: Any = None  # pid and start of the last one
         self._failed_runner = 0  # of another's start, whose failure need not be ours
@@ -5941,27 +5913,18 @@ class _Resolver:
 
     def register_again_if_lost(self) -> None:
         """A provider's runner that ends removes all markers; a forked child has none yet."""
-        if not os.path.exists(self.marker):
+        if not self.cancelled and not os.path.exists(self.marker):
             with self._close_lock:
                 if not self.cancelled:
                     self._write_marker()
                 if self.cancelled:  # by a signal handler in this thread, which the lock does not keep out
                     self._withdraw_marker()
 
-    def _register(self) -> Optional[ServeRecord]:
-        """Write the marker, then read the record, as one step: see _Runner.reap for the other side."""
-        with guard(), self._close_lock:  # in this order: close() must not wait for the guard
-            self._check_cancelled()
-            path = os.path.join(consumers_dir(self.key), self.consumer_id)
-            if self.marker != path:
-                _unlink(self.marker)
-            if not os.path.exists(path):
-                self._write_marker()
-            return read_record(self.key)
-
     def _write_marker(self) -> None:
-        # Noted first: Ctrl-C must not leave one that nobody would remove.
-        self.marker = os.path.join(consumers_dir(self.key), self.consumer_id)
+        path = os.path.join(consumers_dir(self.key), self.consumer_id)
+        if self.marker not in ("", path):
+            _unlink(self.marker)
+        self.marker = path  # noted first: Ctrl-C must not leave one that nobody would remove
         add_consumer(self.key, self.consumer_id)
 
     def _withdraw_marker(self) -> None:
@@ -5980,8 +5943,7 @@ class _Resolver:
 
     def resolve(self) -> _Target:
         """A serve to talk to: the one that is there, or a new one. On any failure nothing of ours is left behind."""
-        self._began, self._starts, self._failed_runner, self._runner = time.monotonic(), 0, 0, None
-        self._wrong_since, self._deadline = 0.0, self._began + self.wish.start_timeout
+        self.begin()
         try:
             return self._resolve()
         except BaseException:
@@ -5996,15 +5958,17 @@ class _Resolver:
     def _resolve(self) -> _Target:
         command: Optional[List[str]] = None
         while True:
-            record = self._register()
-            state = judge_record(record)
-            has_lock = os.path.lexists(lock_path(self.key))
-            if state == FOREIGN or (has_lock and _judge_lock(self.key) == FOREIGN):
-                self._move_here()
-            elif record is not None and state == ALIVE and record.version != self._gone_version:
+            with guard(), self._close_lock:  # in this order: close() must not wait for the guard
+                self._check_cancelled()
+                self._write_marker()
+                record = read_record(self.key)  # in one step with the marker: see _Runner.reap for the other side
+            state = self._judge(record)
+            if record is not None and state == ALIVE:
                 target = self._attach(record)
                 if target is not None:
                     return target
+            elif FOREIGN in (state, _judge_lock(self.key)):
+                self._move_here()
             elif self._runner and process_start(self._runner[0]) == self._runner[1]:
                 self._pause("its runner publishes again the record that others have removed")
             else:
@@ -6015,11 +5979,13 @@ class _Resolver:
                     self._pause("another process starts or ends it")
                     continue
                 try:
-                    found = read_record(self.key)
-                    if found is None or judge_record(found) != ALIVE or found.version == self._gone_version:
+                    if self._judge(read_record(self.key)) != ALIVE:
                         self._start_runner(command)
                 finally:
                     release_lock(self.key)
+
+    def _judge(self, record: Optional[ServeRecord]) -> str:
+        return GONE if record and record.version == self._gone_version else judge_record(record)
 
     def _move_here(self) -> None:
         """The serve is of another machine, pid or network namespace that shares the folder: all of us here share
@@ -6039,130 +6005,122 @@ class _Resolver:
         if time.monotonic() >= self._deadline:
             raise ServeStartTimeoutError("No serve was ready after %g s: %s. See its log: %s" % (
                 self.wish.start_timeout, why, log_path(self.key)), self.wish.start_timeout)  # fmt: skip
-        self._report(Progress("starting", time.monotonic() - self._began, None, None))
+        self._report("starting")
         paths = record_path(self.key), lock_path(self.key)
         before = [file_version(path) for path in paths]
         wait_until(lambda: before != [file_version(path) for path in paths],
                    min(0.5, max(0.02, (time.monotonic() - self._began) / 10)), 0.01)  # fmt: skip
 
-    def _report(self, progress: Progress) -> None:
+    def _report(self, phase: str, *more: Any) -> None:
         """Some four times a second, and once at the end."""
         now = time.monotonic()
-        if self.on_progress is not None and (now - self._reported >= 0.2 or progress.phase == "ready"):
+        if self.on_progress is not None and (now - self._reported >= 0.2 or phase == "ready"):
             self._reported = now
-            self.on_progress(progress)
+            self.on_progress(Progress(phase, now - self._began, *more))
 
     def _attach(self, record: ServeRecord) -> Optional[_Target]:
         """A target once the record's serve is ready, after waiting for that in one request. None: look again."""
-        trouble = "it does not answer"
+        trouble, wrong, patience = "it does not answer", "", WRONG_WAIT
         try:
             if record.host.strip("[]").lower() != self.wish.host.strip("[]").lower():
                 raise NotProvedError("its record names the host %s" % record.host)
             if record.has_front:
                 return self._follow(record)
             seen = look(record, min(HEALTH_TIMEOUT, max(0.1, self._deadline - time.monotonic())))
-            trouble = seen.detail
-            if seen.state == "ready":
+            if seen.state == READY:
                 return self._accept(record, seen.facts)
-            if seen.state == GONE:  # a provider's serve that ends
-                trouble = "it refuses connections"
-                self._wrong_since = self._wrong_since or time.monotonic()
-                if time.monotonic() - self._wrong_since > CLOSING_WAIT or not is_our_runner(record):
-                    self._gone_version = record.version
-                    return None
-            if seen.state == WRONG:
-                raise NotProvedError(seen.detail)
+            trouble, wrong = seen.detail, seen.detail if seen.state in (GONE, WRONG) else ""
+            patience = CLOSING_WAIT if seen.state == GONE else WRONG_WAIT  # a provider's serve that ends
         except NotProvedError as error:
-            if not is_our_runner(record):  # a record that names others' processes: as if there were none
-                self._gone_version = record.version
-                return None
-            # A record that somebody damaged is published again within a moment.
-            self._wrong_since = self._wrong_since or time.monotonic()
-            if time.monotonic() - self._wrong_since > WRONG_WAIT:
-                raise ServeSpawnFailedError("What runs on port %d is not the serve that was asked for: %s." % (
-                    record.port, error)) from None  # fmt: skip
+            wrong = str(error)
         except OSError as error:
             trouble = "process %d does not answer (%s)" % (record.runner_pid, error)
             if is_refused(error):
                 trouble = "it is about to end"
+        if wrong:
+            self._wrong_since = self._wrong_since or time.monotonic()
+            is_late = time.monotonic() - self._wrong_since > patience  # a damaged record is published again in a moment
+            # A record that names others' processes, or of a serve that has ended, is as good as none.
+            if not is_our_runner(record) or (is_late and patience == CLOSING_WAIT):
+                self._gone_version = record.version
+                return None
+            if is_late:
+                raise ServeSpawnFailedError("What runs on port %d is not the serve that was asked for: %s." % (
+                    record.port, wrong))  # fmt: skip
         self._pause("%s; `python -m qvac_managed stop %s` ends it" % (trouble, self.key))
         return None
 
     def _follow(self, record: ServeRecord) -> Optional[_Target]:
         """Wait in one request until the serve is ready, and pass its progress on."""
-        patience = max(1.0, min(5.0, self._deadline - time.monotonic()))
-        lines = front_says(record, patience, wait=1, start=self.wish.start_timeout)
-        has_waited = False
+        mine, has_waited = self.wish.start_timeout, False
+        lines = front_says(record, max(1.0, min(5.0, self._deadline - time.monotonic())), wait=1, start=mine)
         try:
             for facts in lines:
                 self._check_cancelled()
-                patience = self.wish.start_timeout - facts.get("still_s", 0.0)
-                self._deadline = max(self._deadline, time.monotonic() + patience)
+                still = facts.get("still_s", 0.0)
+                self._deadline = max(self._deadline, time.monotonic() + mine - still)
                 if "error" in facts:
                     error = _error_from_json(facts)
                     # Before we came; by somebody, once (a system that is out of memory does it again); for want of
                     # patience, of which we have more.
                     was_theirs = not has_waited or (isinstance(error, ServeExitedError) and error.signal == 9) or (
-                        isinstance(error, ServeStartTimeoutError) and error.seconds < self.wish.start_timeout)
-                    if was_theirs and not self._starts and self._failed_runner in (0, record.runner_pid):
-                        self._failed_runner = record.runner_pid
-                        self._pause("another's start has failed")
-                        return None
-                    raise error
+                        isinstance(error, ServeStartTimeoutError) and error.seconds < mine)
+                    if not was_theirs or self._starts or self._failed_runner not in (0, record.runner_pid):
+                        raise error
+                    self._failed_runner = record.runner_pid
+                    self._pause("another's start has failed")
+                    return None
                 if facts.get("models_busy"):
                     raise TimeoutError("the serve does not answer GET /v1/models")  # slow is not dead
                 if facts["state"] in ("ready", "asleep"):
                     return self._accept(record, facts)
                 if facts["state"] == "stopping":
                     break
-                is_everybodys = facts.get("start_timeout_s", 0.0) <= self.wish.start_timeout  # then the runner tells
-                if facts.get("still_s", 0.0) > self.wish.start_timeout + (CLIENT_MARGIN if is_everybodys else 0.0):
-                    text = start_timeout_text(facts, self.wish.start_timeout, "")
-                    raise ServeStartTimeoutError(text, self.wish.start_timeout)
+                # Where the runner has as much patience as we, it tells.
+                if still > mine + (CLIENT_MARGIN if facts.get("start_timeout_s", 0.0) <= mine else 0.0):
+                    raise ServeStartTimeoutError(start_timeout_text(facts, mine, ""), mine)
                 has_waited = True
-                self._report(Progress(
-                    str(facts.get("phase")), time.monotonic() - self._began, facts.get("bytes_done"),
-                    facts.get("bytes_total"), facts.get("still_s", 0.0), tuple(self.wish.models)))  # fmt: skip
+                self._report(str(facts.get("phase")), facts.get("bytes_done"), facts.get("bytes_total"), still,
+                             tuple(self.wish.models))  # fmt: skip
         finally:
             lines.close()  # type: ignore[attr-defined]
         raise ConnectionRefusedError(errno.ECONNREFUSED, "it is about to end")
 
     def _accept(self, record: ServeRecord, facts: Mapping[str, Any]) -> Optional[_Target]:
         """The serve is there: are its models, and are they the ones on disk?"""
-        states = {model["id"]: model["state"] for model in facts["models"]}
-        missing = [alias for alias in self.wish.models if alias not in states]
+        wish, states = self.wish, {model["id"]: model["state"] for model in facts["models"]}
+        missing = [alias for alias in wish.models if alias not in states]
         if missing and states:
             raise NotProvedError("it lacks the model %s" % ", ".join(missing))
-        failed = [alias for alias in self.wish.models if states.get(alias) == "error"]
+        failed = [alias for alias in wish.models if states.get(alias) == "error"]
         changed = changed_files(facts)
-        is_old = record.has_front and not self._starts and (changed or self.wish.default_alias in failed)
-        if is_old and not facts.get("requests") and set(_live_markers(self.key)) <= {self.consumer_id}:
-            # Its failure may be of yesterday (a file that is there now): nobody minds a fresh start.
+        if (changed or wish.default_alias in failed) and not self._starts and record.has_front and not (
+                facts.get("requests") or [name for name in _live_markers(self.key) if name != self.consumer_id]):
+            # Its failure may be of yesterday (a file that is there now): nobody else minds a fresh start.
             self._starts = 1
             look(record, do="restart", by="process %d" % os.getpid())
             wait_until(lambda: look(record).state != "ready", 1.0, LOOK_PAUSE)
             return None
-        if self.require_ready and self.wish.default_alias in failed:
-            raise ModelLoadFailedError(
-                self.wish.default_alias, load_failure_reason(self.key, self.wish.default_alias, record.api_key))
         for alias in failed:
-            _warn("Model %s failed to load: %s", alias, load_failure_reason(self.key, alias, record.api_key))
+            reason = load_failure_reason(self.key, alias, record.api_key)
+            if self.require_ready and alias == wish.default_alias:
+                raise ModelLoadFailedError(alias, reason)
+            _warn("Model %s failed to load: %s", alias, reason)
         for path in changed:
             _warn("%s has changed since the serve %s loaded it: `python -m qvac_managed restart %s`.",
                   path, self.key, self.key)  # fmt: skip
         if self._starts:
             self.notes += facts.get("notes", ())
         # The longest wish wins, for both. Only now: who gives up leaves none to a serve it never used.
-        wishes = (("idle", self.wish.idle_timeout, record.idle_timeout_ms),
-                  ("sleep", self.wish.sleep_timeout, record.sleep_timeout_ms))  # fmt: skip
-        longer = {name: "inf" if wish is None else wish for name, wish, now in wishes
-                  if (NEVER_MS if wish is None else wish * 1000) > now}  # fmt: skip
+        wishes = (("idle", wish.idle_timeout, record.idle_timeout_ms),
+                  ("sleep", wish.sleep_timeout, record.sleep_timeout_ms))  # fmt: skip
+        longer = {name: "inf" if mine is None else mine for name, mine, now in wishes
+                  if (NEVER_MS if mine is None else mine * 1000) > now}  # fmt: skip
         if longer and record.has_front:
             look(record, HEALTH_TIMEOUT, **longer)
-        self._report(Progress("ready", time.monotonic() - self._began, None, None))
+        self._report("ready")
         record = read_record(self.key) or record if record.is_resting else record  # the serve's pid is in it by now
-        base_url = base_url_of(facts["address"], record.port)
-        return _Target(base_url, record.api_key, record, reused=not self._starts)
+        return _Target(base_url_of(facts["address"], record.port), record.api_key, record, reused=not self._starts)
 
     def _stop_if_unused(self) -> None:
         """What this resolution has started is stopped, ready or not, unless others wait for it; nobody is left to read
@@ -6181,7 +6139,7 @@ class _Resolver:
         """With the spawn lock held: start a runner, and return once it has published its record; its typed error if
         not. What it does afterwards its front tells."""
         if self._starts == 2:
-            raise ServeSpawnFailedError(_runner_died(self.key, None))
+            raise ServeSpawnFailedError(_runner_died(self.key))
         self._note_others()
         _clear_before_start(self.key)
         argv = reexec_argv("runner", detach=True, pycache=pycache_folder())
@@ -6223,14 +6181,14 @@ class _Resolver:
     def _note_others(self) -> None:
         """A model that another serve has already is loaded a second time: say what differs, and how to share."""
         for record in _each_record():
-            same = [alias for alias, entry in self.wish.models.items() for other in record.models.values()
-                    if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))]  # fmt: skip
+            same = {alias for alias, entry in self.wish.models.items() for other in record.models.values()
+                    if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))}  # fmt: skip
             is_other = record.fleet_key != self.key and not is_private_key(record.fleet_key)
             if same and is_other and judge_record(record) == ALIVE:
                 found = ", ".join("%s %s" % (name, _shorten(json.dumps(theirs), 80))
                                   for name, _, theirs in differences(self.wish, wish_of(record)))  # fmt: skip
                 self.notes.append("the serve %s has %s, too, with %s; to share it, name it: %s" % (
-                    record.fleet_key[:8], ", ".join(sorted(set(same))), clean_text(found) or "a place of its own",
+                    record.fleet_key[:8], ", ".join(sorted(same)), clean_text(found) or "a place of its own",
                     record.fleet_key[:8]))  # fmt: skip
 
 
@@ -6239,10 +6197,6 @@ def changed_files(facts: Mapping[str, Any]) -> List[str]:
     loaded = facts.get("loaded")
     versions = loaded.items() if isinstance(loaded, dict) else ()
     return [clean_text(path) for path, version in versions if current_version(path) not in (None, version)]
-
-
-def _new_consumer_id() -> str:
-    return "%d.%s" % (os.getpid(), os.urandom(4).hex())
 
 
 def _runner_died(key: str, code: Optional[int] = None, log_start: int = 0) -> str:
@@ -6275,8 +6229,7 @@ def _after_fork() -> None:
     """In the child: markers are the parent's; a request of the child will write its own."""
     _forget_after_fork()
     for client in _each_open_client():
-        resolver = client._resolver
-        resolver._close_lock, resolver.consumer_id, resolver.marker = _thread.RLock(), _new_consumer_id(), ""
+        client._resolver.be_new_consumer()
         client._recovery_lock, client._is_recovering = _thread.RLock(), False
 
 
@@ -6348,7 +6301,7 @@ def _create(mode: Any, options: Dict[str, Any]) -> Qvac:
         options["serve_bin_path"] = os.fsdecode(options["serve_bin_path"])
     _check_options(options)
     if mode == "external":
-        return Qvac(options["base_url"], options["api_key"], options["headers"], options["opener"])
+        return Qvac(_Target(options["base_url"].rstrip("/"), options["api_key"]), options["headers"], options["opener"])
     bin_path, port, reuse = options["serve_bin_path"], options["serve_port"], options["reuse"]
     wish = Wish(
         synthesize_serve_config(options["models"] or [], bin_path)["serve"]["models"], options["serve_host"], port,
@@ -6372,7 +6325,7 @@ def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], open
         call_after_fork(_after_fork)
     _Call.note("start", resolver.cancel)
     try:
-        client = ManagedQvac(resolver, resolver.resolve(), headers, opener)
+        client = ManagedQvac(resolver, headers, opener)
         _open_clients[id(client)] = _weakref.ref(client)
         _Call.note("start", lambda: None)  # it has begun: what ends the call no longer ends it
         return client
@@ -6520,25 +6473,12 @@ async def create_qvac_async(mode: str = "external", **options: Any) -> Qvac:
     The client it gives is the same; achat(), astream_chat() and aembed() never block the loop either.
     """
     create = functools.partial(create_qvac, mode, **options)
-    return await _in_thread(_Call(), create, STOP_GRACE) if mode == "managed" else create()
+    return await _in_thread(create, linger=STOP_GRACE) if mode == "managed" else create()
 
 
 async def attach_async(name_or_id: str, **options: Any) -> ManagedQvac:
     """attach() that never blocks the event loop."""
-    client: ManagedQvac = await _in_thread(_Call(), functools.partial(attach, name_or_id, **options), STOP_GRACE)
-    return client
-
-
-def _settle(done: Optional[asyncio.Future[Any]], result: Any, error: Optional[BaseException]) -> None:
-    if done is None or done.done():
-        if isinstance(result, ManagedQvac):
-            result.close()  # cancelled in the moment in which it succeeded
-    elif isinstance(error, StopIteration):  # out of on_progress: a future takes any exception but this one
-        done.set_exception(RuntimeError("on_progress raised StopIteration"))
-    elif error is not None:
-        done.set_exception(error)
-    else:
-        done.set_result(result)
+    return await _in_thread(lambda: attach(name_or_id, **options), linger=STOP_GRACE)
 
 
 def _watch_parent(resolver: _Resolver) -> None:

@@ -2088,7 +2088,7 @@ class RegistryFolderTest(Unit):
         self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
         for mode in (0o777, 0o755, 0o770, 0o500):
             os.chmod(self.folder, mode)
-            q.add_consumer(KEY, q._new_consumer_id())
+            q.add_consumer(KEY, "%d.%04o" % (os.getpid(), mode))
             self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
 
     @unittest.skipUnless(POSIX, "file modes")
