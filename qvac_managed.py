@@ -103,10 +103,13 @@ if TYPE_CHECKING:
         Sequence,
         Set,
         Tuple,
+        TypedDict,
         TypeVar,
         Union,
         overload,
     )
+
+    from typing_extensions import Required, Unpack
 
     Client = TypeVar("Client", bound="_Closing")
     Result = TypeVar("Result")
@@ -6235,18 +6238,36 @@ def _after_fork() -> None:
 
 if TYPE_CHECKING:
 
-    @overload
-    def create_qvac(mode: Literal["external"] = ..., *, base_url: Optional[str] = ..., api_key: Optional[str] = ...,
-                    headers: Optional[Mapping[str, str]] = ..., opener: Optional[Opener] = ...) -> Qvac: ...
+    class _Common(TypedDict, total=False):
+        headers: Optional[Mapping[str, str]]
+        opener: Optional[Opener]
+
+    class ExternalOptions(_Common, total=False):
+        base_url: Optional[str]
+        api_key: Optional[str]
+
+    class ManagedOptions(_Common, total=False):
+        models: Required[Models]
+        serve_host: str
+        serve_port: Optional[int]
+        serve_bin_path: Path
+        serve_args: Sequence[str]
+        serve_start_timeout: float
+        serve_idle_timeout: Optional[float]
+        serve_sleep_timeout: Optional[float]
+        reuse: Optional[bool]
+        close_on_parent_exit: bool
+        require_ready: bool
+        on_progress: OnProgress
+
+
+if TYPE_CHECKING:
 
     @overload
-    def create_qvac(mode: Literal["managed"], *, models: Models, serve_host: str = ..., serve_port: Optional[int] = ...,
-                    serve_bin_path: Path = ..., serve_args: Sequence[str] = ...,
-                    serve_start_timeout: float = ..., serve_idle_timeout: Optional[float] = ...,
-                    serve_sleep_timeout: Optional[float] = ..., reuse: Optional[bool] = ...,
-                    close_on_parent_exit: bool = ..., require_ready: bool = ...,
-                    headers: Optional[Mapping[str, str]] = ..., opener: Optional[Opener] = ...,
-                    on_progress: OnProgress = ...) -> ManagedQvac: ...  # fmt: skip
+    def create_qvac(mode: Literal["external"] = ..., **options: Unpack[ExternalOptions]) -> Qvac: ...
+
+    @overload
+    def create_qvac(mode: Literal["managed"], **options: Unpack[ManagedOptions]) -> ManagedQvac: ...
 
 
 def create_qvac(
@@ -6301,12 +6322,12 @@ def _create(mode: Any, options: Dict[str, Any]) -> Qvac:
         options["serve_bin_path"] = os.fsdecode(options["serve_bin_path"])
     _check_options(options)
     if mode == "external":
-        return Qvac(_Target(options["base_url"].rstrip("/"), options["api_key"]), options["headers"], options["opener"])
-    bin_path, port, reuse = options["serve_bin_path"], options["serve_port"], options["reuse"]
-    wish = Wish(
-        synthesize_serve_config(options["models"] or [], bin_path)["serve"]["models"], options["serve_host"], port,
-        bin_path, list(options["serve_args"]), options["serve_start_timeout"], options["serve_idle_timeout"],
-        options["serve_sleep_timeout"])  # fmt: skip
+        target = _Target(options["base_url"].rstrip("/"), options["api_key"])
+        return Qvac(target, options["headers"], options["opener"])
+    host, port, bin_path, reuse = (options[name] for name in ("serve_host", "serve_port", "serve_bin_path", "reuse"))
+    models = synthesize_serve_config(options["models"] or [], bin_path)["serve"]["models"]
+    times = (options["serve_%s_timeout" % name] for name in ("start", "idle", "sleep"))
+    wish = Wish(models, host, port, bin_path, list(options["serve_args"]), *times)
     key = wish.fleet_key()
     if not (port is None if reuse is None else reuse):
         key, wish = "%s-priv-%d-%s" % (key, os.getpid(), os.urandom(4).hex()), wish._replace(idle_timeout=0.0)
@@ -6337,7 +6358,7 @@ def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], open
             _shown_progress.clear()
 
 
-def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, opener: Any = None,
+def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, opener: Optional[Opener] = None,
            on_progress: OnProgress = "auto", _wishes: Optional[Mapping[str, Any]] = None) -> ManagedQvac:  # fmt: skip
     """A client of a serve that runs already, by an alias of its or by its ID (four letters or more will do).
 
@@ -6357,21 +6378,34 @@ def attach(name_or_id: str, *, headers: Optional[Mapping[str, str]] = None, open
             raise InvalidManagedModelError("Several serves answer to %s: %s. Name one by its ID." % (
                 _shorten(repr(name_or_id), 80), ", ".join(info.fleet_key for info in found)))  # fmt: skip
         found = plain
-    record = read_record(found[0].fleet_key)
-    if record is None:
-        raise ServeSpawnFailedError("The serve %s has just ended." % found[0].fleet_key)
+    record = _present_record(found[0].fleet_key)
     wish = wish_of(record)._replace(**(_wishes or {}))
     return _open_client(_Resolver(wish, record.fleet_key, on_progress=on_progress), headers, opener)
 
 
+def _present_record(key: str) -> ServeRecord:
+    record = read_record(key)
+    if record is None:
+        raise ServeSpawnFailedError("The serve %s has just ended." % key)
+    return record
+
+
 def wish_of(record: ServeRecord) -> Wish:
-    """What the serve of a record was asked to be. A provider's record does not say everything: see
-    _Resolver._move_here."""
+    """What the serve of a record was asked to be. A provider's record does not say everything: its models stand in its
+    config file, if that can be read."""
+    models: Any = dict(record.models)
+    if not models:
+        found = _read_registry_file(record.config_path)
+        try:
+            models = _strict_json(found[0])["serve"]["models"] if found else {}
+        except (LookupError, TypeError):
+            models = {}
+        if not isinstance(models, dict) or not all(isinstance(entry, dict) for entry in models.values()):
+            models = {}
     idle, sleep = record.idle_timeout_ms, record.sleep_timeout_ms if record.has_front else NEVER_MS
     return Wish(
-        _record_models(record), record.host, record.pinned_port or None, record.serve_bin_path or None,
-        list(record.serve_args), DEFAULT_START_TIMEOUT, None if idle >= NEVER_MS else idle / 1000,
-        None if sleep >= NEVER_MS else sleep / 1000)  # fmt: skip
+        models, record.host, record.pinned_port or None, record.serve_bin_path or None, list(record.serve_args),
+        DEFAULT_START_TIMEOUT, *(None if wish >= NEVER_MS else wish / 1000 for wish in (idle, sleep)))  # fmt: skip
 
 
 def differences(wanted: Wish, found: Wish) -> List[Tuple[str, Any, Any]]:
@@ -6392,10 +6426,9 @@ def differences(wanted: Wish, found: Wish) -> List[Tuple[str, Any, Any]]:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Before anything is started, not when it is done. No message shows what may be a key."""
-    for name, value in options.items():
-        what, is_right = _OPTIONS.get(name, ("", bool))
-        if what and not is_right(value):
-            shown = "" if name in ("api_key", "headers") else ", not %s" % _shorten(repr(value), 80)
+    for name, (what, is_right) in _OPTIONS.items():
+        if name in options and not is_right(options[name]):
+            shown = "" if name in ("api_key", "headers") else ", not %s" % _shorten(repr(options[name]), 80)
             raise InvalidManagedModelError("%s is %s%s." % (name, what, shown))
     for argument in options.get("serve_args", ()):
         flag = argument.partition("=")[0] if argument.startswith("--") else argument[:2]
@@ -6417,6 +6450,8 @@ def _are_headers(headers: Any) -> bool:
         name and name.isascii() and name == name.strip() and ":" not in name for name, _ in pairs)  # fmt: skip
 
 
+_SECONDS = "None or a number of seconds from 0", lambda value: value is None or _is_seconds(value)
+_FLAG = "True or False", lambda value: isinstance(value, bool)
 _OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
     "base_url": ("a URL that begins with http:// or https://, no blanks or line breaks", lambda url: url is None or (
         isinstance(url, str) and url.lower().startswith(("http://", "https://")) and url.isprintable() and
@@ -6431,14 +6466,12 @@ _OPTIONS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
     "serve_host": ("an address or a host name", lambda host: isinstance(host, str) and 0 < len(host) < 254 and all(
         c.isalnum() or c in ".:-_" for c in host)),
     "serve_start_timeout": ("a number of seconds above 0", lambda value: _is_seconds(value, 1e7) and value > 0),
-    "serve_idle_timeout": ("None or a number of seconds from 0", lambda value: value is None or _is_seconds(value)),
-    "serve_sleep_timeout": ("None or a number of seconds from 0", lambda value: value is None or _is_seconds(value)),
+    "serve_idle_timeout": _SECONDS, "serve_sleep_timeout": _SECONDS,
     "serve_args": ("a list of strings, one for each argument", lambda args: isinstance(args, (list, tuple)) and all(
         isinstance(arg, str) and "\0" not in arg for arg in args)),
     "serve_bin_path": ("a path, or left out to search for `qvac`",
                        lambda path: path is None or (isinstance(path, str) and path)),
-    "require_ready": ("True or False", lambda value: isinstance(value, bool)),
-    "close_on_parent_exit": ("True or False", lambda value: isinstance(value, bool)),
+    "require_ready": _FLAG, "close_on_parent_exit": _FLAG,
     "reuse": ("True, False, or None for the default", lambda value: value is None or isinstance(value, bool)),
     "on_progress": ("a function, 'auto' or None", lambda value: value in (None, "auto") or callable(value)),
 }  # fmt: skip
@@ -6453,18 +6486,10 @@ _RUNNERS_FLAGS = {
 if TYPE_CHECKING:
 
     @overload
-    async def create_qvac_async(
-        mode: Literal["external"] = ..., *, base_url: Optional[str] = ..., api_key: Optional[str] = ...,
-        headers: Optional[Mapping[str, str]] = ..., opener: Optional[Opener] = ...) -> Qvac: ...  # fmt: skip
+    async def create_qvac_async(mode: Literal["external"] = ..., **options: Unpack[ExternalOptions]) -> Qvac: ...
 
     @overload
-    async def create_qvac_async(
-        mode: Literal["managed"], *, models: Models, serve_host: str = ..., serve_port: Optional[int] = ...,
-        serve_bin_path: Path = ..., serve_args: Sequence[str] = ...,
-        serve_start_timeout: float = ..., serve_idle_timeout: Optional[float] = ...,
-        serve_sleep_timeout: Optional[float] = ..., reuse: Optional[bool] = ...,
-        close_on_parent_exit: bool = ..., require_ready: bool = ..., headers: Optional[Mapping[str, str]] = ...,
-        opener: Optional[Opener] = ..., on_progress: OnProgress = ...) -> ManagedQvac: ...  # fmt: skip
+    async def create_qvac_async(mode: Literal["managed"], **options: Unpack[ManagedOptions]) -> ManagedQvac: ...
 
 
 async def create_qvac_async(mode: str = "external", **options: Any) -> Qvac:
@@ -6548,18 +6573,16 @@ class ServeInfo:
     serve_args: List[str]
     changed: List[str]
     version: Optional[str]
-    FIELDS = tuple(__annotations__)
 
     def __init__(self, **fields: Any) -> None:
-        for name in self.FIELDS:
-            setattr(self, name, fields.get(name))
+        vars(self).update({name: fields.get(name) for name in ServeInfo.__annotations__})
 
     def __repr__(self) -> str:
         return "<ServeInfo %s %s %s>" % (self.fleet_key, self.state, self.base_url)
 
     def as_dict(self) -> Dict[str, Any]:
         """The fields as a dict that JSON can carry, for `--json`."""
-        return {name: getattr(self, name) for name in self.FIELDS}
+        return dict(vars(self))
 
 
 def list_serves() -> List[ServeInfo]:
@@ -6585,25 +6608,9 @@ def find_serves(name_or_id: str) -> List[ServeInfo]:
 
 def serve_info(client: ManagedQvac) -> ServeInfo:
     """What list_serves() says of the serve behind a client. ServeSpawnFailedError if it has just ended."""
-    record = _read_any_record(client.fleet_key)
-    if record is None:
-        raise ServeSpawnFailedError("The serve %s has just ended." % client.fleet_key)
-    info = _describe(record)
+    info = _describe(_present_record(client.fleet_key))
     info.reused = client.reused
     return info
-
-
-def _record_models(record: ServeRecord) -> Dict[str, Any]:
-    """What a serve was started with: ours says so in the record, a provider's in its config file, if it can be read."""
-    if record.models:
-        return dict(record.models)
-    found = _read_registry_file(record.config_path)
-    config = _strict_json(found[0]) if found else None
-    try:
-        models = config["serve"]["models"] if config else {}
-    except (LookupError, TypeError):
-        return {}
-    return models if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values()) else {}
 
 
 def _describe(record: ServeRecord) -> ServeInfo:
