@@ -3907,8 +3907,9 @@ class _Link:
         """What the front says itself; then comes another request, if this one has been read whole."""
         data = b"" if value is None else json.dumps(value).encode()
         self.closes = self.closes or not self.body.is_over or status == 503
-        lines = ["HTTP/1.1 %d %s" % (status, "OK" if status < 300 else "Error"), "Qvac-Managed: " + self.front.state,
+        lines = ["HTTP/1.1 %d %s" % (status, "OK" if status < 300 else "Error"),
                  "Connection: " + ("close" if self.closes else "keep-alive"), *self.cors]  # fmt: skip
+        lines += ["Qvac-Managed: " + self.front.state] if self.knows_key else []
         if status != 204:
             lines += ["Content-Type: application/json; charset=utf-8", "Content-Length: %d" % len(data)]
         self.client.out += "\r\n".join([*lines, "", ""]).encode("latin-1") + (b"" if self.method == "HEAD" else data)

@@ -10207,6 +10207,7 @@ class FrontStrangerTest(FrontCase):
                                               "code": "invalid_api_key"}}), (code, json.loads(body)))  # fmt: skip
         self.assertEqual(401, self.read(self.connect(b"GET /openapi.json HTTP/1.1\r\n\r\n"))[0])
         self.assertEqual(401, self.status(key="wrong")[0])
+        self.assertNotIn("Qvac-Managed", self.fields, "nor is he told what state the serve is in")
         self.assertEqual([], self.wakes)
         self.assertFalse(self.front.count("held"))
         self.assertGreater(self.front.idle_s(), 0.1)
