@@ -9022,7 +9022,7 @@ def _check_folder(_args: Any) -> Iterator[_Finding]:
     folder = managed_serves_dir()
     place, todo = _existing(folder), _to_set("QVAC_MANAGED_DIR", os.path.abspath("/a/folder/of/your/own"))
     why = untrusted(place)
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
         yield "fail", "folder", f"{folder} cannot be written: {place} is not writable", todo
     elif why:
         yield "warn", "folder", f"{folder}: {why}", "the next start puts it right, if it is yours"
