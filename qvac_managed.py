@@ -5526,14 +5526,19 @@ class Stream(_Closing):
             return
         if answer.finish_reason != "length":
             raise ServeHTTPError(200, "the answer is empty, for the reason %r" % answer.finish_reason)
-        most = _count(self._body.get("max_completion_tokens") or self._body.get("max_tokens"))
-        made = _count(answer.usage.get("completion_tokens"))
         limit, named, advice = "ctx_size", self._context, "Give it more, as in %s." % _MORE_CONTEXT
-        if most and (made >= most or not made):
+        most = self._limit()
+        if most:
             limit, named, advice = "max_tokens", "max_tokens=%d" % most, "Raise that."
         where = "all of it went into thinking" if answer.reasoning else "nothing was left for it"
         raise AnswerCutShortError(answer, limit, "The answer was cut before it began by %s: %s. %s" % (
             named, where, advice))  # fmt: skip
+
+    def _limit(self) -> int:
+        """The max_tokens that ended an answer with the finish_reason "length"; 0 if the context did."""
+        most = _count(self._body.get("max_completion_tokens") or self._body.get("max_tokens"))
+        made = _count(self._usage.get("completion_tokens"))
+        return most if made >= most or not made else 0
 
     def close(self) -> None:
         """End the request, if it is not over, also from another thread than the one that reads. Idempotent."""
@@ -8676,7 +8681,7 @@ def _answer(args: Any, client: Any, messages: List[Dict[str, str]]) -> Answer:
     if args.stats:
         _err(_stats_line(stats))
     if answer.finish_reason == "length":
-        flag = "--max-tokens" if stream._reading.limit() == "max_tokens" else "--ctx-size"
+        flag = "--max-tokens" if stream._limit() else "--ctx-size"
         _note(args, f"(cut short: a higher {flag} lets the answer go on)")
     elif not answer.strip():
         _note(args, "(the model said nothing)")

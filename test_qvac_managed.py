@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE, what: st
             return value
         if time.monotonic() > deadline:
             raise AssertionError("timed out waiting for %s" % (what or condition))
-        time.sleep(0.01)
+        time.sleep(0.01 if POSIX else 0.03)
 
 
 FEWER = 1 if POSIX else 3  # rounds of races are divided by it: a process costs three times as much on Windows
@@ -143,6 +143,7 @@ def tagged_processes(tag: str) -> Dict[int, str]:
 
 
 _job: List[Any] = []  # the job object that this process and all that it starts belong to; Windows
+_lines: Dict[Any, str] = {}  # of those, by pid and start
 
 
 def descendants() -> Dict[int, str]:
@@ -157,9 +158,11 @@ def descendants() -> Dict[int, str]:
     kernel32.QueryInformationJobObject(_job[0], 3, ids, ctypes.sizeof(ids), None)  # JobObjectBasicProcessIdList
     for pid in ids[1 : 1 + (ctypes.c_uint32 * 2).from_buffer(ids)[1]]:
         if pid != os.getpid() and q.process_start(pid) is not None:
-            line = subprocess.list2cmdline(q.command_line(pid) or [])
-            if "conhost.exe" not in line:  # a console's; it ends with the console's last process
-                found[pid] = line
+            key = pid, q.process_start(pid)
+            if key not in _lines:
+                _lines[key] = subprocess.list2cmdline(q.command_line(pid) or [])
+            if "conhost.exe" not in _lines[key]:  # a console's; it ends with the console's last process
+                found[pid] = _lines[key]
     return found
 
 
