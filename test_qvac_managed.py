@@ -159,7 +159,7 @@ def descendants() -> Dict[int, str]:
     for pid in ids[1 : 1 + (ctypes.c_uint32 * 2).from_buffer(ids)[1]]:
         if pid != os.getpid() and q.process_start(pid) is not None:
             key = pid, q.process_start(pid)
-            if key not in _lines:
+            if not _lines.get(key):  # at its very start it has none yet
                 _lines[key] = subprocess.list2cmdline(q.command_line(pid) or [])
             if "conhost.exe" not in _lines[key]:  # a console's; it ends with the console's last process
                 found[pid] = _lines[key]
