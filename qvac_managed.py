@@ -6674,8 +6674,7 @@ def _stop(word: str, fleet_key: str) -> bool:
     if seen.state == FOREIGN:
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if record.judge_runner() == ALIVE:
-        has_asked = seen.state in ("ready", "asleep", "stopping", *STARTING)
-        _end_runner(record, STOP_GRACE + 3 * GROUP_GRACE if has_asked else 0.0)
+        _end_runner(record, seen.state in ("ready", "asleep", "stopping", *STARTING))
     if record.judge_serve() == ALIVE and record.serve_pid != record.runner_pid and not _stop_orphan(record):
         raise RegistryError("Process %d is not proved to be the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
@@ -6709,7 +6708,7 @@ def caller_words() -> str:
     return "process %d (%s)" % (os.getpid(), " ".join([*map(os.path.basename, sys.argv[:1]), *sys.argv[1:3]]))
 
 
-def _end_runner(record: ServeRecord, patience: float) -> None:
+def _end_runner(record: ServeRecord, has_been_told: bool) -> None:
     """Wait for the end of a runner that was told to stop, then SIGTERM, then SIGKILL: its watchdog kills the serve."""
     pid, start = record.runner_pid, process_start(record.runner_pid)
 
@@ -6725,7 +6724,7 @@ def _end_runner(record: ServeRecord, patience: float) -> None:
                 os.kill(pid, number)
             except OSError:
                 pass
-            patience = STOP_GRACE + 3 * GROUP_GRACE
+        patience = STOP_GRACE + 3 * GROUP_GRACE if end or has_been_told else 0.0
         if start is None or wait_until(has_gone, patience, 0.01):
             return
     raise RegistryError("Process %d, the runner of %s, could not be ended." % (pid, record.fleet_key))
@@ -6761,18 +6760,18 @@ def sweep_serves(limit: float = float("inf")) -> List[str]:
     `limit` seconds; the rest is left to the next sweep. Hung orphans cost one health timeout altogether, at most
     `limit` seconds again. RegistryError if the folder cannot be read.
     """
-    swept, orphans, deadline = [], [], time.monotonic() + limit
+    dead, orphans, deadline = [], [], time.monotonic() + limit
     for record in _each_record():
         if time.monotonic() > deadline:
             break
         state = judge_record(record)
         if state == GONE and (record.judge_runner() == DEAD or not record.runner_start):
-            swept += [record.fleet_key] if _drop_record(record) else []
+            dead.append(record)
         elif state == ORPHANED:
             orphans.append(record)
     patience = min(HEALTH_TIMEOUT, limit)
-    stopped = _in_parallel(lambda orphan: _stop_orphan(orphan, patience) and orphan, orphans, patience + STOP_GRACE + 1)
-    swept += [orphan.fleet_key for orphan in stopped if orphan and _drop_record(orphan)]
+    dead += _in_parallel(lambda one: one if _stop_orphan(one, patience) else None, orphans, patience + STOP_GRACE + 1)
+    swept = [record.fleet_key for record in dead if record and _drop_record(record)]
     for name in leftovers():
         key, _, rest = name.partition(".")
         path = os.path.join(managed_serves_dir(), name)
@@ -6794,21 +6793,18 @@ def leftovers() -> List[str]:
     names, found = set(_listdir(folder)), []
     for name in sorted(names):
         key, _, rest = name.partition(".")
-        if not is_valid_fleet_key(key):
-            continue
         path, has_record = os.path.join(folder, name), key + ".json" in names
         try:
-            age = _heartbeat_age(os.lstat(path).st_mtime)
+            age = _heartbeat_age(os.lstat(path).st_mtime) if is_valid_fleet_key(key) else 0.0
             if is_serve_folder_name(name):
                 is_dead = age > FOLDER_STALE and alive_state(path) == DEAD
                 is_left = is_dead or (age > LEFTOVER_STALE and not has_record)
             elif rest.endswith((".runner-params.json", ".tmp", ".stale")):
                 is_left = age > (PARAMS_STALE if rest.endswith(".json") else LEFTOVER_STALE)
-            elif key + ".lock" in names and _judge_lock(key) != DEAD:
-                is_left = False
             else:
                 is_left = age > (LOG_STALE if rest == "log" else LEFTOVER_STALE) and (
-                    rest == "lock" or (rest in ("log", "error", "consumers") and not has_record))
+                    rest == "lock" or (rest in ("log", "error", "consumers") and not has_record)) and (
+                    key + ".lock" not in names or _judge_lock(key) == DEAD)  # fmt: skip
             if is_left and not (rest == "consumers" and _live_markers(key)):
                 found.append(name)
         except (OSError, RegistryError):
