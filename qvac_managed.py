@@ -6702,7 +6702,7 @@ def _end_runner(record: ServeRecord, has_been_told: bool) -> None:
                 os.kill(pid, number)
             except OSError:
                 pass
-        patience = STOP_GRACE + 3 * GROUP_GRACE if end or has_been_told else 0.0
+        patience = STOP_GRACE + 3 * GROUP_GRACE if number or has_been_told else 0.0
         if start is None or wait_until(has_gone, patience, 0.01):
             return
     raise RegistryError("Process %d, the runner of %s, could not be ended." % (pid, record.fleet_key))
