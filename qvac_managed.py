@@ -83,7 +83,7 @@ if sys.version_info < (3, 8):
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
-    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib, hmac  # noqa: E401, I001
+    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib  # noqa: E401, I001
     import http.client, itertools, json, logging, msvcrt, pwd, re, resource, select, selectors  # noqa: E401
     import shlex, shutil, signal, socket, struct, subprocess, tempfile, textwrap, threading, types  # noqa: E401
     import urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
@@ -137,7 +137,7 @@ if not TYPE_CHECKING:
             return getattr(module, attribute)
 
     for _name in (
-        "_winapi asyncio atexit binascii ctypes difflib fnmatch functools grp hashlib hmac http itertools json logging "
+        "_winapi asyncio atexit binascii ctypes difflib fnmatch functools grp hashlib http itertools json logging "
         "msvcrt pwd re resource select selectors shlex shutil signal socket struct subprocess tempfile textwrap "
         "threading types urllib zipfile ctypes.wintypes"
     ).split():
@@ -750,6 +750,24 @@ def _checked_json(value: Any, where: str, depth: int = 0) -> Any:
     raise InvalidManagedModelError("JSON cannot carry a %s in the %s." % (type(value).__name__, where))
 
 
+def _sha256(data: bytes, secret: bytes = b"") -> str:
+    """The hash as hex; with a SECRET, HMAC's (RFC 2104). Python's own: an attach need not load OpenSSL, 6 ms."""
+    try:
+        new = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
+    except ImportError:
+        new = hashlib.sha256
+    block = (new(secret).digest() if len(secret) > 64 else secret).ljust(64, b"\0")
+    if secret:
+        data = bytes(byte ^ 0x5C for byte in block) + new(bytes(byte ^ 0x36 for byte in block) + data).digest()
+    digest: str = new(data).hexdigest()
+    return digest
+
+
+def _same(one: bytes, other: bytes) -> bool:
+    """hmac.compare_digest(), which tells by no time it takes how much was right."""
+    return bool(__import__("_operator")._compare_digest(one, other))
+
+
 def compute_fleet_key(
     config: Mapping[str, Any], host: str, serve_bin_path: Optional[str] = None, serve_port: Optional[int] = None
 ) -> str:
@@ -769,7 +787,7 @@ def compute_fleet_key(
             "models": canonical,
         }
     )
-    return hashlib.sha256(payload.encode("utf-8")).hexdigest()[:16]
+    return _sha256(payload.encode("utf-8"))[:16]
 
 
 class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idle_timeout sleep_timeout")):
@@ -786,8 +804,7 @@ class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idl
         serve."""
         key: str = compute_fleet_key(self.config(), self.host, self.bin, self.port)
         more = [*self.serve_args, *([where] if where else [])]
-        hashed: str = hashlib.sha256(_js_json([key, *more]).encode()).hexdigest()[:16]
-        return hashed if more else key
+        return _sha256(_js_json([key, *more]).encode())[:16] if more else key
 
     def config(self) -> Dict[str, Any]:
         """What the CLI gets: a client that gives up must not cancel a load that others wait for."""
@@ -845,7 +862,7 @@ def _js_json(value: Any, sort: bool = False) -> str:
 
 
 def _js_string(text: str) -> str:
-    if not any("\ud800" <= c <= "\udfff" for c in text):
+    if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
         return json.dumps(text, ensure_ascii=False)
     # A Python string may hold a surrogate pair as two characters, which in JavaScript is one; what is
     # left alone after pairing is escaped, as JSON.stringify has done since ES2019.
@@ -3330,7 +3347,7 @@ def proof(key: str, role: str, nonce: str, host: str, port: int, words: str = ""
     of the question, who has seen one cannot ask another by it.
     """
     text = "%s %s %s:%d %s" % (role, nonce, host, port, words)
-    return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
+    return _sha256(text.encode("utf-8", "surrogateescape"), key.encode())
 
 
 def _status_on(
@@ -3393,7 +3410,7 @@ def _proved(line: bytes, expected: str) -> Dict[str, Any]:
     facts = _strict_json(line)
     given = str(facts.get("proof")).encode("utf-8", "replace") if isinstance(facts, dict) else b""
     if not given or not isinstance(facts.get("state"), str) or (
-            expected and not hmac.compare_digest(given, expected.encode())):  # fmt: skip
+            expected and not _same(given, expected.encode())):  # fmt: skip
         raise NotProvedError("another program listens on its port")
     facts["models"] = _listed_models(facts.get("models")) or []
     return dict(facts)
@@ -3867,7 +3884,7 @@ class _Link:
             self.cors += ["Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS",
                           "Access-Control-Allow-Headers: Content-Type, Authorization"]  # fmt: skip
             self.answer(204, None)
-        elif not hmac.compare_digest("\0".join(keys).encode("latin-1"), self.front.credentials):
+        elif not _same("\0".join(keys).encode("latin-1"), self.front.credentials):
             self.refuse(*_UNAUTHORIZED)
         else:
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
@@ -4224,7 +4241,7 @@ class Front:
         host = host[len("::ffff:") :] if host.startswith("::ffff:") else host
         nonce = asked.get("nonce", "")
         right = proof(self.api_key, "client", nonce, host, port, words)
-        if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
+        if not 16 <= len(nonce) <= 64 or not _same(asked.get("proof", "").encode(), right.encode()):
             return link.refuse(*_UNAUTHORIZED)
         self.note_known(link)
         link.proof, link.follows = proof(self.api_key, "server", nonce, host, port), "wait" in asked
@@ -5064,9 +5081,8 @@ else:
     Progress = namedtuple(
         "Progress", "phase elapsed_s bytes_done bytes_total still_s models", defaults=(None, None, 0.0, ()))
     Progress.__doc__ = """What on_progress gets. `phase`: starting, downloading, loading or ready. `elapsed_s`: seconds
-    since the start (or recovery) was asked for. `bytes_done`: size of the model files that have grown since, None
-    while none has. `bytes_total`: what the start has to download, None if unknown. `still_s`: seconds since anything
-    moved. `models`: the names of those that are downloaded."""
+    since it was asked for. `bytes_done`: size of the model files that have grown since, `bytes_total`: what is to be
+    downloaded, both None if unknown. `still_s`: seconds since anything moved. `models`: names of what is downloaded."""
 
 
 def _err(text: str, end: str = "\n") -> None:
@@ -5091,12 +5107,12 @@ def _columns(stream: Any) -> int:
 
 
 class _ProgressLine:
-    """What a start is doing, on stderr: one line drawn over on a terminal, else a plain line now and then."""
+    """What a start is doing, on stderr: one line drawn over on a terminal, else, if PLAIN, a line now and then; nothing
+    before AFTER seconds."""
 
     def __init__(self, quiet: bool = False, after: float = 0.0, plain: bool = True) -> None:
-        self.quiet, self.after, self.plain = quiet, after, plain  # `after`: seconds of which nothing is said
-        # A notebook's stderr is no terminal, but what it shows can be drawn over.
-        self.live = _is_terminal(sys.stderr) or type(sys.stderr).__module__.startswith("ipykernel.")
+        self.quiet, self.after, self.plain = quiet, after, plain
+        self.live = _is_terminal(sys.stderr) or type(sys.stderr).__module__.startswith("ipykernel.")  # a notebook
         self.elapsed, self.next_plain = 0.0, _PLAIN_INTERVAL
         self.begin: Optional[Tuple[float, int]] = None  # seconds and bytes, for the rate
         self.drawn = 0  # characters of the line that stands on the terminal
@@ -5116,7 +5132,7 @@ class _ProgressLine:
             _err(text)
 
     def clear(self) -> None:
-        """Take the line off the terminal, so that something else can be said."""
+        """Take the line off the terminal."""
         if self.drawn:
             _err("\r%s\r" % (" " * (self.drawn + len("^C"))), end="")  # what the terminal may have echoed behind it
             self.drawn = 0
@@ -5149,8 +5165,7 @@ def _span(seconds: Optional[float]) -> str:
 
 
 def show_progress(progress: Progress) -> None:
-    """For on_progress, and what "auto" is: one live line on stderr if that is a terminal or a notebook, once a start
-    takes longer than a second."""
+    """For on_progress ("auto" is this): one live line on stderr, if it is a terminal or a notebook, after a second."""
     global _shown_progress
     if _shown_progress is None or progress.elapsed_s < _shown_progress.elapsed:
         _shown_progress = _ProgressLine(after=1.0, plain=False)  # a new start, and perhaps another stderr
@@ -5165,7 +5180,7 @@ _shown_progress: Any = None
 
 
 class _Target:
-    """Where a serve is, what its key is, and, of a managed one, its record as it was. The key is in no repr."""
+    """Where a serve is, its key, which is in no repr, and, of a managed one, its record as it was."""
 
     __slots__ = ("api_key", "base_url", "record", "reused")
 
@@ -5173,14 +5188,14 @@ class _Target:
         self.base_url, self.api_key, self.record, self.reused = base_url, api_key, record, reused
 
     def has_gone(self) -> bool:
-        """True once the process is dead whose life the address is: its port may be another program's by now."""
+        """True once the process is dead whose life the address is: its port may be another program's."""
         if self.record is None:
             return False
         return (self.record.judge_runner() if self.record.has_front else self.record.judge_serve()) == DEAD
 
     def check(self, sock: Any) -> None:
-        """Connected, and nothing sent yet: the front's listener lives as long as its runner, so if that one lives now,
-        it is what was reached. Where that cannot be told, it has to prove itself on this very connection."""
+        """Connected, nothing sent: if the runner lives now, its front, which lives as long, is what was reached. Where
+        that cannot be told, it has to prove itself on this connection."""
         if self.has_gone():
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the serve is gone")
         if self.record is not None and self.record.has_front and not process_start(self.record.runner_pid):
@@ -5215,11 +5230,11 @@ def _live(read: Any, doc: str) -> Any:
 class Qvac(_Closing):
     """A client of one OpenAI-compatible serve. Made by create_qvac().
 
-    `base_url` ends in /v1. `headers` go with every request, except an Authorization header: any key but
-    the default one replaces it. Threads may share a client. It cannot be pickled: it holds a key.
+    `headers` go with every request; any key but the default one replaces an Authorization header among them. Threads
+    may share a client. It cannot be pickled: it holds a key.
     """
 
-    # What it holds is in slots, so that vars() shows no key; `__dict__` is for what others hang onto it.
+    # In slots, so that vars() shows no key; `__dict__` is for what others hang onto it.
     __slots__ = ("__dict__", "__weakref__", "_default_model", "_opener", "_target", "headers")
 
     def __init__(self, target: _Target, headers: Optional[Mapping[str, str]] = None, opener: Any = None) -> None:
@@ -5240,13 +5255,10 @@ class Qvac(_Closing):
         timeout: Optional[float] = None) -> http.client.HTTPResponse:  # fmt: skip
         """urllib.request.urlopen, aimed at this serve: returns its response, raises its errors.
 
-        `target` is a path, joined to base_url (`open("/models")`), a URL, or a urllib.request.Request; of the latter
-        two the path is kept and the address replaced. `data` is bytes, or a dict or list that is sent as JSON.
-        `timeout` is urlopen's, in seconds for each wait on the network; None waits as long as the serve takes. No
-        proxies, no redirects.
-
-        A managed serve that is gone is brought back, or another started. Only what has not reached a serve is sent
-        again, once: after a reset the serve may have begun the work.
+        `target` is a path, joined to base_url (`open("/models")`), or a URL or urllib.request.Request, of which the
+        path is kept. `data` is bytes, or a dict or list that is sent as JSON. `timeout` is urlopen's, for each wait on
+        the network; None waits as long as the serve takes. No proxies, no redirects. A managed serve that is gone is
+        brought back; only what has not reached a serve is sent again, once: after a reset it may have begun the work.
         """
         return self._open(target, data, timeout)
 
@@ -5267,12 +5279,12 @@ class Qvac(_Closing):
 
     def chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
              **params: object) -> Answer:  # fmt: skip
-        """The answer to a prompt (a string), to one OpenAI-style message, or to a list of them; `params` go into the
-        request (temperature, max_tokens, tools ...).
+        """The answer to a prompt (a string, an OpenAI-style message, or a list of these); `params` go into the request
+        (temperature, max_tokens, tools ...).
 
-        Raises AnswerCutShortError if a limit ended the answer before it began, or the prompt does not fit the model's
-        context; ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer
-        that a limit ended in its middle has the `finish_reason` "length".
+        Raises AnswerCutShortError if a limit ended the answer before it began, or the prompt does not fit the context;
+        ServeHTTPError with the serve's own message; urllib's errors when it cannot be reached. An answer that a limit
+        ended in its middle has the `finish_reason` "length".
         """
         with Stream(self, prompt_or_messages, model, params, timeout, is_whole=True) as stream:
             for _ in stream:
@@ -5281,14 +5293,13 @@ class Qvac(_Closing):
 
     def stream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     reasoning: bool = False, **params: object) -> Stream:  # fmt: skip
-        """chat(), piece by piece, each as soon as the serve sends it: see Stream. With `reasoning`, what the model
-        thinks comes too. An answer that breaks off is a ConnectionResetError, never a short answer.
-        """
+        """chat(), piece by piece as the serve sends it: see Stream. With `reasoning`, what the model thinks comes too.
+        An answer that breaks off is a ConnectionResetError, never a short answer."""
         return Stream(self, prompt_or_messages, model, params, timeout, reasoning)
 
     async def achat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
                     **params: object) -> Answer:  # fmt: skip
-        """chat() in a thread of its own: the event loop goes on, and cancelling ends the request at the serve."""
+        """chat(), while the event loop goes on; cancelling ends the request at the serve."""
         return await _in_thread(lambda: self.chat(prompt_or_messages, model, timeout=timeout, **params))
 
     def astream_chat(self, prompt_or_messages: Prompt, model: Optional[str] = None, *, timeout: Optional[float] = None,
@@ -5403,9 +5414,8 @@ class Answer(str):
 class Stream(_Closing):
     """An answer as it comes: iterate over its pieces (strings with a `kind`, see Piece).
 
-    `answer` is the whole, once it is over; before, what has come so far. `close()`, the end of a `with` block, or
-    dropping it ends the request. Raises what chat() raises, at the end too: an AnswerCutShortError if a limit ended the
-    answer before it began.
+    `answer` is what has come so far, and the whole once it is over. `close()`, the end of a `with` block, or dropping
+    it ends the request. Raises what chat() raises, at the end too.
     """
 
     def __init__(self, client: Qvac, prompt: Any, model: Optional[str], params: Mapping[str, Any],
@@ -5475,7 +5485,7 @@ class Stream(_Closing):
             self._check_answer()
 
     def _take(self, event: Any) -> List[Piece]:
-        """The pieces of text in an event; LookupError, TypeError ... for what is none, ServeHTTPError for an error."""
+        """The pieces of text in an event; LookupError, TypeError ... for what is none."""
         error = event.get("error") or (event if event.get("object") == "error" or "detail" in event else None)
         if error:
             message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
@@ -5592,12 +5602,9 @@ def _count(value: Any) -> int:
 
 
 class _SilenceWatch(_Call):
-    """Finds out whether a stream without a word will ever have one.
-
-    CLI 0.13.1 sends no event for a prompt longer than the context, for ever. So after some silence the same is asked
-    for in one piece, one token of it: while the model still reads the first, this waits behind it, and is called off
-    with its first word; if the first has died, this is told so at once.
-    """
+    """CLI 0.13.1 sends no event for a prompt longer than the context, for ever. So after some silence one token of the
+    same is asked for in one piece: while the model still reads the first, this waits behind it, and is called off with
+    its first word; if the first has died, this is told so at once."""
 
     def __init__(self, client: Qvac, body: Dict[str, Any], context: str, watched: _Call) -> None:
         super().__init__()
@@ -5627,8 +5634,8 @@ class _SilenceWatch(_Call):
 
 
 def _events_of(response: Any, is_whole: bool) -> Iterator[bytes]:
-    """The data of each event of an event stream, read as its standard says, and of one that lacks its end; of an answer
-    in one piece this one. ConnectionResetError where it is broken."""
+    """The data of each event of a stream, read as its standard says, or an answer in one piece. ConnectionResetError
+    where it is broken."""
     if is_whole:
         yield _all_of(response)
         return
@@ -5695,7 +5702,7 @@ class AsyncStream(_Closing):
 
 
 async def _in_thread(function: Callable[[], Result], call: Optional[_Call] = None, linger: float = 0.0) -> Result:
-    """What blocks, for a coroutine. When that is cancelled, what the thread waits for is ended, and its own end awaited
+    """What blocks, for a coroutine. When that is cancelled, what the thread waits for is ended, and the thread awaited
     for LINGER seconds: the program may end with its loop."""
     loop, request = asyncio.get_running_loop(), call or _Call()
     done = loop.create_future()
@@ -5770,9 +5777,9 @@ def _retarget(url: str, base_url: str) -> str:
 class ManagedQvac(Qvac):
     """A client of a managed serve: create_qvac("managed", ...). Also a context manager, `async with` too.
 
-    `base_url`, `api_key`, `port`, `pid`, `runner_pid` are read live: after a recovery they are the new
-    serve's. While it is open, its process counts as a consumer, which keeps the serve alive. close()
-    detaches and never stops a serve that others use; so does the end of the process, however it ends.
+    While it is open, its process is a consumer, which keeps the serve alive. close() detaches and never stops a serve
+    that others use; so does the end of the process, however it ends. All facts are read live: after a recovery they
+    are the new serve's.
     """
 
     __slots__ = ("_failure", "_is_recovering", "_recovery_lock", "_resolver")
@@ -5780,7 +5787,7 @@ class ManagedQvac(Qvac):
     def __init__(self, resolver: _Resolver, headers: Optional[Mapping[str, str]], opener: Any) -> None:
         super().__init__(resolver.resolve(), headers, opener)
         self._resolver, self._default_model = resolver, resolver.wish.default_alias
-        self._recovery_lock = _thread.RLock()  # on_progress or a signal handler may make a request in the middle of it
+        self._recovery_lock = _thread.RLock()  # on_progress or a signal handler may make a request
         self._is_recovering = False
         self._failure: Any = None  # of the last recovery: target, error, and when
 
@@ -5826,10 +5833,9 @@ class ManagedQvac(Qvac):
         return {**super().environ(), **dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(hosts))}
 
     def ensure(self) -> None:
-        """Make sure that a live serve stands behind `base_url`; cheap while the present one lives.
+        """For a process that holds a serve for others: see to it, now and then, that a live one is there.
 
-        For a process that holds a serve for others: call it now and then. Raises what a start raises, and
-        ServeStoppedError, once, for one that somebody stopped on purpose: that one is not brought back.
+        Raises what a start raises, and ServeStoppedError, once, for one that somebody stopped: it is not brought back.
         """
         self._resolver.register_again_if_lost()
         if not self.closed and self._target.has_gone():
@@ -5874,7 +5880,7 @@ class ManagedQvac(Qvac):
 
 
 def stopped_by(key: str) -> str:
-    """Who stopped the last serve of a key on purpose, in words; "" if it is there, or ended otherwise."""
+    """Who stopped the last serve of a key, in words; "" if it is there, or ended otherwise."""
     if os.path.exists(record_path(key)):
         return ""
     ours = [line.partition("] ")[2] for line in _serve_log(key).splitlines() if line.startswith("[qvac_managed ")]
@@ -5885,8 +5891,8 @@ def stopped_by(key: str) -> str:
 class _Resolver:
     """Finds or starts the serve for one client, again and again over the client's life.
 
-    Its states are on disk, not here: a registered marker, a record that is followed, a spawn lock that is held.
-    `_close_lock` is held for the moments in which close() must not come between.
+    Its states are on disk: a registered marker, a record that is followed, a spawn lock that is held. `_close_lock`
+    is held where close() must not come between; it is an RLock, as a signal handler of the host may close the client.
     """
 
     def __init__(self, wish: Wish, key: str, require_ready: bool = True, on_progress: OnProgress = None) -> None:
@@ -5898,10 +5904,10 @@ class _Resolver:
         self.begin()
 
     def be_new_consumer(self) -> None:
-        """At first, and in a forked child, where the parent's threads are not: its marker is the parent's, too."""
+        """At first, and in a forked child: the marker is its parent's, and so may be who holds the lock."""
         self.consumer_id = "%d.%s" % (os.getpid(), os.urandom(4).hex())
         self.marker = ""  # where it is: the program may change HOME afterwards
-        self._close_lock = _thread.RLock()  # a signal handler of the host may close the client in the middle of it
+        self._close_lock = _thread.RLock()
 
     def begin(self) -> None:
         self._began = time.monotonic()
@@ -5951,7 +5957,7 @@ class _Resolver:
     # -- resolving
 
     def resolve(self) -> _Target:
-        """A serve to talk to: the one that is there, or a new one. On any failure nothing of ours is left behind."""
+        """A serve to talk to, there or new. On any failure nothing of ours is left behind."""
         self.begin()
         try:
             return self._resolve()
@@ -5997,8 +6003,7 @@ class _Resolver:
         return GONE if record and record.version == self._gone_version else judge_record(record)
 
     def _move_here(self) -> None:
-        """The serve is of another machine, pid or network namespace that shares the folder: all of us here share
-        another."""
+        """The serve is of another machine or namespace that shares the folder: all of us here share another."""
         self._withdraw_marker()
         key = self.wish.fleet_key(place())
         if key == self.key:
@@ -6028,7 +6033,7 @@ class _Resolver:
             self.on_progress(Progress(phase, now - self._began, *more))
 
     def _attach(self, record: ServeRecord) -> Optional[_Target]:
-        """A target once the record's serve is ready, after waiting for that in one request. None: look again."""
+        """A target once the record's serve is ready. None: look again."""
         trouble, wrong, patience = "it does not answer", "", WRONG_WAIT
         try:
             if record.host.strip("[]").lower() != self.wish.host.strip("[]").lower():
@@ -6070,8 +6075,7 @@ class _Resolver:
                 self._deadline = max(self._deadline, time.monotonic() + mine - still)
                 if "error" in facts:
                     error = _error_from_json(facts)
-                    # Before we came; by somebody, once (a system that is out of memory does it again); for want of
-                    # patience, of which we have more.
+                    # Before we came; killed by somebody, once; for want of patience, of which we have more.
                     was_theirs = not has_waited or (isinstance(error, ServeExitedError) and error.signal == 9) or (
                         isinstance(error, ServeStartTimeoutError) and error.seconds < mine)
                     if not was_theirs or self._starts or self._failed_runner not in (0, record.runner_pid):
@@ -6105,7 +6109,7 @@ class _Resolver:
         changed = changed_files(facts)
         if (changed or wish.default_alias in failed) and not self._starts and record.has_front and not (
                 facts.get("requests") or [name for name in _live_markers(self.key) if name != self.consumer_id]):
-            # Its failure may be of yesterday (a file that is there now): nobody else minds a fresh start.
+            # A failure may be of yesterday: nobody else minds a fresh start.
             self._starts = 1
             look(record, do="restart", by="process %d" % os.getpid())
             wait_until(lambda: look(record).state != "ready", 1.0, LOOK_PAUSE)
@@ -6132,8 +6136,7 @@ class _Resolver:
         return _Target(base_url_of(facts["address"], record.port), record.api_key, record, reused=not self._starts)
 
     def _stop_if_unused(self) -> None:
-        """What this resolution has started is stopped, ready or not, unless others wait for it; nobody is left to read
-        its KEY.error."""
+        """What this resolution has started is stopped, unless others wait for it; nobody is left to read KEY.error."""
         try:
             if not live_consumers(self.key):
                 _stop("end", self.key)
@@ -6145,8 +6148,7 @@ class _Resolver:
             pass
 
     def _start_runner(self, command: List[str]) -> None:
-        """With the spawn lock held: start a runner, and return once it has published its record; its typed error if
-        not. What it does afterwards its front tells."""
+        """With the spawn lock held: return once a runner has published its record; the rest its front tells."""
         if self._starts == 2:
             raise ServeSpawnFailedError(_runner_died(self.key))
         self._note_others()
@@ -6188,7 +6190,7 @@ class _Resolver:
             channel.close()
 
     def _note_others(self) -> None:
-        """A model that another serve has already is loaded a second time: say what differs, and how to share."""
+        """Another serve has a model already: say what differs, and how to share."""
         for record in _each_record():
             same = {alias for alias, entry in self.wish.models.items() for other in record.models.values()
                     if (entry.get("model"), entry.get("src")) == (other.get("model"), other.get("src"))}  # fmt: skip
@@ -6202,7 +6204,7 @@ class _Resolver:
 
 
 def changed_files(facts: Mapping[str, Any]) -> List[str]:
-    """The model files and the CLI that are not any more what the serve has loaded; what is gone has not changed."""
+    """The model files and the CLI that are not any more what the serve has loaded; a missing one has not changed."""
     loaded = facts.get("loaded")
     versions = loaded.items() if isinstance(loaded, dict) else ()
     return [clean_text(path) for path, version in versions if current_version(path) not in (None, version)]
@@ -6291,8 +6293,7 @@ def create_qvac(
     $QVAC_BASE_URL or http://127.0.0.1:11434/v1, `api_key` to $QVAC_API_KEY or "qvac".
 
     Managed: attaches to a live serve with the same models and config, host, binary and pinned port, or starts one;
-    returns when it is ready. Its address and key are chosen for it. Times are seconds; of several consumers' timeouts
-    the longest wins.
+    returns when it is ready. Times are seconds; of several consumers' timeouts the longest wins.
       models               names (catalog ids or constants) or specs, see ManagedModel
       serve_host, _port    where it listens; a pinned port makes the serve private unless reuse=True
       serve_bin_path       the `qvac` command; ECHO for the built-in echo serve
@@ -6306,8 +6307,7 @@ def create_qvac(
       headers, opener      for requests; an opener is an object like urllib's OpenerDirector
       on_progress          called with a Progress some four times a second; "auto": show_progress, None: nothing
 
-    An option of the other mode is an InvalidManagedModelError. Raises the errors of this module (base:
-    QvacManagedModeError); then nothing is left behind.
+    An option of the other mode is an InvalidManagedModelError. After any error nothing is left behind.
     """
     return _create(mode, locals())
 
@@ -6397,8 +6397,7 @@ def _present_record(key: str) -> ServeRecord:
 
 
 def wish_of(record: ServeRecord) -> Wish:
-    """What the serve of a record was asked to be. A provider's record does not say everything: its models stand in its
-    config file, if that can be read."""
+    """What the serve of a record was asked to be; a provider's models stand in its config file, if that can be read."""
     models: Any = dict(record.models)
     if not models:
         found = _read_registry_file(record.config_path)
@@ -6431,7 +6430,7 @@ def differences(wanted: Wish, found: Wish) -> List[Tuple[str, Any, Any]]:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Before anything is started, not when it is done. No message shows what may be a key."""
+    """No message shows what may be a key."""
     for name, (what, is_right) in _OPTIONS.items():
         if name in options and not is_right(options[name]):
             shown = "" if name in ("api_key", "headers") else ", not %s" % _shorten(repr(options[name]), 80)
@@ -6499,10 +6498,7 @@ if TYPE_CHECKING:
 
 
 async def create_qvac_async(mode: str = "external", **options: Any) -> Qvac:
-    """create_qvac() that never blocks the event loop. Cancelling it calls the start off and leaves nothing.
-
-    The client it gives is the same; achat(), astream_chat() and aembed() never block the loop either.
-    """
+    """create_qvac() that never blocks the event loop. Cancelling it calls the start off and leaves nothing."""
     create = functools.partial(create_qvac, mode, **options)
     return await _in_thread(create, linger=STOP_GRACE) if mode == "managed" else create()
 
@@ -6543,12 +6539,11 @@ class ServeInfo:
     """What can be said of one serve on disk, at one moment. Unknown values are None.
 
     `state`: ready, asleep, loading, waking, restarting, stopping, hung (alive, no answer), orphaned (its runner is
-    dead), dead, or foreign (another machine or container's). `models` are [{"id", "state"}]; of a serve that does not
-    answer they are what it was started with, in state "unknown"; `config` is the config's entry of each. `pid` is the
-    runner's while there is no serve. `consumers` are processes, `requests` those under way, `last_used_s` the seconds
-    since the last one. `idle_timeout_s` and `sleep_timeout_s` are None for never; `sleeps_in_s` and `ends_in_s` count
-    down while nobody uses it. `changed` are files that are not any more what it has loaded, `version` that of its
-    runner. `reused` is False only from serve_info(), for a client that started its serve.
+    dead), dead, or foreign (another machine or container's). `models` are [{"id", "state"}], in state "unknown" where
+    it does not answer; `config` is the config's entry of each. `pid` is the runner's while there is no serve.
+    `consumers` are processes, `requests` those under way. `idle_timeout_s` and `sleep_timeout_s` are None for never;
+    `sleeps_in_s` and `ends_in_s` count down while nobody uses it. `changed` are files that are not what it has loaded
+    any more, `version` that of its runner. `reused` is False only for a client that started its serve.
     """
 
     fleet_key: str
@@ -6592,10 +6587,10 @@ class ServeInfo:
 
 
 def list_serves() -> List[ServeInfo]:
-    """The serves on disk, ours or the provider's, oldest first.
+    """The serves on disk, ours or the provider's, oldest first. RegistryError if the folder cannot be read.
 
-    All are asked at the same time, so hung ones cost one health timeout altogether. Of several serves, one that takes
-    much longer still is left out: absence is no proof. Asking is no use. RegistryError if the folder cannot be read.
+    All are asked at the same time: hung ones cost one health timeout altogether, and one that takes much longer still
+    is left out. Asking is no use.
     """
     records = sorted(_each_record(), key=lambda record: (record.started_at, record.fleet_key))
     return _in_parallel(_describe, records, HEALTH_TIMEOUT + 1.0 + 0.05 * len(records))
@@ -6663,8 +6658,8 @@ def stop_serve(fleet_key: str, forget_key: bool = False) -> bool:
     """Stop a serve now, whoever uses it, and return when it is gone. False: there is none with that key.
 
     It stays stopped: only a request of one of its consumers, or a new start, brings another. With `forget_key` the key
-    that a shared serve on a pinned port keeps from start to start goes, too. RegistryError for one that belongs to
-    another machine or container, or that cannot be proved to be a serve of ours: then nothing is signalled.
+    that a shared serve on a pinned port keeps goes, too. RegistryError for one of another machine or container, or that
+    is not proved to be ours: then nothing is signalled.
     """
     if forget_key and is_valid_fleet_key(fleet_key):
         _unlink(kept_key_path(fleet_key))
@@ -6680,8 +6675,7 @@ def _stop(word: str, fleet_key: str) -> bool:
     if seen.state == FOREIGN:
         raise RegistryError("%s belongs to another machine or container that shares this folder." % fleet_key)
     if record.judge_runner() == ALIVE:
-        has_asked = seen.state in ("ready", "asleep", "stopping", *STARTING)
-        _end_runner(record, STOP_GRACE + 3 * GROUP_GRACE if has_asked else 0.0)
+        _end_runner(record, seen.state in ("ready", "asleep", "stopping", *STARTING))
     if record.judge_serve() == ALIVE and record.serve_pid != record.runner_pid and not _stop_orphan(record):
         raise RegistryError("Process %d is not proved to be the serve %s: not stopped." % (record.serve_pid, fleet_key))
     _drop_record(record)
@@ -6689,14 +6683,14 @@ def _stop(word: str, fleet_key: str) -> bool:
 
 
 def sleep_serve(fleet_key: str, timeout: float = STOP_GRACE + 3 * GROUP_GRACE) -> bool:
-    """Put a serve's models out of memory as soon as no request is under way; its address stays. False if there is none,
-    or requests are still under way after `timeout` seconds: then it sleeps when they end."""
+    """Put a serve's models out of memory once no request is under way; its address stays. False if there is no serve,
+    or requests go on after `timeout` seconds: then it sleeps when they end."""
     return _told_to("sleep", fleet_key, "asleep", timeout)
 
 
 def restart_serve(fleet_key: str, timeout: float = DEFAULT_START_TIMEOUT) -> bool:
-    """Start a serve again behind the same address, with the same key; requests under way are broken off, those that
-    come wait. False if there is none with that key, or it is not ready after `timeout` seconds."""
+    """Start a serve again behind the same address; requests under way are broken off, those that come wait. False if
+    there is no serve, or it is not ready after `timeout` seconds."""
     return _told_to("restart", fleet_key, "ready", timeout)
 
 
@@ -6715,7 +6709,7 @@ def caller_words() -> str:
     return "process %d (%s)" % (os.getpid(), " ".join([*map(os.path.basename, sys.argv[:1]), *sys.argv[1:3]]))
 
 
-def _end_runner(record: ServeRecord, patience: float) -> None:
+def _end_runner(record: ServeRecord, has_been_told: bool) -> None:
     """Wait for the end of a runner that was told to stop, then SIGTERM, then SIGKILL: its watchdog kills the serve."""
     pid, start = record.runner_pid, process_start(record.runner_pid)
 
@@ -6731,15 +6725,15 @@ def _end_runner(record: ServeRecord, patience: float) -> None:
                 os.kill(pid, number)
             except OSError:
                 pass
-            patience = STOP_GRACE + 3 * GROUP_GRACE
+        patience = STOP_GRACE + 3 * GROUP_GRACE if number or has_been_told else 0.0
         if start is None or wait_until(has_gone, patience, 0.01):
             return
     raise RegistryError("Process %d, the runner of %s, could not be ended." % (pid, record.fleet_key))
 
 
 def _stop_orphan(record: ServeRecord, patience: Optional[float] = None) -> bool:
-    """Stop a serve whose runner is dead, with the whole ladder; False if it is not proved to be ours. With PATIENCE a
-    provider's must also answer, within so many seconds."""
+    """Stop a serve whose runner is dead; False if it is not proved to be ours. With PATIENCE a provider's must also
+    answer, within so many seconds."""
     if not is_our_serve(record):
         return record.judge_serve() == DEAD
     if patience is not None and not record.has_front and check_serve(record, patience).state != READY:
@@ -6763,22 +6757,21 @@ def sweep_serves(limit: float = float("inf")) -> List[str]:
     """Clear what the dead have left behind; returns the fleet keys of the records that were dropped.
 
     A dead serve's record goes, live markers stay. A live serve whose runner is dead is stopped if it is proved to be
-    ours, else kept for a later sweep. A live serve with a live runner is never touched. Records are read for at most
-    `limit` seconds; the rest is left to the next sweep. Hung orphans cost one health timeout altogether, at most
-    `limit` seconds again. RegistryError if the folder cannot be read.
+    ours, else kept for a later sweep; one with a live runner is never touched. Records are read for at most `limit`
+    seconds, and hung orphans wait for as long altogether. RegistryError if the folder cannot be read.
     """
-    swept, orphans, deadline = [], [], time.monotonic() + limit
+    dead, orphans, deadline = [], [], time.monotonic() + limit
     for record in _each_record():
         if time.monotonic() > deadline:
             break
         state = judge_record(record)
         if state == GONE and (record.judge_runner() == DEAD or not record.runner_start):
-            swept += [record.fleet_key] if _drop_record(record) else []
+            dead.append(record)
         elif state == ORPHANED:
             orphans.append(record)
     patience = min(HEALTH_TIMEOUT, limit)
-    stopped = _in_parallel(lambda orphan: _stop_orphan(orphan, patience) and orphan, orphans, patience + STOP_GRACE + 1)
-    swept += [orphan.fleet_key for orphan in stopped if orphan and _drop_record(orphan)]
+    dead += _in_parallel(lambda one: one if _stop_orphan(one, patience) else None, orphans, patience + STOP_GRACE + 1)
+    swept = [record.fleet_key for record in dead if record and _drop_record(record)]
     for name in leftovers():
         key, _, rest = name.partition(".")
         path = os.path.join(managed_serves_dir(), name)
@@ -6800,21 +6793,18 @@ def leftovers() -> List[str]:
     names, found = set(_listdir(folder)), []
     for name in sorted(names):
         key, _, rest = name.partition(".")
-        if not is_valid_fleet_key(key):
-            continue
         path, has_record = os.path.join(folder, name), key + ".json" in names
         try:
-            age = _heartbeat_age(os.lstat(path).st_mtime)
+            age = _heartbeat_age(os.lstat(path).st_mtime) if is_valid_fleet_key(key) else 0.0
             if is_serve_folder_name(name):
                 is_dead = age > FOLDER_STALE and alive_state(path) == DEAD
                 is_left = is_dead or (age > LEFTOVER_STALE and not has_record)
             elif rest.endswith((".runner-params.json", ".tmp", ".stale")):
                 is_left = age > (PARAMS_STALE if rest.endswith(".json") else LEFTOVER_STALE)
-            elif key + ".lock" in names and _judge_lock(key) != DEAD:
-                is_left = False
             else:
                 is_left = age > (LOG_STALE if rest == "log" else LEFTOVER_STALE) and (
-                    rest == "lock" or (rest in ("log", "error", "consumers") and not has_record))
+                    rest == "lock" or (rest in ("log", "error", "consumers") and not has_record)) and (
+                    key + ".lock" not in names or _judge_lock(key) == DEAD)  # fmt: skip
             if is_left and not (rest == "consumers" and _live_markers(key)):
                 found.append(name)
         except (OSError, RegistryError):
@@ -6823,8 +6813,8 @@ def leftovers() -> List[str]:
 
 
 def _clear_before_start(key: str) -> None:
-    """With the spawn lock held: what killed starts of this serve have left, keys among it, however young it is. The
-    temp files that live processes make here are made under the guard (record, lock) or the spawn lock (KEY.error)."""
+    """With the spawn lock held: what killed starts of this serve have left, keys among it, however young. What live
+    processes make here they make under the guard (record, lock) or the spawn lock (KEY.error)."""
     with guard():
         for name in _listdir(managed_serves_dir()):
             path = os.path.join(managed_serves_dir(), name)
