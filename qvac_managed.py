@@ -83,7 +83,7 @@ if sys.version_info < (3, 8):
 
 TYPE_CHECKING = False  # read as True by type checkers; `typing` itself is never imported
 if TYPE_CHECKING:
-    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib  # noqa: E401, I001
+    import _winapi, asyncio, atexit, binascii, ctypes, difflib, fnmatch, functools, grp, hashlib, hmac  # noqa: E401, I001
     import http.client, itertools, json, logging, msvcrt, pwd, re, resource, select, selectors  # noqa: E401
     import shlex, shutil, signal, socket, struct, subprocess, tempfile, textwrap, threading, types  # noqa: E401
     import urllib.error, urllib.parse, urllib.request, zipfile  # noqa: E401
@@ -137,7 +137,7 @@ if not TYPE_CHECKING:
             return getattr(module, attribute)
 
     for _name in (
-        "_winapi asyncio atexit binascii ctypes difflib fnmatch functools grp hashlib http itertools json logging "
+        "_winapi asyncio atexit binascii ctypes difflib fnmatch functools grp hashlib hmac http itertools json logging "
         "msvcrt pwd re resource select selectors shlex shutil signal socket struct subprocess tempfile textwrap "
         "threading types urllib zipfile ctypes.wintypes"
     ).split():
@@ -750,24 +750,6 @@ def _checked_json(value: Any, where: str, depth: int = 0) -> Any:
     raise InvalidManagedModelError("JSON cannot carry a %s in the %s." % (type(value).__name__, where))
 
 
-def _sha256(data: bytes, secret: bytes = b"") -> str:
-    """The hash as hex; with a SECRET, HMAC's (RFC 2104). Python's own: an attach need not load OpenSSL, 6 ms."""
-    try:
-        new = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
-    except ImportError:
-        new = hashlib.sha256
-    block = (new(secret).digest() if len(secret) > 64 else secret).ljust(64, b"\0")
-    if secret:
-        data = bytes(byte ^ 0x5C for byte in block) + new(bytes(byte ^ 0x36 for byte in block) + data).digest()
-    digest: str = new(data).hexdigest()
-    return digest
-
-
-def _same(one: bytes, other: bytes) -> bool:
-    """hmac.compare_digest(), which tells by no time it takes how much was right."""
-    return bool(__import__("_operator")._compare_digest(one, other))
-
-
 def compute_fleet_key(
     config: Mapping[str, Any], host: str, serve_bin_path: Optional[str] = None, serve_port: Optional[int] = None
 ) -> str:
@@ -787,7 +769,7 @@ def compute_fleet_key(
             "models": canonical,
         }
     )
-    return _sha256(payload.encode("utf-8"))[:16]
+    return hashlib.sha256(payload.encode("utf-8")).hexdigest()[:16]
 
 
 class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idle_timeout sleep_timeout")):
@@ -804,7 +786,8 @@ class Wish(namedtuple("Wish", "models host port bin serve_args start_timeout idl
         serve."""
         key: str = compute_fleet_key(self.config(), self.host, self.bin, self.port)
         more = [*self.serve_args, *([where] if where else [])]
-        return _sha256(_js_json([key, *more]).encode())[:16] if more else key
+        hashed: str = hashlib.sha256(_js_json([key, *more]).encode()).hexdigest()[:16]
+        return hashed if more else key
 
     def config(self) -> Dict[str, Any]:
         """What the CLI gets: a client that gives up must not cancel a load that others wait for."""
@@ -3347,7 +3330,7 @@ def proof(key: str, role: str, nonce: str, host: str, port: int, words: str = ""
     of the question, who has seen one cannot ask another by it.
     """
     text = "%s %s %s:%d %s" % (role, nonce, host, port, words)
-    return _sha256(text.encode("utf-8", "surrogateescape"), key.encode())
+    return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
 
 
 def _status_on(
@@ -3410,7 +3393,7 @@ def _proved(line: bytes, expected: str) -> Dict[str, Any]:
     facts = _strict_json(line)
     given = str(facts.get("proof")).encode("utf-8", "replace") if isinstance(facts, dict) else b""
     if not given or not isinstance(facts.get("state"), str) or (
-            expected and not _same(given, expected.encode())):  # fmt: skip
+            expected and not hmac.compare_digest(given, expected.encode())):  # fmt: skip
         raise NotProvedError("another program listens on its port")
     facts["models"] = _listed_models(facts.get("models")) or []
     return dict(facts)
@@ -3884,7 +3867,7 @@ class _Link:
             self.cors += ["Access-Control-Allow-Methods: GET, POST, DELETE, OPTIONS",
                           "Access-Control-Allow-Headers: Content-Type, Authorization"]  # fmt: skip
             self.answer(204, None)
-        elif not _same("\0".join(keys).encode("latin-1"), self.front.credentials):
+        elif not hmac.compare_digest("\0".join(keys).encode("latin-1"), self.front.credentials):
             self.refuse(*_UNAUTHORIZED)
         else:
             lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"authorization:")]
@@ -4241,7 +4224,7 @@ class Front:
         host = host[len("::ffff:") :] if host.startswith("::ffff:") else host
         nonce = asked.get("nonce", "")
         right = proof(self.api_key, "client", nonce, host, port, words)
-        if not 16 <= len(nonce) <= 64 or not _same(asked.get("proof", "").encode(), right.encode()):
+        if not 16 <= len(nonce) <= 64 or not hmac.compare_digest(asked.get("proof", "").encode(), right.encode()):
             return link.refuse(*_UNAUTHORIZED)
         self.note_known(link)
         link.proof, link.follows = proof(self.api_key, "server", nonce, host, port), "wait" in asked
