@@ -3194,7 +3194,9 @@ def ask(
         sock.settimeout(left)
         return bytes(sock.recv(65536))
 
-    sock.sendall("\r\n".join(["GET %s HTTP/%s" % (target, version), "Host: qvac", *fields, "", ""]).encode("latin-1"))
+    host = base_url_of(*sock.getpeername()[:2])[len("http://") : -len("/v1")]
+    lines = ["GET %s HTTP/%s" % (target, version), "Host: " + host, *fields, "", ""]
+    sock.sendall("\r\n".join(lines).encode("latin-1"))
     head = data = b""
     while not head:
         piece = more()
