@@ -5544,7 +5544,7 @@ class Stream(_Closing):
         self._response.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_watch", None) is not None:
+        if hasattr(self, "_events"):
             self.close()
 
 
