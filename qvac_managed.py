@@ -1026,10 +1026,10 @@ def make_private(fd: int) -> None:
             pass  # another user's, or a file system without modes
 
 
-def call_after_fork(function: Callable[[], None]) -> None:
-    """In each child that this process forks."""
+def call_at_fork(before: Callable[[], None], in_child: Callable[[], None]) -> None:
+    """Whenever this process forks."""
     if sys.platform != "win32":
-        os.register_at_fork(after_in_child=function)
+        os.register_at_fork(before=before, after_in_child=in_child)
 
 
 def quoted_word(text: str) -> str:
@@ -6221,6 +6221,12 @@ def _detach_all() -> None:
         client.close()
 
 
+def _before_fork() -> None:
+    """What a thread imports in this moment, for its first request, would stay locked in the child for ever."""
+    if _open_clients:
+        _opener()
+
+
 def _after_fork() -> None:
     """In the child: markers are the parent's; a request of the child will write its own."""
     _forget_after_fork()
@@ -6334,7 +6340,7 @@ def _open_client(resolver: _Resolver, headers: Optional[Mapping[str, str]], open
     if not _hooks_installed:  # detach at exit, and own nothing of the parent's after a fork
         _hooks_installed.append(1)
         atexit.register(_detach_all)
-        call_after_fork(_after_fork)
+        call_at_fork(_before_fork, _after_fork)
     _Call.note("start", resolver.cancel)
     try:
         client = ManagedQvac(resolver, headers, opener)
