@@ -4615,8 +4615,11 @@ class _Runner:
         """What listens is the serve's, and its answer is a list of our models. Raises what speaks against that."""
         assert self.serve is not None
         if not self.probed_at and accepts_connections("127.0.0.1", self.inner_port):
-            if who_listens("127.0.0.1", self.inner_port, self.serve.pid) == STRANGER:
+            listener = who_listens("127.0.0.1", self.inner_port, self.serve.pid)
+            if listener == STRANGER:
                 raise ServeExitedError(None, None, "EADDRINUSE: another program listens on the port")
+            if listener == NOBODY:  # any more: it was another's, who has let go of it to take it again behind our look
+                return False
             self.probed_at = now
             self.front.probe(self.inner_port, self.inner_key, self.serve.pid)
         verdict = self.front.verdict if self.probed_at else ""

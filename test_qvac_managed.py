@@ -8031,6 +8031,23 @@ class HostileCase(Case):
         return client
 
 
+class InnerPortTest(unittest.TestCase):
+    def test_no_key_goes_to_a_port_before_the_serve_is_seen_to_listen_there(self) -> None:
+        """Another user takes the port of a start that lasts, lets us connect, lets go, and takes it again to answer."""
+        runner = object.__new__(q._Runner)
+        runner.front = mock.Mock(verdict="")
+        vars(runner).update(probed_at=0.0, inner_port=1, inner_key="key", serve=SimpleNamespace(pid=1), state="loading")
+        for listener, is_asked in ((q.NOBODY, False), (q.OURS, True)):
+            with mock.patch.object(q, "accepts_connections", return_value=True), \
+                    mock.patch.object(q, "who_listens", return_value=listener):  # fmt: skip
+                self.assertFalse(runner.is_there(time.monotonic()))
+            self.assertEqual(is_asked, runner.front.probe.called, listener)
+        vars(runner)["probed_at"] = 0.0
+        with mock.patch.object(q, "accepts_connections", return_value=True), \
+                mock.patch.object(q, "who_listens", return_value=q.STRANGER):  # fmt: skip
+            self.assertRaisesRegex(q.ServeExitedError, "EADDRINUSE", runner.is_there, 1.0)
+
+
 class DripTest(unittest.TestCase):
     def test_who_proves_nothing_cannot_keep_a_client_waiting(self) -> None:
         """One byte after the other, as long as somebody reads: a line that never ends, and a head."""
